@@ -1,0 +1,61 @@
+"""The interface every drafter implements. Nothing outside a drafter's own module knows how it works."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from specdec.batch import Batch
+from specdec.target import Feature, HFTarget, TargetOutput
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
+
+
+class Drafter(ABC):
+    """Proposes a token tree per step and may learn from what the target made of it.
+
+    A drafter never influences the text, only how soon it is there. Calls come in the order ``bind`` (once), then per
+    generation ``start``, any number of ``propose`` / ``observe`` / ``keep``, and ``stop``.
+
+    Attributes:
+        name: as given to ``SpecDecoder(drafter=...)``.
+        Config: frozen dataclass of options; the constructor takes one instance of it, or none for the defaults.
+        features: hidden states of the target the drafter wants in ``start`` and ``observe``.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]]
+    features: Sequence[Feature] = ()
+
+    def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        """Meet the target; allocate what depends on it. Raises ValueError where the two do not fit."""
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        """A generation begins.
+
+        Args:
+            batch: its rows; every token but the last is in the target's cache.
+            output: features of the prompt tokens prefilled, None where there was nothing to prefill.
+        """
+
+    @abstractmethod
+    def propose(self, batch: Batch) -> TokenTree:
+        """A tree per row, rooted at ``batch.pending``, on any device.
+
+        Nodes deeper than ``batch.max_depth`` are cut by the caller; drafting fewer saves time. Children of a node must
+        be chosen as ``batch.siblings`` says, or deterministically. Only where ``batch.coupled`` is set may the choice
+        depend on the rows' Gumbel noise.
+        """
+
+    def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
+        """See the pass: the target's logits and features at the tree's nodes, and the verdict.
+
+        Called before the accepted tokens are appended to the rows.
+        """
+
+    def keep(self, batch: Batch, rows: Sequence[int]) -> None:
+        """Rows ended: only these go on, in this order. ``batch`` still holds all of them, new tokens included."""
+
+    def stop(self) -> None:
+        """The generation is over, or was abandoned; drop its state."""

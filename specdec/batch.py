@@ -1,0 +1,148 @@
+"""The rows of a call while they are generated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import PositionNoise, SamplingParams
+from specdec.stats import DecodeStats
+from specdec.text import TextStream
+from specdec.tree import SiblingSampling
+
+FinishReason = Literal["eos", "stop", "length", "context", "error", "cancelled"]
+"""Why a text ended: end-of-sequence token, stop string or stop token, max_new_tokens, end of the model's context, the
+target failed, or the caller closed the stream."""
+
+_row_ids = itertools.count()
+
+
+@dataclass
+class Row:
+    """One completion in flight.
+
+    Invariant: ``tokens`` is prompt plus emitted tokens; its last entry is the pending token, all before it are in the
+    target's cache between steps.
+
+    Attributes:
+        tokens: token ids, prompt first.
+        prompt_len: number of prompt tokens.
+        max_len: length at which the row must end, from max_new_tokens and the model's context.
+        params: sampling parameters.
+        noise: the row's random numbers.
+        eos_token_ids: ids that end the row as "eos".
+        prompt_index: which prompt of the call this completes.
+        completion_index: which of its n completions this is.
+        text: decodes tokens as they come; None without a tokenizer.
+        row_id: unique in the process, for drafters that keep state per row.
+    """
+
+    tokens: list[int]
+    prompt_len: int
+    max_len: int
+    params: SamplingParams
+    noise: PositionNoise
+    eos_token_ids: frozenset[int] = frozenset()
+    prompt_index: int = 0
+    completion_index: int = 0
+    text: TextStream | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    row_id: int = field(default_factory=lambda: next(_row_ids))
+
+    @property
+    def pending(self) -> int:
+        """The token emitted last, root of the next tree."""
+        return self.tokens[-1]
+
+    @property
+    def emitted(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def max_depth(self) -> int:
+        """Deepest draft node that could still be emitted; the bonus token needs a place too."""
+        return self.max_len - len(self.tokens) - 1
+
+    def push(self, token: int) -> bool:
+        """Emit one token; True when the row ends with it."""
+        self.tokens.append(token)
+        self.stats.emitted += 1
+        if token in self.eos_token_ids:
+            self.finish_reason = "eos"
+        elif token in self.params.stop_token_ids or (self.text is not None and self.text.push(token)):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.prompt_len + self.params.max_new_tokens:
+            self.finish_reason = "length"
+        elif len(self.tokens) == self.max_len:
+            self.finish_reason = "context"
+        return self.finish_reason is not None
+
+
+class Batch:
+    """The rows still running, and what drafters and verifiers need to know of them.
+
+    Args:
+        rows: one or more rows with the same sampling parameters.
+        vocab_size: width of the logits.
+        device: the target's device.
+        coupled: whether the verifier's choice is a function of the rows' position noise, so that a drafter does well
+            to rank its candidates with the same noise.
+        siblings: how the verifier wants the children of a node to be chosen.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        coupled: bool = False,
+        siblings: SiblingSampling = "deterministic",
+    ) -> None:
+        self.rows = list(rows)
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self.coupled = coupled
+        self.siblings: SiblingSampling = siblings
+        self.seen: Tensor | None = None
+        if self.params.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
+            for index, row in enumerate(rows):
+                self.seen[index, row.tokens] = True
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def params(self) -> SamplingParams:
+        """The call's sampling parameters."""
+        return self.rows[0].params
+
+    @property
+    def pending(self) -> Tensor:
+        """``[B]`` int64 pending tokens."""
+        return torch.tensor([row.pending for row in self.rows], device=self.device)
+
+    @property
+    def max_depth(self) -> Tensor:
+        """``[B]`` int64, deepest draft node each row can still use."""
+        return torch.tensor([row.max_depth for row in self.rows], device=self.device)
+
+    def mark_seen(self, row: int, tokens: Sequence[int]) -> None:
+        """Remember emitted tokens for the repetition penalty."""
+        if self.seen is not None:
+            self.seen[row, list(tokens)] = True
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        self.rows = [self.rows[row] for row in rows]
+        if self.seen is not None:
+            self.seen = self.seen[list(rows)]

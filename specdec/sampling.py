@@ -1,0 +1,198 @@
+"""From logits to a choice: one function for target and draft, and noise keyed by position.
+
+The noise is a pure function of (seed, position, token id), so a row's text for a seed depends on nothing else: not on
+the drafter, not on the shape of its trees, not on the batch (Daliri et al. 2024, "Coupling without communication and
+drafter-invariant speculative decoding").
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a completion is chosen and where it ends.
+
+    Attributes:
+        max_new_tokens: most tokens to emit, >= 1.
+        temperature: 0 is greedy; above it, logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
+        min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
+        repetition_penalty: > 1 makes tokens of prompt and output less likely (Keskar et al. 2019), > 0.
+        seed: same seed, same text, whatever the drafter and batch; None draws one.
+        n: completions per prompt, >= 1.
+        stop: strings that end the text; the text is cut before the string.
+        stop_token_ids: token ids that end the text besides the model's own end-of-sequence ids.
+        ignore_eos: go on past the model's own end-of-sequence ids.
+        logprobs: record the target's log-probability (temperature 1, unfiltered) of each emitted token.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_new_tokens", 1, None),
+            ("temperature", 0.0, None),
+            ("top_k", 0, None),
+            ("min_p", 0.0, 1.0),
+            ("n", 1, None),
+        ):
+            value = getattr(self, name)
+            if not value >= low or (high is not None and value > high) or value == float("inf"):
+                bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+                raise ValueError(f"{name} must be {bounds}, got {value!r}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty!r}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if any(not stop for stop in self.stop):
+            raise ValueError("stop strings must not be empty")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names, in order."""
+        return tuple(field.name for field in fields(cls))
+
+
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019, section 4.1).
+
+    Args:
+        logits: ``[R, V]``.
+        seen: ``[R, V]`` bool, tokens of the context.
+        penalty: > 0; 1 changes nothing.
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def filter_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:
+    """Logits as the sampling parameters change them: at least float32, -inf where a token is excluded.
+
+    Order: repetition penalty, temperature, top-k, top-p, min-p, each on what the one before left. At temperature 0 only
+    the penalty applies, and the argmax is the greedy choice.
+
+    Args:
+        logits: ``[R, V]``.
+        params: the sampling parameters.
+        seen: ``[R, V]`` bool, tokens of each row's context; needed with a repetition penalty.
+    """
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    if params.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError(f"repetition_penalty={params.repetition_penalty} needs the tokens seen so far")
+        scores = apply_repetition_penalty(scores, seen, params.repetition_penalty)
+    if params.greedy:
+        return scores
+    scores = scores / params.temperature
+    if 0 < params.top_k < scores.shape[-1]:
+        threshold = scores.topk(params.top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < threshold, -torch.inf)
+    if params.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        excluded = probs.cumsum(-1) - probs >= params.top_p  # the mass before a token already reaches top_p
+        excluded[..., 0] = False
+        scores = scores.masked_fill(torch.zeros_like(excluded).scatter_(-1, order, excluded), -torch.inf)
+    if params.min_p > 0.0:
+        ratio = scores - scores.amax(-1, keepdim=True)
+        scores = scores.masked_fill(ratio.exp() < params.min_p, -torch.inf)
+    return scores
+
+
+def log_probs(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:
+    """Log-probabilities of the distribution tokens are drawn from; arguments as ``filter_logits``.
+
+    At temperature 0 this is the penalised distribution at temperature 1, whose argmax is the greedy choice.
+    """
+    return filter_logits(logits, params, seen).log_softmax(-1)
+
+
+def _mix64(value: int) -> int:
+    """One step of SplitMix64 (Steele et al. 2014) on a Python integer."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _hash32(value: Tensor) -> Tensor:
+    """A bijective mixing of 32-bit integers held in int64, two rounds of multiply and xor-shift (Wellons 2018)."""
+    value = value ^ (value >> 16)
+    value = (value * 0x7FEB352D) & _MASK32
+    value = value ^ (value >> 15)
+    value = (value * 0x846CA68B) & _MASK32
+    return value ^ (value >> 16)
+
+
+def derive_seed(seed: int | None, index: int) -> int:
+    """The 64-bit seed of completion ``index`` of a prompt; fresh entropy where ``seed`` is None."""
+    return _mix64(_mix64(secrets.randbits(64) if seed is None else seed & _MASK64) ^ index)
+
+
+class PositionNoise:
+    """Random numbers of one row, each a function of (seed, stream, position, index) alone.
+
+    Args:
+        seed: 64-bit seed of the row.
+        index: ``[V]`` int64, 0..V-1 on the device where noise is wanted; rows share it.
+    """
+
+    def __init__(self, seed: int, index: Tensor) -> None:
+        self.seed = seed
+        self._index = index
+        self._gumbel: dict[int, Tensor] = {}
+
+    def _uniform(self, stream: int, position: int, index: Tensor) -> Tensor:
+        key = _mix64(_mix64(self.seed ^ _mix64(stream)) ^ position)
+        bits = _hash32(_hash32(index ^ (key & _MASK32)) ^ (key >> 32))
+        return (bits.to(torch.float64) + 0.5) * 2.0**-32
+
+    def gumbel(self, position: int) -> Tensor:
+        """``[V]`` float32 Gumbel(0, 1) noise for the token that will stand at ``position``; kept until forgotten."""
+        noise = self._gumbel.get(position)
+        if noise is None:
+            noise = -torch.log(-torch.log(self._uniform(0, position, self._index))).float()
+            self._gumbel[position] = noise
+        return noise
+
+    def uniform(self, position: int, draw: int) -> float:
+        """Uniform number in (0, 1) for the ``draw``-th decision about the token at ``position``."""
+        return float(self._uniform(1, position, self._index[:1] + draw))
+
+    def draft_gumbel(self, position: int, draw: int) -> Tensor:
+        """``[V]`` float32 noise independent of the target's choices, to sample draft tokens with."""
+        return -torch.log(-torch.log(self._uniform(2 + draw, position, self._index))).float()
+
+    def forget_before(self, position: int) -> None:
+        """Drop kept noise of positions that are settled."""
+        for settled in [kept for kept in self._gumbel if kept < position]:
+            del self._gumbel[settled]

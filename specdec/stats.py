@@ -1,0 +1,135 @@
+"""What a generation did and where its time went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+PHASES = ("prefill", "draft", "target", "accept", "commit", "other")
+
+
+@dataclass
+class DecodeStats:
+    """Counts and times of one row, or of a whole call.
+
+    Accepted is not emitted: a pass emits its accepted draft tokens plus one bonus token, less what lies beyond the end
+    of the text. ``tau`` counts emitted tokens per target pass.
+
+    Attributes:
+        passes: target passes over trees the row took part in, prefill not counted.
+        drafted: draft nodes proposed.
+        accepted: draft nodes accepted.
+        emitted: tokens emitted, bonus tokens included.
+        accepted_per_pass: number of passes by count of accepted nodes, the acceptance histogram.
+        offered_depth: number of passes by depth of the tree offered.
+        milliseconds: wall-clock per phase. A row of a batch carries the time of the steps it took part in.
+        verifier: name of the acceptance policy.
+        lossless: whether that policy keeps the target's distribution.
+        drafter: name of the drafter.
+        speculation_off: why drafting stopped, None while it is on.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    accepted_per_pass: Counter[int] = field(default_factory=Counter)
+    offered_depth: Counter[int] = field(default_factory=Counter)
+    milliseconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    verifier: str = ""
+    lossless: bool = True
+    drafter: str = ""
+    speculation_off: str | None = None
+
+    @property
+    def tau(self) -> float:
+        """Mean emitted tokens per target pass; 0 before the first."""
+        return self.emitted / self.passes if self.passes else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Entry d-1: of the passes whose tree reached depth d, the share that accepted a node there."""
+        rates = []
+        for depth in range(1, max(self.offered_depth, default=0) + 1):
+            offered = sum(count for offered, count in self.offered_depth.items() if offered >= depth)
+            reached = sum(count for accepted, count in self.accepted_per_pass.items() if accepted >= depth)
+            rates.append(reached / offered)
+        return rates
+
+    @property
+    def decode_ms(self) -> float:
+        """Wall-clock of everything but prefill."""
+        return sum(value for phase, value in self.milliseconds.items() if phase != "prefill")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over decode time; 0 before the first."""
+        return 1000.0 * self.emitted / self.decode_ms if self.decode_ms else 0.0
+
+    def count_pass(self, depth: int, drafted: int, accepted: int) -> None:
+        """Record one pass over a tree of ``drafted`` nodes reaching ``depth``."""
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.accepted_per_pass[accepted] += 1
+        self.offered_depth[depth] += 1
+
+    def add(self, other: DecodeStats) -> None:
+        """Add another row's or call's counts and times to this one."""
+        self.passes += other.passes
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.emitted += other.emitted
+        self.accepted_per_pass.update(other.accepted_per_pass)
+        self.offered_depth.update(other.offered_depth)
+        self.add_times(other.milliseconds)
+
+    def add_times(self, milliseconds: dict[str, float]) -> None:
+        """Add wall-clock per phase."""
+        for phase, value in milliseconds.items():
+            self.milliseconds[phase] += value
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for ``json.dumps``."""
+        return {
+            "drafter": self.drafter,
+            "verifier": self.verifier,
+            "lossless": self.lossless,
+            "speculation_off": self.speculation_off,
+            "passes": self.passes,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "emitted": self.emitted,
+            "tau": self.tau,
+            "tokens_per_second": self.tokens_per_second,
+            "acceptance_by_depth": self.acceptance_by_depth,
+            "accepted_per_pass": {str(k): v for k, v in sorted(self.accepted_per_pass.items())},
+            "milliseconds": dict(self.milliseconds),
+        }
+
+
+class PhaseClock:
+    """Times the phases of one step; what no phase covers is ``other``."""
+
+    def __init__(self) -> None:
+        self.milliseconds = dict.fromkeys(PHASES, 0.0)
+        self._start = perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall-clock to a phase."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.milliseconds[name] += 1000.0 * (perf_counter() - start)
+
+    def stop(self) -> dict[str, float]:
+        """Times per phase since construction, ``other`` being the remainder."""
+        total = 1000.0 * (perf_counter() - self._start)
+        self.milliseconds["other"] += total - sum(self.milliseconds.values())
+        return self.milliseconds

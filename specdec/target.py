@@ -1,0 +1,231 @@
+"""The target model: any decoder-only transformers model, run over token trees with our attention and KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.attention import AttentionPass, AttentionSwitch
+from specdec.kv_cache import KVCache
+from specdec.tree import TokenTree
+
+Feature = str | int
+"""A hidden state a drafter asks for: ``"last"`` (what the output head reads), ``"pre_norm"`` (before the final norm),
+or an integer k, the state after k layers (0 is the embeddings), as in transformers' ``hidden_states[k]``."""
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt computed in one pass."""
+
+
+@dataclass
+class TargetOutput:
+    """What a pass returns.
+
+    Attributes:
+        logits: ``[B, N, V]`` at the nodes of a tree pass; ``[B, 1, V]`` after ``extend``, each row's last token.
+        features: name -> ``[B, N, d]`` hidden states of the computed nodes.
+    """
+
+    logits: Tensor
+    features: dict[Feature, Tensor] = field(default_factory=dict)
+
+
+class HFTarget:
+    """A transformers causal language model that checks token trees.
+
+    The model's own modules run unchanged; only the attention function is swapped, and only while a pass runs.
+
+    Args:
+        model: a decoder-only model that uses transformers' attention interface.
+
+    Raises:
+        ValueError: when the model cannot be served, with the reason.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        name = type(model).__name__
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"{name} is an encoder-decoder model; specdec serves decoder-only models")
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"{name} has no output head; load it with AutoModelForCausalLM")
+        model.eval()
+        self._switch = AttentionSwitch(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._check_layers()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and outputs come from."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, V."""
+        return int(self.config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def max_context(self) -> int | None:
+        """Most positions the model has, None where it sets no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's own end-of-sequence ids, from its generation settings and configuration."""
+        found: set[int] = set()
+        for source in (getattr(self.model, "generation_config", None), self.config):
+            value = getattr(source, "eos_token_id", None)
+            found.update([value] if isinstance(value, int) else value or [])
+        return frozenset(found)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for this model; capacity counts committed tokens plus the largest tree."""
+        return KVCache(batch_size, capacity, self.device)
+
+    def extend(self, rows: Sequence[Sequence[int]], cache: KVCache, features: Sequence[Feature] = ()) -> TargetOutput:
+        """Append certain tokens to the cache, in chunks, and commit them: prefill, or a drafter's catch-up.
+
+        Args:
+            rows: token ids to append to each row; rows may differ in length, some may be empty.
+            cache: extended in place; grows where it is too small.
+            features: hidden states to return for all appended tokens, ``[B, longest, d]``, padded at the end.
+
+        Returns:
+            Logits ``[B, 1, V]`` after each row's last token, NaN for rows without one.
+        """
+        longest = max((len(row) for row in rows), default=0)
+        if longest == 0:
+            raise ValueError("no row has a token to append")
+        logits: list[Tensor | None] = [None] * len(rows)
+        collected: dict[Feature, list[Tensor]] = {name: [] for name in features}
+        for start in range(0, longest, PREFILL_CHUNK):
+            chunk = [list(row[start : start + PREFILL_CHUNK]) for row in rows]
+            width = max(len(part) for part in chunk)
+            cache.reserve(cache.max_length + width)
+            tokens = torch.tensor([part + [0] * (width - len(part)) for part in chunk], device=self.device)
+            ends = sorted({len(part) - 1 for part in chunk if part})
+            depth = torch.arange(width, device=self.device).expand(len(rows), -1)
+            causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(len(rows), -1, -1)
+            out = self._run(tokens, None, cache, depth, causal, features, ends)
+            cache.advance([len(part) for part in chunk])
+            for row, part in enumerate(chunk):
+                if part:
+                    logits[row] = out.logits[row, ends.index(len(part) - 1)]
+            for name in features:
+                collected[name].append(out.features[name])
+        filler = torch.full_like(next(row for row in logits if row is not None), torch.nan)
+        stacked = torch.stack([filler if row is None else row for row in logits]).unsqueeze(1)
+        return TargetOutput(stacked, {name: torch.cat(parts, dim=1) for name, parts in collected.items()})
+
+    def forward(
+        self, tree: TokenTree, cache: KVCache, features: Sequence[Feature] = (), first_node: int = 0
+    ) -> TargetOutput:
+        """One pass over the nodes of a tree; nothing is committed.
+
+        Args:
+            tree: the tree; its root stands at each row's position ``length``.
+            cache: gets the nodes' keys and values behind the committed tokens.
+            features: hidden states to return, ``[B, N - first_node, d]``.
+            first_node: columns before it were computed by earlier passes over a smaller version of the same tree.
+
+        Returns:
+            Logits ``[B, N - first_node, V]``.
+        """
+        virtual = None
+        if tree.virtual is not None and tree.embeddings is not None:
+            virtual = (tree.virtual[:, first_node:], tree.embeddings[:, first_node:])
+        ancestors = tree.ancestors[:, first_node:]
+        return self._run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        virtual: tuple[Tensor, Tensor] | None,
+        cache: KVCache,
+        depth: Tensor,
+        ancestors: Tensor,
+        features: Sequence[Feature],
+        logits_at: list[int] | None = None,
+    ) -> TargetOutput:
+        attention_pass = AttentionPass(cache, depth, ancestors)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if virtual is not None:
+            is_virtual, embeddings = virtual
+            embedded = self.model.get_input_embeddings()(tokens.masked_fill(is_virtual, 0))
+            mixed = torch.where(is_virtual.unsqueeze(-1), embeddings.to(embedded.dtype), embedded)
+            inputs = {"inputs_embeds": mixed}
+        if self._keeps_logits and logits_at is not None:
+            inputs["logits_to_keep"] = torch.tensor(logits_at, device=tokens.device)
+        captured: dict[Feature, Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(self._switch.on())
+            for name in features:
+                stack.enter_context(self._capture(name, captured))
+            # Padding may point past the last position a model has an embedding for.
+            positions = attention_pass.positions.clamp(max=self.max_context - 1 if self.max_context else None)
+            out = self.model(position_ids=positions, use_cache=False, specdec_pass=attention_pass, **inputs)
+        logits: Tensor = out.logits
+        if not self._keeps_logits and logits_at is not None:
+            logits = logits[:, logits_at]
+        self._layers_seen = attention_pass.layers_seen
+        return TargetOutput(logits, captured)
+
+    def _capture(self, name: Feature, into: dict[Feature, Tensor]) -> Any:
+        """A hook, removed on exit, that stores a hidden state as the pass computes it."""
+
+        def store(value: Any) -> None:
+            value = getattr(value, "last_hidden_state", value)
+            into[name] = value[0] if isinstance(value, tuple) else value
+
+        if name == "last":
+            return self.model.base_model.register_forward_hook(lambda _m, _a, out: store(out))
+        layers = self._decoder_layers()
+        index = len(layers) if name == "pre_norm" else name
+        if not isinstance(index, int) or not 0 <= index <= len(layers):
+            raise ValueError(f"unknown feature {name!r}: use 'last', 'pre_norm' or 0..{len(layers)}")
+        if index == 0:
+            return layers[0].register_forward_pre_hook(
+                lambda _m, args, kwargs: store(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        return layers[index - 1].register_forward_hook(lambda _m, _a, out: store(out))
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise ValueError(f"{type(self.model).__name__} keeps its {self.num_layers} decoder layers in no ModuleList")
+
+    def _check_layers(self) -> None:
+        """Run one token and see that every layer went through our attention."""
+        name = type(self.model).__name__
+        try:
+            with torch.inference_mode():
+                self.extend([[0]], self.new_cache(1, 1))
+        except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{name} does not run through transformers' attention interface: {error}") from error
+        missing = sorted(set(range(self.num_layers)) - self._layers_seen)
+        if missing:
+            raise ValueError(
+                f"{name} cannot be served: layers {missing} of {self.num_layers} bypass transformers' attention "
+                "interface or keep recurrent state"
+            )

@@ -1,0 +1,228 @@
+"""The token tree a drafter proposes and the target checks in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ROOT = -1
+"""Parent index of the root node."""
+PADDING = -2
+"""Parent index of a padding node: attends only to itself, is never accepted."""
+
+SiblingSampling = Literal["deterministic", "with_replacement", "without_replacement"]
+"""How the children of a node were chosen: ranked (a function of the context alone) or drawn from the draft distribution."""
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A batch of token trees, one per row, each rooted at the row's pending token in column 0.
+
+    The pending token is emitted already and not yet in the KV cache. Parents stand before their children; padding
+    nodes may stand anywhere but in column 0.
+
+    Attributes:
+        tokens: token ids, ``[B, N]`` int64. The value at padding and virtual nodes is ignored.
+        parents: column of each node's parent, ``[B, N]`` int64; ``ROOT`` in column 0, ``PADDING`` for padding.
+        virtual: ``[B, N]`` bool, nodes that carry an embedding instead of a token. They are attended to like any
+            node, never accepted, never committed. None when there are none.
+        embeddings: ``[B, N, d]``, read where ``virtual`` is set.
+        draft_log_probs: ``[B, N, V]`` float32, at each node the draft distribution its children were drawn from.
+            None means that children are deterministic proposals.
+        siblings: how the children of a node were chosen.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    virtual: Tensor | None = None
+    embeddings: Tensor | None = None
+    draft_log_probs: Tensor | None = None
+    siblings: SiblingSampling = "deterministic"
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape != self.parents.shape or self.tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens and parents must both be [B, N] with N >= 1, got {tuple(self.tokens.shape)} and "
+                f"{tuple(self.parents.shape)}"
+            )
+        if (self.virtual is None) != (self.embeddings is None):
+            raise ValueError("virtual nodes need embeddings, and embeddings need a mask of virtual nodes")
+        if self.siblings != "deterministic" and self.draft_log_probs is None:
+            raise ValueError(f"siblings={self.siblings!r} needs draft_log_probs: the distribution they were drawn from")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of columns, N, padding included."""
+        return self.tokens.shape[1]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """``[B, N]`` bool: not padding."""
+        return self.parents != PADDING
+
+    @cached_property
+    def acceptable(self) -> Tensor:
+        """``[B, N]`` bool: draft nodes that a verifier may accept, so neither root, padding nor virtual."""
+        draft = self.parents >= 0
+        return draft if self.virtual is None else draft & ~self.virtual
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """``[B, N, N]`` bool: entry ``[b, i, j]`` is set where j is i or an ancestor of i."""
+        identity = torch.eye(self.num_nodes, device=self.tokens.device)
+        hop = torch.nn.functional.one_hot(self.parents.clamp(min=0), self.num_nodes).to(identity.dtype)
+        reach = identity + hop * (self.parents >= 0).unsqueeze(-1)
+        for _ in range(math.ceil(math.log2(self.num_nodes)) if self.num_nodes > 1 else 0):
+            reach = (reach @ reach).clamp(max=1)  # doubles the number of generations covered
+        return reach > 0
+
+    @cached_property
+    def depth(self) -> Tensor:
+        """``[B, N]`` int64: edges from the root; 0 for padding."""
+        return self.ancestors.sum(-1) - 1
+
+    @cached_property
+    def max_depth(self) -> int:
+        """Depth of the deepest node that can be accepted, over all rows."""
+        return int((self.depth * self.acceptable).max())
+
+    @cached_property
+    def num_drafted(self) -> Tensor:
+        """``[B]`` int64: draft nodes a verifier may accept."""
+        return self.acceptable.sum(-1)
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise ValueError where the tree breaks one of its invariants, naming row and column."""
+        columns = torch.arange(self.num_nodes, device=self.parents.device)
+        bad = (self.parents >= columns) | (self.parents < PADDING)
+        bad |= (self.parents == ROOT) != (columns == 0)
+        if bool(bad.any()):
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"row {row}, node {column} has parent {int(self.parents[row, column])}: the root (column 0 only) has "
+                f"{ROOT}, padding {PADDING}, every other node an earlier column"
+            )
+        orphan = self.valid & ~self.valid.gather(1, self.parents.clamp(min=0))
+        if bool(orphan.any()):
+            row, column = orphan.nonzero()[0].tolist()
+            raise ValueError(f"row {row}, node {column} hangs on padding node {int(self.parents[row, column])}")
+        real = self.valid if self.virtual is None else self.valid & ~self.virtual
+        outside = real & ((self.tokens < 0) | (self.tokens >= vocab_size))
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"row {row}, node {column} holds token {int(self.tokens[row, column])}, outside the vocabulary of "
+                f"{vocab_size}"
+            )
+
+    def select(self, columns: Tensor, keep: Tensor) -> TokenTree:
+        """The tree reduced to some columns of each row.
+
+        Args:
+            columns: ``[B, M]`` int64, ascending where kept; column 0 first. Kept nodes' parents are among them.
+            keep: ``[B, M]`` bool; entries that are not kept become padding.
+        """
+        position = torch.full_like(self.parents, PADDING)
+        order = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        position.scatter_(1, columns, torch.where(keep, order, position.gather(1, columns)))
+        old_parents = self.parents.gather(1, columns)
+        parents = torch.where(old_parents >= 0, position.gather(1, old_parents.clamp(min=0)), old_parents)
+        rows = torch.arange(self.batch_size, device=columns.device).unsqueeze(1)
+        return replace(
+            self,
+            tokens=self.tokens.gather(1, columns),
+            parents=parents.masked_fill(~keep, PADDING),
+            virtual=None if self.virtual is None else self.virtual.gather(1, columns),
+            embeddings=None if self.embeddings is None else self.embeddings[rows, columns],
+            draft_log_probs=None if self.draft_log_probs is None else self.draft_log_probs[rows, columns],
+        )
+
+    def limit_depth(self, limit: Tensor) -> TokenTree:
+        """Drop the nodes of each row deeper than ``limit`` ``[B]``; the tree itself where none is."""
+        return self._keep_nodes(self.valid & (self.depth <= limit.unsqueeze(1)))
+
+    def compact(self) -> TokenTree:
+        """Move padding to the end and drop columns that are padding in every row."""
+        return self._keep_nodes(self.valid, force=not bool(self.valid[:, -1].any()))
+
+    def _keep_nodes(self, keep: Tensor, force: bool = False) -> TokenTree:
+        if not force and torch.equal(keep, self.valid):
+            return self
+        columns = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(keep.sum(1).max())]
+        return self.select(columns, keep.gather(1, columns))
+
+    def to(self, device: torch.device | str) -> TokenTree:
+        """The tree on another device."""
+        moved = {
+            name: None if value is None else value.to(device)
+            for name, value in (
+                ("virtual", self.virtual),
+                ("embeddings", self.embeddings),
+                ("draft_log_probs", self.draft_log_probs),
+            )
+        }
+        return replace(self, tokens=self.tokens.to(device), parents=self.parents.to(device), **moved)
+
+    @classmethod
+    def from_pending(cls, pending: Tensor) -> TokenTree:
+        """Trees of one node, plain decoding: ``pending`` is ``[B]``."""
+        return cls(pending.unsqueeze(1), torch.full_like(pending.unsqueeze(1), ROOT))
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[TreeBuilder], device: torch.device | str = "cpu") -> TokenTree:
+        """Batch of trees of different sizes, padded at the end."""
+        width = max(len(row.tokens) for row in rows)
+        tokens = [row.tokens + [0] * (width - len(row.tokens)) for row in rows]
+        parents = [row.parents + [PADDING] * (width - len(row.parents)) for row in rows]
+        return cls(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+
+
+class TreeBuilder:
+    """Builds one row's tree on the host, merging paths that share a prefix, under a budget of nodes.
+
+    Args:
+        pending: the root's token.
+        max_nodes: most nodes the tree may have, root included (>= 1).
+    """
+
+    def __init__(self, pending: int, max_nodes: int) -> None:
+        if max_nodes < 1:
+            raise ValueError(f"max_nodes must be at least 1 (the root), got {max_nodes}")
+        self.tokens = [pending]
+        self.parents = [ROOT]
+        self.max_nodes = max_nodes
+        self._children: dict[tuple[int, int], int] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether the budget is used up."""
+        return len(self.tokens) >= self.max_nodes
+
+    def add(self, parent: int, token: int) -> int | None:
+        """Node of ``token`` under ``parent``, made where it is missing; None when the budget is used up."""
+        node = self._children.get((parent, token))
+        if node is None and not self.full:
+            node = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self._children[parent, token] = node
+        return node
+
+    def add_path(self, tokens: Iterable[int]) -> None:
+        """Add a path from the root, as far as the budget goes."""
+        node: int | None = 0
+        for token in tokens:
+            node = self.add(node, token)
+            if node is None:
+                return

@@ -1,0 +1,1 @@
+"""Acceptance policies: which drafted path is kept, and which token follows it."""
