@@ -72,8 +72,8 @@ class Row:
         """Deepest draft node that could still be emitted; the bonus token needs a place too."""
         return self.max_len - len(self.tokens) - 1
 
-    def push(self, token: int) -> bool:
-        """Emit one token; True when the row ends with it."""
+    def push(self, token: int) -> str:
+        """Emit one token, end the row where it must, and return the text that became certain."""
         self.tokens.append(token)
         self.stats.emitted += 1
         if token in self.eos_token_ids:
@@ -84,7 +84,15 @@ class Row:
             self.finish_reason = "length"
         elif len(self.tokens) == self.max_len:
             self.finish_reason = "context"
-        return self.finish_reason is not None
+        if self.text is None:
+            return ""
+        if self.finish_reason is not None:
+            self.text.finish()
+        return self.text.take(final=self.finish_reason is not None)
+
+    def fail(self, error: str) -> None:
+        """End the row because the target failed."""
+        self.finish_reason, self.error = "error", error
 
 
 class Batch:

@@ -1,0 +1,232 @@
+"""A small model drafts: a dynamic tree by confidence, its own KV cache, and a catch-up before every draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.batch import Batch
+from specdec.drafters.base import Drafter
+from specdec.kv_cache import KVCache
+from specdec.sampling import filter_logits
+from specdec.target import HFTarget, TargetOutput
+from specdec.tree import PADDING, ROOT, TokenTree
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Options of the model drafter.
+
+    Attributes:
+        model: alias, folder or hub id of the draft model; "" where a loaded one is passed to the drafter.
+        depth: passes of the draft model per step, depth of the tree.
+        beams: nodes expanded per depth, and children per node.
+        max_nodes: most nodes of a tree, root included.
+        dtype: weights' dtype when loading.
+        device: where the draft model runs.
+    """
+
+    model: str = ""
+    depth: int = 5
+    beams: int = 4
+    max_nodes: int = 24
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "beams", "max_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class ModelDrafter(Drafter):
+    """Any causal language model with the target's vocabulary.
+
+    Where the policy ranks candidates, the tree is EAGLE-2's (Li et al. 2024, section 4): at each depth the best beams
+    by joint draft probability are expanded, and the best nodes overall are kept. Where the policy compares
+    probabilities, children are drawn from the draft distribution and the tree's shape is fixed: ``beams`` children of
+    the root, one chain under each, since choosing among drawn nodes would bias the text.
+
+    Args:
+        config: options.
+        model: a loaded transformers model, instead of ``config.model``.
+        tokenizer: its tokenizer, to compare vocabularies.
+    """
+
+    name = "model"
+    Config = ModelConfig
+
+    def __init__(
+        self, config: ModelConfig | None = None, model: Any | None = None, tokenizer: Any | None = None
+    ) -> None:
+        self.config = config or ModelConfig()
+        if model is None:
+            if not self.config.model:
+                raise ValueError("drafter 'model' needs a draft model: -o model=NAME, or ModelDrafter(model=...)")
+            from specdec.models import load_model
+
+            loaded = load_model(self.config.model, dtype=self.config.dtype, device=self.config.device)
+            model, tokenizer = loaded.model, loaded.tokenizer
+        self.draft_model = HFTarget(model)
+        self._tokenizer = tokenizer
+        self._cache: KVCache | None = None
+
+    def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        if self.draft_model.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"the draft model has a vocabulary of {self.draft_model.vocab_size}, the target of "
+                f"{target.vocab_size}: they must be the same"
+            )
+        if tokenizer is not None and self._tokenizer is not None:
+            mine, theirs = self._tokenizer.get_vocab(), tokenizer.get_vocab()
+            if mine != theirs:
+                word = next(w for w in sorted(mine.keys() | theirs.keys()) if mine.get(w) != theirs.get(w))
+                raise ValueError(
+                    f"draft and target tokenizers differ: {word!r} is {mine.get(word)} for the draft model and "
+                    f"{theirs.get(word)} for the target"
+                )
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        self._cache = self.draft_model.new_cache(len(batch), max(len(row.tokens) for row in batch.rows) + 64)
+
+    def propose(self, batch: Batch) -> TokenTree:
+        depth = min(self.config.depth, max(row.max_depth for row in batch.rows))
+        if self.draft_model.max_context is not None:
+            longest = max(len(row.tokens) for row in batch.rows)
+            depth = min(depth, self.draft_model.max_context - longest)
+        if depth < 1 or self.config.max_nodes < 2:
+            return TokenTree.from_pending(batch.pending)
+        logits = self._catch_up(batch)
+        return self._ranked(batch, logits, depth) if batch.siblings == "deterministic" else self._drawn(
+            batch, logits, depth
+        )
+
+    def keep(self, batch: Batch, rows: Sequence[int]) -> None:
+        if self._cache is not None and rows:
+            self._cache.keep_rows(rows)
+
+    def stop(self) -> None:
+        self._cache = None
+
+    def _catch_up(self, batch: Batch) -> Tensor:
+        """Feed every token not seen yet; ``[B, V]`` logits after the pending one, which stays the tree's root."""
+        assert self._cache is not None
+        seen = self._cache.row_lengths
+        missing = [row.tokens[length:] for row, length in zip(batch.rows, seen, strict=True)]
+        logits = self.draft_model.extend(missing, self._cache).logits[:, 0]
+        self._cache.truncate([len(row.tokens) - 1 for row in batch.rows])
+        return logits
+
+    def _forward(self, tree: TokenTree, first_node: int) -> Tensor:
+        """Logits ``[B, n, V]`` of the tree's nodes from ``first_node`` on."""
+        assert self._cache is not None
+        self._cache.reserve(self._cache.max_length + tree.num_nodes)
+        return self.draft_model.forward(tree, self._cache, first_node=first_node).logits
+
+    def _noise(self, batch: Batch, depth: int) -> Tensor:
+        """``[B, V]`` the noise the target will choose with at this depth."""
+        return torch.stack([row.noise.gumbel(len(row.tokens) + depth - 1) for row in batch.rows]).to(
+            self.draft_model.device
+        )
+
+    def _seen(self, batch: Batch, tree: TokenTree, nodes: Tensor) -> Tensor | None:
+        """``[B, n, V]`` tokens of each node's context, for the repetition penalty."""
+        if batch.seen is None:
+            return None
+        held = tree.ancestors[:, nodes]  # [B, n, N]
+        tokens = torch.where(held, tree.tokens.unsqueeze(1), tree.tokens[:, :1].unsqueeze(1))
+        seen = batch.seen.to(tokens.device).unsqueeze(1).repeat(1, len(nodes), 1)
+        return seen.scatter_(2, tokens, True)
+
+    def _ranked(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
+        """The best nodes by joint confidence."""
+        device = self.draft_model.device
+        beams = min(self.config.beams, logits.shape[-1])
+        tree = TokenTree.from_pending(batch.pending.to(device))
+        joint = torch.zeros(len(batch), 1, device=device)  # [B, N] log-confidence of each node
+        frontier = torch.zeros(1, dtype=torch.int64, device=device)  # columns just computed
+        logits = logits.unsqueeze(1)  # [B, n, V] at the frontier
+        for level in range(1, depth + 1):
+            seen = self._seen(batch, tree, frontier)
+            scores = filter_logits(logits.flatten(0, 1), batch.params, None if seen is None else seen.flatten(0, 1))
+            scores = scores.view(*logits.shape[:2], -1)
+            if batch.coupled:
+                scores = scores + self._noise(batch, level).unsqueeze(1)
+            best = scores.log_softmax(-1).topk(beams, dim=-1)  # [B, n, k]
+            candidates = (joint[:, frontier].unsqueeze(-1) + best.values).flatten(1)  # [B, n * k]
+            kept = candidates.topk(min(beams, candidates.shape[1]), dim=-1)
+            parents = frontier[kept.indices // beams]
+            impossible = kept.values.isneginf()
+            first = tree.num_nodes
+            tree = TokenTree(
+                torch.cat([tree.tokens, best.indices.flatten(1).gather(1, kept.indices)], dim=1),
+                torch.cat([tree.parents, parents.masked_fill(impossible, PADDING)], dim=1),
+            )
+            joint = torch.cat([joint, kept.values], dim=1)
+            if level < depth:
+                frontier = torch.arange(first, tree.num_nodes, device=device)
+                logits = self._forward(tree, first)
+        return self._best(tree, joint)
+
+    def _best(self, tree: TokenTree, joint: Tensor) -> TokenTree:
+        """The ``max_nodes`` nodes of highest joint confidence; closed under ancestors, as confidence only falls."""
+        count = min(self.config.max_nodes, tree.num_nodes)
+        # Ties go to the earlier column, so that a parent never loses to its child.
+        order = joint.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+        return tree.select(order, tree.valid.gather(1, order)).compact()
+
+    def _drawn(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
+        """Children drawn from the draft distribution, with the distributions they were drawn from."""
+        device, size = self.draft_model.device, len(batch)
+        budget = self.config.max_nodes - 1
+        width = max(1, min(self.config.beams, budget // depth, logits.shape[-1]))
+        depth = min(depth, budget // width)
+        tokens, parents = [batch.pending.to(device).unsqueeze(1)], [torch.full((size, 1), ROOT, device=device)]
+        tree = TokenTree(tokens[0], parents[0])
+        log_q: list[Tensor] = []
+        logits = logits.unsqueeze(1)
+        nodes = torch.zeros(1, dtype=torch.int64, device=device)
+        for level in range(1, depth + 1):
+            seen = self._seen(batch, tree, nodes)
+            scores = filter_logits(logits.flatten(0, 1), batch.params, None if seen is None else seen.flatten(0, 1))
+            q = scores.view(size, len(nodes), -1).log_softmax(-1)
+            log_q.append(q)
+            drawn = self._draw(batch, q, level, width if level == 1 else 1)  # [B, n, children]
+            impossible = q.gather(2, drawn).isneginf().flatten(1)
+            parent = nodes.repeat_interleave(drawn.shape[2]).expand(size, -1)
+            orphaned = parents[-1].eq(PADDING) if level > 1 else torch.zeros_like(impossible)
+            tokens.append(drawn.flatten(1))
+            parents.append(parent.masked_fill(impossible | orphaned, PADDING))
+            first = tree.num_nodes
+            tree = TokenTree(torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
+            nodes = torch.arange(first, tree.num_nodes, device=device)
+            if level < depth:
+                logits = self._forward(tree, first)
+        inner = torch.cat(log_q, dim=1)
+        leaves = inner.new_full((size, tree.num_nodes - inner.shape[1], inner.shape[2]), -torch.inf)
+        return TokenTree(
+            tree.tokens,
+            tree.parents,
+            draft_log_probs=torch.cat([inner, leaves], dim=1),
+            siblings=batch.siblings,
+        )
+
+    def _draw(self, batch: Batch, log_q: Tensor, level: int, children: int) -> Tensor:
+        """``[B, n, children]`` tokens from ``log_q`` ``[B, n, V]``: Gumbel top-k, or one argmax per child."""
+        drawn = []
+        for index, row in enumerate(batch.rows):
+            position = len(row.tokens) + level - 1
+            per_node = []
+            for node in range(log_q.shape[1]):
+                draws = children if batch.siblings == "with_replacement" else 1
+                noise = [
+                    row.noise.draft_gumbel(position, node * children + draw).to(log_q.device) for draw in range(draws)
+                ]
+                keyed = log_q[index, node] + torch.stack(noise)  # [draws, V]
+                per_node.append(keyed.argmax(-1) if draws == children else keyed[0].topk(children).indices)
+            drawn.append(torch.stack(per_node))
+        return torch.stack(drawn)

@@ -1,0 +1,169 @@
+"""SpecDecoder: a target, a drafter and an acceptance policy, ready to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from specdec.batch import Row
+from specdec.drafters.base import Drafter
+from specdec.generation import Generation, KeptPrefix
+from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
+from specdec.registry import create_drafter, create_verifier, unknown, verifier_names
+from specdec.result import GenerationStream
+from specdec.sampling import PositionNoise, SamplingParams, derive_seed
+from specdec.stats import DecodeStats
+from specdec.target import HFTarget
+from specdec.text import TextStream
+from specdec.verifiers.base import Verifier
+
+
+class SpecDecoder:
+    """Generates with a target model, checking a drafter's token trees in single passes.
+
+    The text is the target's own: greedy decoding token for token, sampling in distribution, unless a policy that says
+    it is lossy is asked for.
+
+    Args:
+        target: alias, folder, hub id, a loaded transformers model, or an ``HFTarget``.
+        drafter: name of a drafter, "auto", or a ``Drafter``.
+        drafter_options: options of a drafter given by name; see its ``Config``.
+        verifier: "auto" (greedy at temperature 0, else coupled), a policy's name, or a ``Verifier``. At temperature 0
+            every lossless policy is greedy.
+        tokenizer: needed for text with a model that was passed in loaded.
+        dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
+        device: where to load: "auto" or a torch device.
+        on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
+        allow_pickle: load pickled weights, which can execute code.
+        trust_remote_code: run modelling code that comes with the weights.
+    """
+
+    def __init__(
+        self,
+        target: str | Path | HFTarget | Any,
+        drafter: str | Drafter = "auto",
+        *,
+        drafter_options: Mapping[str, Any] | None = None,
+        verifier: str | Verifier = "auto",
+        tokenizer: Any | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        on_drafter_error: Literal["warn", "raise"] = "warn",
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if on_drafter_error not in ("warn", "raise"):
+            raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
+        if isinstance(drafter, Drafter) and drafter_options:
+            raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
+        if isinstance(verifier, str) and verifier != "auto" and verifier not in verifier_names():
+            raise ValueError(unknown("verifier", verifier, [*verifier_names(), "auto"]))
+        self.drafter = create_drafter(drafter, drafter_options) if isinstance(drafter, str) else drafter
+        if isinstance(target, str | Path):
+            from specdec.models import load_model
+
+            loaded = load_model(
+                str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+            )
+            target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
+        self.target = target if isinstance(target, HFTarget) else HFTarget(target)
+        self.tokenizer = tokenizer
+        self._verifier = verifier
+        self._on_drafter_error = on_drafter_error
+        self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
+        self.drafter.bind(self.target, tokenizer)
+        self.stats = DecodeStats()
+        """Counts and times of the last call, all rows together."""
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **fields: Any
+    ) -> Any:  # GenerationResult for one prompt with n=1, else list[GenerationResult]
+        """Complete one prompt or several.
+
+        Args:
+            prompts: text, token ids or chat messages; or a list of those, decoded together.
+            params: how to choose and where to end.
+            fields: fields of ``SamplingParams``, as keywords; they override those of ``params``.
+
+        Returns:
+            A ``GenerationResult`` for a single prompt with ``n=1``; else a list, prompt-major, n per prompt.
+
+        Raises:
+            ValueError: for prompts or parameters that cannot be served.
+        """
+        params = merge_params(params, fields)
+        _, many = split_prompts(prompts)
+        with self.stream(prompts, params) as stream:
+            for _ in stream:
+                pass
+            return stream.results if many or params.n > 1 else stream.result
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **fields: Any) -> Any:
+        """Answer a chat; arguments and result as ``generate``."""
+        return self.generate(messages, params, **fields)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        kept: KeptPrefix | None = None,
+        **fields: Any,
+    ) -> GenerationStream:
+        """Like ``generate``, piece by piece as tokens are emitted.
+
+        Args:
+            kept: with one prompt and n=1, the cache of an earlier generation: what the prompt shares with it is not
+                computed again, and it is brought up to date when this generation ends.
+        """
+        params = merge_params(params, fields)
+        rows = self._make_rows(split_prompts(prompts)[0], params)
+        if kept is not None and len(rows) != 1:
+            raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
+        generation = Generation(
+            self.target, self.drafter, self._pick_verifier(params), rows, kept, self._on_drafter_error == "raise"
+        )
+        self.stats = generation.stats
+        return GenerationStream(generation.run(), rows, generation.stats)
+
+    def _pick_verifier(self, params: SamplingParams) -> Verifier:
+        if isinstance(self._verifier, Verifier):
+            return self._verifier
+        if self._verifier == "greedy" and not params.greedy:
+            raise ValueError(f"the greedy verifier needs temperature 0, got {params.temperature}")
+        if self._verifier == "auto":
+            return create_verifier("greedy" if params.greedy else "coupled")
+        chosen = create_verifier(self._verifier)
+        return create_verifier("greedy") if params.greedy else chosen
+
+    def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Row]:
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: pass SpecDecoder(..., tokenizer=...)")
+        limit = self.target.max_context
+        eos = frozenset() if params.ignore_eos else self.target.eos_token_ids
+        rows = []
+        for prompt_index, prompt in enumerate(prompts):
+            tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
+            if limit is not None and len(tokens) >= limit:
+                raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context only {limit}: shorten it")
+            longest = len(tokens) + params.max_new_tokens
+            for completion in range(params.n):
+                noise = PositionNoise(derive_seed(params.seed, completion), self._vocabulary)
+                text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
+                max_len = longest if limit is None else min(longest, limit)
+                rows.append(
+                    Row(list(tokens), len(tokens), max_len, params, noise, eos, prompt_index, completion, text)
+                )
+        return rows
+
+
+def merge_params(params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters with some fields replaced; unknown names raise ValueError with the nearest ones."""
+    for name in fields:
+        if name not in SamplingParams.names():
+            raise ValueError(unknown("sampling parameter", name, SamplingParams.names()))
+    return replace(params or SamplingParams(), **fields)

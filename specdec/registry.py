@@ -1,0 +1,133 @@
+"""Names of drafters and acceptance policies, and the classes behind them.
+
+Built-ins and third-party plugins go through the same seam: a name maps to ``"module:Class"``, which is imported when it
+is asked for. Packages add names through the entry-point groups ``specdec.drafters`` and ``specdec.verifiers``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdec.drafters.base import Drafter
+    from specdec.verifiers.base import Verifier
+
+_BUILT_IN = {
+    "specdec.drafters": {
+        "none": "specdec.drafters.none:NoneDrafter",
+        "ngram": "specdec.drafters.ngram:NgramDrafter",
+        "suffix": "specdec.drafters.suffix:SuffixDrafter",
+        "recycling": "specdec.drafters.recycling:RecyclingDrafter",
+        "model": "specdec.drafters.model:ModelDrafter",
+    },
+    "specdec.verifiers": {
+        "greedy": "specdec.verifiers.match:GreedyVerifier",
+        "coupled": "specdec.verifiers.match:CoupledVerifier",
+        "rejection": "specdec.verifiers.rejection:RejectionVerifier",
+        "typical": "specdec.verifiers.typical:TypicalVerifier",
+    },
+}
+
+AUTO_DRAFTER = "recycling"
+"""What ``drafter="auto"`` stands for."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
+    """An error message for a name that is none of the choices, with the nearest of them."""
+    ordered = sorted(choices)
+    near = difflib.get_close_matches(name, ordered, n=3)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (choices: {', '.join(ordered)})"
+
+
+def available(group: str) -> dict[str, str]:
+    """Names of a group and where each is found, built-ins first; a plugin cannot replace a built-in."""
+    found = dict(_BUILT_IN[group])
+    for point in entry_points(group=group):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def drafter_names() -> dict[str, str]:
+    """Drafters by name."""
+    return available("specdec.drafters")
+
+
+def verifier_names() -> dict[str, str]:
+    """Acceptance policies by name."""
+    return available("specdec.verifiers")
+
+
+def _load(group: str, kind: str, name: str) -> Any:
+    found = available(group)
+    if name not in found:
+        raise ValueError(unknown(kind, name, found))
+    module, _, attribute = found[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def drafter_class(name: str) -> type[Drafter]:
+    """The class of a drafter; "auto" is allowed."""
+    cls: type[Drafter] = _load("specdec.drafters", "drafter", AUTO_DRAFTER if name == "auto" else name)
+    return cls
+
+
+def create_drafter(name: str, options: Mapping[str, Any] | None = None) -> Drafter:
+    """A drafter by name, with options of its configuration; strings are converted to the option's type."""
+    cls = drafter_class(name)
+    return cls(make_config(cls.Config, options or {}, f"drafter {name!r}"))  # type: ignore[call-arg]
+
+
+def create_verifier(name: str) -> Verifier:
+    """An acceptance policy by name, with its defaults."""
+    verifier: Verifier = _load("specdec.verifiers", "verifier", name)()
+    return verifier
+
+
+def make_config(config: type[Any], options: Mapping[str, Any], owner: str) -> Any:
+    """An instance of a configuration dataclass from options, converting strings.
+
+    Raises:
+        ValueError: for an unknown option, a missing one, or a value that is not of the option's type.
+    """
+    hints = typing.get_type_hints(config)
+    for name in options:
+        if name not in hints:
+            raise ValueError(unknown(f"option of {owner}", name, hints))
+    required = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in options]
+    if missing:
+        raise ValueError(f"{owner} needs the option{'s' * (len(missing) > 1)} {', '.join(missing)}: -o {missing[0]}=...")
+    converted = {
+        name: _convert(value, hints[name], name) if isinstance(value, str) else value for name, value in options.items()
+    }
+    return config(**converted)
+
+
+def _convert(text: str, hint: Any, name: str) -> Any:
+    """Read an option given as text."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if type(None) in typing.get_args(hint) and text.lower() == "none":
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise ValueError(unknown(f"value of {name}", text, typing.get_args(hint)))
+        return text
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(f"{name} must be true or false, got {text!r}")
+        return text.lower() in ("true", "1", "yes")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(f"{name} must be of type {hint.__name__}, got {text!r}") from None
+    return text
