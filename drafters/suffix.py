@@ -187,7 +187,7 @@ class SuffixDrafter(Drafter):
     @staticmethod
     def _own_matches(state: _RowState) -> list[tuple[int, int]]:
         """The two longest suffixes of the row that occur earlier in it, as (state, length)."""
-        matches = []
+        matches: list[tuple[int, int]] = []
         suffix = state.automaton.link[state.last]
         while suffix > 0 and len(matches) < 2:
             matches.append((suffix, state.automaton.length[suffix]))

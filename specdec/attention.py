@@ -47,7 +47,7 @@ class AttentionPass:
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
-        if window not in self._masks:
+        if window is not None and window not in self._masks:
             distance = self.positions.unsqueeze(2) - self._key_positions.unsqueeze(1)
             self._masks[window] = self._visible & (distance < window)
         return self._masks[window]

