@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,9 +54,10 @@ def read_gguf(path: Path, dtype: torch.dtype | str) -> tuple[Any, Any, list[str]
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    auto_model: Any = AutoModelForCausalLM
     with _gguf_bar_hidden():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_model.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
         )
     return model, tokenizer, sorted(info["missing_keys"])
@@ -79,7 +80,6 @@ def convert(gguf: Path, folder: Path, progress: Callable[[str], None] | None = N
         progress(f"converting {gguf.name}, once (about 20 s)")
     try:
         _write(gguf, scratch)
-        scratch.chmod(0o755)  # mkdtemp made it private; a cache may be shared
         try:
             os.replace(scratch, folder)
         except OSError:
@@ -107,7 +107,8 @@ def _write(gguf: Path, folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(
+    generation_config: Any = GenerationConfig
+    model.generation_config = generation_config(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -118,9 +119,7 @@ def _write(gguf: Path, folder: Path) -> None:
 @contextmanager
 def _gguf_bar_hidden() -> Iterator[None]:
     """Hide the bar of the dequantisation: it is a plain tqdm, which transformers' own switch does not reach."""
-    import transformers.modeling_gguf_pytorch_utils
-
-    module: Any = sys.modules["transformers.modeling_gguf_pytorch_utils"]
+    module: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     shown = getattr(module, "tqdm", None)
     if shown is None:
         yield

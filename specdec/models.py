@@ -100,13 +100,14 @@ def load_model(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and notes; its settings are put back on exit."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as untyped
 
-    verbosity, bars, hub_bars = (
+    logging: Any = untyped
+    verbosity, bars, hub_silent = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
+        are_progress_bars_disabled(),
     )
     logging.set_verbosity_error()
     if bars:
@@ -117,7 +118,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-            if not hub_bars:
+            if hub_silent:
                 disable_progress_bars()
 
 
@@ -193,8 +194,9 @@ def _load_folder(
 ) -> tuple[Any, Any | None, list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    auto_model: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_model.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
@@ -283,4 +285,30 @@ def _download(
         patterns += [f"{_PICKLED_PREFIX}*{suffix}" for suffix in _PICKLED]
     if progress is not None:
         progress(f"fetching {name}")
-    return Path(snapshot_download(name, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # as above, and access not granted
+        raise ValueError(f"{name} cannot be fetched from the hub: {error}") from error
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
+    """The dtype that is meant; the string "auto" stays where the checkpoint's own is."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r} (choices: auto, {', '.join(DTYPES)})")
+    return DTYPES[dtype]

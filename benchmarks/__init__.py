@@ -1,0 +1,1 @@
+"""Measurements of specdec: the MT-Bench speed-up, peers on the same weights, kernels."""

@@ -1,0 +1,161 @@
+"""Whether a text that must equal plain decoding's does, and if not, whether rounding explains it.
+
+A pass over several nodes sums in another order than a pass over one, so two scores that are nearly equal may change
+places. How near is measured where it happens: the scores of the position are computed again through passes of
+different width, and the largest change seen, doubled because each candidate may be off by as much, plus the rounding of
+the scores themselves, bounds the gap that is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.benchmarks.schema import Difference
+from specdec.kv_cache import KVCache
+from specdec.sampling import PositionNoise, SamplingParams, derive_seed, filter_logits
+from specdec.target import HFTarget
+from specdec.tree import PADDING, ROOT, TokenTree
+
+SPREAD_FACTOR = 2.0
+"""Either candidate's score may be off by the spread, in opposite directions."""
+RIVALS = 64
+"""Best tokens whose scores the spread is taken over: two candidates alone may agree by chance."""
+TREE_WIDTHS = (8, 32)
+"""Nodes of the padded trees."""
+REPLAYED = 32
+"""Last tokens that one of the computations caches one pass each, as plain decoding did."""
+
+
+class AgreementError(RuntimeError):
+    """A lossless policy's text differs from plain decoding's by more than rounding explains."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the target says of two candidates for one position.
+
+    Attributes:
+        gap: distance of their scores, the smallest of all computations; inf where one is excluded in all of them.
+        below_best: distance of the lesser of them from the best score, likewise.
+        bound: what rounding explains.
+    """
+
+    gap: float
+    below_best: float
+    bound: float
+
+    @property
+    def rounding(self) -> bool:
+        """Whether rounding explains that one was chosen here and the other there."""
+        return max(self.gap, self.below_best) <= self.bound
+
+
+def first_difference(plain: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Index of the first token that differs, or where the shorter has ended; None when they are equal."""
+    for index, (left, right) in enumerate(zip(plain, tokens, strict=False)):
+        if left != right:
+            return index
+    return None if len(plain) == len(tokens) else min(len(plain), len(tokens))
+
+
+def compare(
+    target: HFTarget,
+    question_id: int,
+    prompt: Sequence[int],
+    plain: Sequence[int],
+    tokens: Sequence[int],
+    params: SamplingParams,
+) -> Difference | None:
+    """The first difference between two continuations of a prompt, judged; None when they are equal.
+
+    A text that only ends earlier than the other is never explained by rounding.
+    """
+    position = first_difference(plain, tokens)
+    if position is None:
+        return None
+    plain_token, token = (side[position] if position < len(side) else None for side in (plain, tokens))
+    if plain_token is None or token is None:
+        return Difference(question_id, position, plain_token, token, None, 0.0, False)
+    check = check_candidates(target, prompt, plain[:position], plain_token, token, params)
+    gap = check.gap if check.gap < float("inf") else None
+    return Difference(question_id, position, plain_token, token, gap, check.bound, check.rounding)
+
+
+@torch.inference_mode()
+def check_candidates(
+    target: HFTarget, prompt: Sequence[int], emitted: Sequence[int], left: int, right: int, params: SamplingParams
+) -> Check:
+    """Compute the scores of the token after ``prompt + emitted`` through passes of different width and compare two.
+
+    Args:
+        target: the model.
+        prompt: token ids.
+        emitted: new token ids both texts share.
+        left: one candidate.
+        right: the other.
+        params: sampling parameters, with the seed the texts were drawn with; the first completion's noise is used.
+    """
+    logits = torch.stack(_logits(target, prompt, emitted))
+    scores = _scores(logits, [*prompt, *emitted], params)  # [K, V]
+    best = scores.amax(-1)
+    pair = scores[:, [left, right]]
+    gap = _smallest((pair[:, 0] - pair[:, 1]).abs())
+    below_best = _smallest(best - pair.amin(-1))
+    rivals = torch.cat([scores[0].topk(min(RIVALS, scores.shape[1])).indices, best.new_tensor([left, right]).long()])
+    finite = scores[:, rivals].isfinite().all(0)
+    table = scores[:, rivals][:, finite]
+    if table.numel() == 0:
+        return Check(gap, below_best, 0.0)
+    spread = float((table.amax(0) - table.amin(0)).max())
+    return Check(gap, below_best, SPREAD_FACTOR * spread + torch.finfo(target.dtype).eps * float(table.abs().max()))
+
+
+def _smallest(distances: Tensor) -> float:
+    return float(distances.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
+
+
+def _logits(target: HFTarget, prompt: Sequence[int], emitted: Sequence[int]) -> list[Tensor]:
+    """``[V]`` logits after the last token: prefilled whole, one pass per token, and in trees of several widths."""
+    tokens = [*prompt, *emitted]
+    whole = target.new_cache(1, len(tokens))
+    found = [target.extend([tokens], whole).logits[0, -1]]
+
+    cache = target.new_cache(1, len(tokens) + max(TREE_WIDTHS))
+    replayed = min(REPLAYED, len(emitted))
+    ahead = tokens[: len(tokens) - 1 - replayed]
+    if ahead:
+        target.extend([ahead], cache)
+    for token in tokens[len(ahead) : -1]:
+        target.extend([[token]], cache)
+    found += [_in_tree(target, cache, tokens[-1], width) for width in (1, *TREE_WIDTHS)]
+
+    cache = target.new_cache(1, len(tokens) + max(TREE_WIDTHS))
+    if len(tokens) > 1:
+        target.extend([tokens[:-1]], cache)
+    found += [_in_tree(target, cache, tokens[-1], width) for width in (1, *TREE_WIDTHS)]
+    return found
+
+
+def _in_tree(target: HFTarget, cache: KVCache, token: int, width: int) -> Tensor:
+    """``[V]`` logits at a tree's root, the other nodes being padding."""
+    nodes = torch.full((1, width), token, device=target.device)
+    parents = torch.full_like(nodes, PADDING)
+    parents[:, 0] = ROOT
+    return target.forward(TokenTree(nodes, parents), cache).logits[0, 0]
+
+
+def _scores(logits: Tensor, context: Sequence[int], params: SamplingParams) -> Tensor:
+    """``[K, V]`` what the deterministic policies take the argmax of."""
+    seen = None
+    if params.repetition_penalty != 1.0:
+        seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        seen[:, list(context)] = True
+    scores = filter_logits(logits, params, seen)
+    if params.greedy:
+        return scores
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    return scores + PositionNoise(derive_seed(params.seed, 0), vocabulary).gumbel(len(context))

@@ -1,0 +1,126 @@
+"""The least time a pass can take: bytes that must be read over the bandwidth they can be read with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.target import HFTarget
+from specdec.tree import ROOT, TokenTree
+
+CURVE_NODES = (1, 4, 8, 16, 32, 64)
+CURVE_CONTEXT = 512
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What bounds a pass.
+
+    Attributes:
+        bandwidth_gb_s: read bandwidth, 1e9 bytes per second.
+        weight_bytes: bytes of weights a pass reads.
+        kv_bytes_per_token: bytes of keys and values per cached token.
+    """
+
+    bandwidth_gb_s: float
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def floor_ms(self, context_tokens: float) -> float:
+        """Milliseconds to read the weights and that many cached tokens once."""
+        return (self.weight_bytes + self.kv_bytes_per_token * context_tokens) / self.bandwidth_gb_s / 1e6
+
+
+def measure_roofline(target: HFTarget) -> Roofline:
+    """The bounds of a target on this machine, with the threads in use."""
+    weights = weight_bytes(target.model)
+    return Roofline(measure_bandwidth(target.device, weights), weights, kv_bytes_per_token(target))
+
+
+def measure_bandwidth(device: torch.device, num_bytes: int, repeats: int = 5) -> float:
+    """Read bandwidth in GB/s: the best of a few reads of a buffer as large as the weights, 64 MiB to 1 GiB.
+
+    The size matters: what fits the last-level cache is read faster, weights as much as this buffer.
+    """
+    rows = max(64 * _MIB, min(num_bytes, 1024 * _MIB)) // (4 * 4096)
+    buffer, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
+    reads: tuple[Callable[[], Tensor], ...] = (buffer.sum, lambda: buffer @ vector)
+    best = min(_seconds(read, device) for _ in range(repeats + 1) for read in reads)
+    return buffer.nbytes / best / 1e9
+
+
+def _seconds(read: Callable[[], Tensor], device: torch.device) -> float:
+    _synchronise(device)
+    start = perf_counter()
+    read()
+    _synchronise(device)
+    return perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, shared storages once, less an input embedding table of its own.
+
+    Of such a table a pass reads a row per token; a table tied to the output head is read whole. Of a mixture of
+    experts all experts count, so that its fraction of the roofline is an upper bound.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    sizes = _storages([*model.parameters(), *model.buffers()])
+    if _storage_key(embedding) != _storage_key(head):
+        sizes.pop(_storage_key(embedding), None)
+    return sum(sizes.values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[Any, int]:
+    return {_storage_key(tensor): _num_bytes(tensor) for tensor in tensors if tensor.device.type != "meta"}
+
+
+def _storage_key(tensor: Tensor) -> Any:
+    # Packed layouts (oneDNN) have no storage to ask for.
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.untyped_storage().nbytes()
+    return tensor.numel() * tensor.element_size()
+
+
+@torch.inference_mode()
+def kv_bytes_per_token(target: HFTarget) -> int:
+    """Bytes of keys and values per token, all layers together."""
+    cache = target.new_cache(1, 1)
+    target.extend([[0]], cache)
+    return cache.num_bytes
+
+
+@torch.inference_mode()
+def latency_curve(target: HFTarget, repeats: int = 5) -> list[tuple[int, float]]:
+    """Pairs of tree nodes and median milliseconds of a pass, over 512 cached tokens or what the model's context has."""
+    nodes_list = [n for n in CURVE_NODES if target.max_context is None or n < target.max_context]
+    context = CURVE_CONTEXT
+    if target.max_context is not None:
+        context = max(1, min(context, target.max_context - nodes_list[-1]))
+    cache = target.new_cache(1, context + nodes_list[-1])
+    target.extend([[index % target.vocab_size for index in range(context)]], cache)
+    curve = []
+    for nodes in nodes_list:
+        tokens = torch.arange(nodes, device=target.device).unsqueeze(0) % target.vocab_size
+        parents = torch.zeros_like(tokens)
+        parents[:, 0] = ROOT
+        tree = TokenTree(tokens, parents)
+        target.forward(tree, cache)
+        times = sorted(_seconds(lambda tree=tree: target.forward(tree, cache).logits, target.device)  # type: ignore[misc]
+                       for _ in range(repeats))  # fmt: skip
+        curve.append((nodes, 1000.0 * times[len(times) // 2]))
+    return curve
