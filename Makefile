@@ -1,4 +1,4 @@
-# Python 3.11 or newer, and the folder of the virtual environment; both may be given: make test VENV=/tmp/venv
+# Python 3.11 or newer, and the folder of the virtual environment; both may be given: make test VENV=other
 PYTHON ?= python3
 VENV ?= .venv
 

@@ -39,7 +39,7 @@ class Check:
     """What the target says of two candidates for one position.
 
     Attributes:
-        gap: distance of their scores, the smallest of all computations; inf where one is excluded in all of them.
+        gap: distance of their scores, computed as plain decoding did; inf where one of them is excluded.
         below_best: distance of the lesser of them from the best score, likewise.
         bound: what rounding explains.
     """
@@ -101,11 +101,11 @@ def check_candidates(
     """
     logits = torch.stack(_logits(target, prompt, emitted))
     scores = _scores(logits, [*prompt, *emitted], params)  # [K, V]
-    best = scores.amax(-1)
-    pair = scores[:, [left, right]]
-    gap = _smallest((pair[:, 0] - pair[:, 1]).abs())
-    below_best = _smallest(best - pair.amin(-1))
-    rivals = torch.cat([scores[0].topk(min(RIVALS, scores.shape[1])).indices, best.new_tensor([left, right]).long()])
+    as_plain = scores[0]
+    gap = _distance(as_plain[left], as_plain[right])
+    below_best = _distance(as_plain.max(), torch.minimum(as_plain[left], as_plain[right]))
+    rivals = as_plain.topk(min(RIVALS, scores.shape[1])).indices
+    rivals = torch.cat([rivals, torch.tensor([left, right], device=rivals.device)])
     finite = scores[:, rivals].isfinite().all(0)
     table = scores[:, rivals][:, finite]
     if table.numel() == 0:
@@ -114,29 +114,23 @@ def check_candidates(
     return Check(gap, below_best, SPREAD_FACTOR * spread + torch.finfo(target.dtype).eps * float(table.abs().max()))
 
 
-def _smallest(distances: Tensor) -> float:
-    return float(distances.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
+def _distance(left: Tensor, right: Tensor) -> float:
+    return float((left - right).abs().nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def _logits(target: HFTarget, prompt: Sequence[int], emitted: Sequence[int]) -> list[Tensor]:
-    """``[V]`` logits after the last token: prefilled whole, one pass per token, and in trees of several widths."""
+    """``[V]`` logits after the last token, first as plain decoding computes them: a pass per token, at least of the
+    last ``REPLAYED``; then prefilled whole; both also in trees of several widths."""
     tokens = [*prompt, *emitted]
-    whole = target.new_cache(1, len(tokens))
-    found = [target.extend([tokens], whole).logits[0, -1]]
-
-    cache = target.new_cache(1, len(tokens) + max(TREE_WIDTHS))
-    replayed = min(REPLAYED, len(emitted))
-    ahead = tokens[: len(tokens) - 1 - replayed]
-    if ahead:
-        target.extend([ahead], cache)
-    for token in tokens[len(ahead) : -1]:
-        target.extend([[token]], cache)
-    found += [_in_tree(target, cache, tokens[-1], width) for width in (1, *TREE_WIDTHS)]
-
-    cache = target.new_cache(1, len(tokens) + max(TREE_WIDTHS))
-    if len(tokens) > 1:
-        target.extend([tokens[:-1]], cache)
-    found += [_in_tree(target, cache, tokens[-1], width) for width in (1, *TREE_WIDTHS)]
+    capacity = len(tokens) + max(TREE_WIDTHS)
+    ahead = max(len(prompt) - 1, len(tokens) - 1 - REPLAYED)
+    found = []
+    for chunks in ([tokens[:ahead], *([token] for token in tokens[ahead:-1])], [tokens[:-1]]):
+        cache = target.new_cache(1, capacity)
+        for chunk in filter(None, chunks):
+            target.extend([chunk], cache)
+        found += [_in_tree(target, cache, tokens[-1], width) for width in (1, *TREE_WIDTHS)]
+    found.append(target.extend([tokens], target.new_cache(1, capacity)).logits[0, -1])
     return found
 
 

@@ -16,7 +16,7 @@ RESAMPLES = 2000
 
 
 def summarise(runs: Sequence[Run], roofline: Roofline, seed: int = 0) -> Summary:
-    """Figures by label, overall and per category; both in the order of the runs."""
+    """Figures by label, plain decoding first, overall and per category; categories in the order of the runs."""
     categories: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         categories[run.category].append(run)
@@ -112,9 +112,7 @@ _Turns = dict[int, tuple[int, float]]
 """Turn -> tokens emitted and milliseconds."""
 
 
-def _rates(
-    runs: Sequence[Run], milliseconds: Callable[[Run], float]
-) -> dict[tuple[tuple[int, ...], int], _Turns]:
+def _rates(runs: Sequence[Run], milliseconds: Callable[[Run], float]) -> dict[tuple[tuple[int, ...], int], _Turns]:
     found: dict[tuple[tuple[int, ...], int], _Turns] = defaultdict(dict)
     for run in runs:
         found[run.question_ids, run.repeat][run.turn] = (run.emitted, milliseconds(run))

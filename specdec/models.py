@@ -179,7 +179,7 @@ def _load(path: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote
             raise ValueError(f"{path} is a file: give the folder it is in, or a .gguf file")
         try:
             model, tokenizer, missing = read_gguf(path, dtype)
-        except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        except Exception as error:  # a damaged header fails wherever its bytes are used, struct.error among others
             raise ValueError(f"{path} cannot be loaded: {error}") from error
     else:
         check_folder(path, allow_pickle)
@@ -247,19 +247,17 @@ def _reject_hopeless(name: str) -> None:
     """Raise without asking the hub where a name is a path or an alias misspelt."""
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or "\\" in name or name.count("/") > 1:
         raise ModelNotFoundError(f"{name!r} does not exist")
-    if difflib.get_close_matches(name, ALIASES, n=1):
+    if difflib.get_close_matches(name.lower(), ALIASES, n=1):
         raise ModelNotFoundError(_unknown(name))
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown model {name!r}{hint} (aliases: {', '.join(sorted(ALIASES))}; or a folder, .gguf file or hub id)"
 
 
-def _download(
-    name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None] | None
-) -> Path:
+def _download(name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None] | None) -> Path:
     """The folder of a hub model in the hub's own cache, fetched where needed; one quick question asked first."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError

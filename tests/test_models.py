@@ -33,7 +33,8 @@ def tiny(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "tiny"
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -268,7 +269,7 @@ def test_a_second_converter_leaves_the_first_ones_folder(fake_wheel: list[Path],
 
 def test_a_cache_that_cannot_be_written_is_named(fake_wheel: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write to .*pass another cache_dir"):
+    with pytest.raises(ValueError, match=r"cannot write to .*pass another cache_dir"):
         load_model("smollm2", cache_dir=tmp_path / "file")
 
 

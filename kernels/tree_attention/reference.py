@@ -19,7 +19,7 @@ def tree_attention(
     compute = torch.promote_types(query.dtype, torch.float32)
     batch_size, num_heads, num_nodes, _ = query.shape
     group = num_heads // keys.shape[1]
-    packed = query.to(compute).unflatten(1, (keys.shape[1], group))  # [B, H_kv, G, n, d]
+    packed = query.to(compute).reshape(batch_size, keys.shape[1], group, num_nodes, -1)  # [B, H_kv, G, n, d]
     scores = packed @ keys.to(compute).unsqueeze(2).transpose(-1, -2) * scale  # [B, H_kv, G, n, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 COMMANDS = {
+    "bench": "specdec.cli.bench:bench",
     "chat": "specdec.cli.chat:chat",
     "demo": "specdec.cli.demo:demo",
     "generate": "specdec.cli.generate:generate",

@@ -1,0 +1,141 @@
+"""``specdec bench mt-bench``: plain decoding and drafters on MT-Bench's questions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from specdec.benchmarks.settings import DrafterSpec
+
+
+@click.command("mt-bench")
+@click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
+@click.option("-d", "--drafter", "drafters", multiple=True, default=("auto",), help="Drafter to measure; repeatable.")
+@click.option("-o", "options", multiple=True, metavar="DRAFTER.NAME=VALUE", help="Drafter option; repeatable.")
+@click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")
+@click.option("--limit", type=click.IntRange(min=1), help="So many questions, spread evenly over the categories.")
+@click.option("--turns", type=click.IntRange(1, 2), default=2, show_default=True, help="Turns of each question.")
+@click.option("-t", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Per turn.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at a time.")
+@click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Times to run everything.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and of the intervals.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
+@click.option("--verifier", default="auto", show_default=True, help="Acceptance policy; see `specdec list`.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page there.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same --json.")
+def mt_bench(
+    model: str,
+    drafters: tuple[str, ...],
+    options: tuple[str, ...],
+    questions: Path | None,
+    limit: int | None,
+    turns: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    repeat: int,
+    seed: int,
+    threads: int | None,
+    verifier: str,
+    json_path: Path | None,
+    html_path: Path | None,
+    resume: bool,
+) -> None:
+    """Measure how much faster drafters make MODEL, against plain decoding of it in the same process.
+
+    Every text is compared with plain decoding's. Where they differ by more than rounding explains, no speed-up is
+    printed and the exit status is 1.
+    """
+    import torch
+
+    from specdec.benchmarks.agreement import AgreementError
+    from specdec.benchmarks.mt_bench import run_mt_bench
+    from specdec.benchmarks.questions import load_questions
+    from specdec.benchmarks.settings import Settings
+    from specdec.cli.bench.screen import Screen, report
+    from specdec.cli.console import note, slow_status
+
+    if resume and json_path is None:
+        raise ValueError("--resume needs --json, the file the interrupted run was to write")
+    for path in (json_path, html_path):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} to")
+    specs = make_specs(drafters, options)
+    found = load_questions(questions)
+    found = found if limit is None else found.limit(limit)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with slow_status(f"loading {model}") as say:
+        from specdec.models import load_model
+        from specdec.target import HFTarget
+
+        loaded = load_model(model, dtype=dtype, device=device, progress=say)
+        target = HFTarget(loaded.model)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model!r} has no tokenizer: questions are text")
+    settings = Settings(
+        model=model, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device), drafters=specs,
+        turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, repeat=repeat,
+        seed=seed, verifier=verifier,
+    )  # fmt: skip
+    note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
+    try:
+        with Screen() as screen:
+            result = run_mt_bench(
+                target, loaded.tokenizer, settings, found, out=json_path, resume=resume, progress=screen.show,
+                command=sys.argv,
+            )  # fmt: skip
+    except AgreementError as error:
+        raise click.ClickException(f"refused: {error}") from error
+    except KeyboardInterrupt:
+        if json_path is not None:
+            note("interrupted; the same command with --resume goes on")
+        raise
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(report(result))
+    if json_path is not None:
+        note(f"wrote {json_path}")
+    if html_path is not None:
+        from specdec.benchmarks.report import write_html
+
+        write_html(result.to_json(), html_path)
+        note(f"wrote {html_path}")
+
+
+def make_specs(drafters: Sequence[str], options: Sequence[str]) -> tuple[DrafterSpec, ...]:
+    """Drafters from names and ``drafter.option=value`` texts; "none" is left out, as plain decoding always runs.
+
+    Raises:
+        ValueError: for an unknown drafter, an option of a drafter that does not run, or one the drafter refuses.
+    """
+    from specdec.benchmarks.schema import PLAIN
+    from specdec.benchmarks.settings import DrafterSpec
+    from specdec.cli.options import split_assignments
+    from specdec.registry import AUTO_DRAFTER, create_drafter, unknown
+
+    chosen: dict[str, dict[str, str]] = {name: {} for name in drafters if name != PLAIN}
+    for key, value in split_assignments(tuple(options)).items():
+        drafter, dot, option = key.partition(".")
+        if not dot:
+            raise ValueError(f"-o takes DRAFTER.NAME=VALUE here, got {key}={value!s}")
+        if drafter not in chosen:
+            raise ValueError(unknown("drafter of -o", drafter, chosen))
+        chosen[drafter][option] = value
+    specs = []
+    for name, values in chosen.items():
+        name = AUTO_DRAFTER if name == "auto" else name
+        create_drafter(name, values)
+        specs.append(DrafterSpec(name, name, dict(values)))
+    return tuple(specs)
