@@ -2,8 +2,8 @@
 
 A pass over several nodes sums in another order than a pass over one, so two scores that are nearly equal may change
 places. How near is measured where it happens: the scores of the position are computed again through passes of
-different width, and the largest change seen, doubled because each candidate may be off by as much, plus the rounding of
-the scores themselves, bounds the gap that is no error.
+different width, and the largest change seen of a gap between scores, times ``SPREAD_FACTOR``, plus one rounding step of
+the largest score, bounds the gap that is no error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from specdec.sampling import PositionNoise, SamplingParams, derive_seed, filter_
 from specdec.target import HFTarget
 from specdec.tree import PADDING, ROOT, TokenTree
 
-SPREAD_FACTOR = 2.0
-"""Either candidate's score may be off by the spread, in opposite directions."""
+SPREAD_FACTOR = 1.5
+"""The computations are a sample: what the run computed may lie outside of what they span."""
 RIVALS = 64
-"""Best tokens whose scores the spread is taken over: two candidates alone may agree by chance."""
+"""Best tokens whose gaps to plain decoding's choice are watched: those of two candidates may agree by chance."""
 TREE_WIDTHS = (8, 32)
 """Nodes of the padded trees."""
 REPLAYED = 32
-"""Last tokens that one of the computations caches one pass each, as plain decoding did."""
+"""Last new tokens that some of the computations cache one pass each, as plain decoding did."""
 
 
 class AgreementError(RuntimeError):
@@ -95,8 +95,8 @@ def check_candidates(
         target: the model.
         prompt: token ids.
         emitted: new token ids both texts share.
-        left: one candidate.
-        right: the other.
+        left: plain decoding's token.
+        right: the run's.
         params: sampling parameters, with the seed the texts were drawn with; the first completion's noise is used.
     """
     logits = torch.stack(_logits(target, prompt, emitted))
@@ -106,12 +106,13 @@ def check_candidates(
     below_best = _distance(as_plain.max(), torch.minimum(as_plain[left], as_plain[right]))
     rivals = as_plain.topk(min(RIVALS, scores.shape[1])).indices
     rivals = torch.cat([rivals, torch.tensor([left, right], device=rivals.device)])
-    finite = scores[:, rivals].isfinite().all(0)
-    table = scores[:, rivals][:, finite]
-    if table.numel() == 0:
+    gaps = scores[:, rivals] - scores[:, [left]]  # [K, R]
+    watched = gaps.isfinite().all(0)
+    if not bool(watched.any()):
         return Check(gap, below_best, 0.0)
-    spread = float((table.amax(0) - table.amin(0)).max())
-    return Check(gap, below_best, SPREAD_FACTOR * spread + torch.finfo(target.dtype).eps * float(table.abs().max()))
+    spread = float((gaps.amax(0) - gaps.amin(0))[watched].max())
+    largest = float(scores[:, rivals[watched]].abs().max())
+    return Check(gap, below_best, SPREAD_FACTOR * spread + torch.finfo(target.dtype).eps * largest)
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

@@ -78,7 +78,8 @@ class RecyclingDrafter(Drafter):
         self._table = torch.empty(0, 0, dtype=torch.int64)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
-        self._table = torch.full((target.vocab_size, self.config.candidates), -1, device=target.device)
+        candidates = min(self.config.candidates, target.vocab_size)
+        self._table = torch.full((target.vocab_size, candidates), -1, device=target.device)
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         if not self.config.keep_between_calls:
@@ -91,7 +92,7 @@ class RecyclingDrafter(Drafter):
 
     def propose(self, batch: Batch) -> TokenTree:
         depth = min(self.config.depth, max(row.max_depth for row in batch.rows))
-        template = tree_template(self.config.max_nodes, max(depth, 0), self.config.candidates) if depth > 0 else ()
+        template = tree_template(self.config.max_nodes, depth, self._table.shape[1]) if depth > 0 else ()
         tokens = [batch.pending.to(self._table.device).unsqueeze(1)]
         for level in range(1, depth + 1):
             start = sum(part.shape[1] for part in tokens[:-1])  # first column of the level above
@@ -109,5 +110,5 @@ class RecyclingDrafter(Drafter):
 
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         valid = tree.valid if tree.virtual is None else tree.valid & ~tree.virtual
-        best: Tensor = output.logits[valid].topk(self.config.candidates, dim=-1).indices
+        best: Tensor = output.logits[valid].topk(self._table.shape[1], dim=-1).indices
         self._table[tree.tokens[valid]] = best

@@ -102,7 +102,7 @@ class SuffixAutomaton:
         """Follow a text that is not part of the automaton: state and length of its longest known suffix."""
         while state > 0 and token not in self.next[state]:
             state = self.link[state]
-            matched = self.length[state]
+            matched = min(matched, self.length[state])  # the state may have been split since it was reached
         target = self.next[state].get(token)
         return (0, 0) if target is None else (target, matched + 1)
 

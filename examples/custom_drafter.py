@@ -49,8 +49,10 @@ class BigramDrafter(Drafter):
 
 
 if __name__ == "__main__":
-    prompt = [{"role": "user", "content": "Count from one to twenty in words, one number per line."}]
-    result = SpecDecoder("smollm2", BigramDrafter()).chat(prompt, max_new_tokens=64)
-    plain = SpecDecoder("smollm2", "none").chat(prompt, max_new_tokens=64)
+    prompt = [
+        {"role": "user", "content": "Write Python functions add, subtract, multiply and divide, each with a docstring."}
+    ]
+    result = SpecDecoder("smollm2", BigramDrafter()).chat(prompt, max_new_tokens=96)
+    plain = SpecDecoder("smollm2", "none").chat(prompt, max_new_tokens=96)
     print(result.text)
     print(f"{result.stats.tau:.2f} tokens per target pass; same text as without: {result.text == plain.text}")

@@ -135,7 +135,8 @@ class TokenTree:
         """
         position = torch.full_like(self.parents, PADDING)
         order = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
-        position.scatter_(1, columns, torch.where(keep, order, position.gather(1, columns)))
+        # amax: a column that is not kept may repeat one that is, to fill a shorter row.
+        position.scatter_reduce_(1, columns, torch.where(keep, order, PADDING), "amax")
         old_parents = self.parents.gather(1, columns)
         parents = torch.where(old_parents >= 0, position.gather(1, old_parents.clamp(min=0)), old_parents)
         rows = torch.arange(self.batch_size, device=columns.device).unsqueeze(1)
@@ -154,7 +155,7 @@ class TokenTree:
 
     def compact(self) -> TokenTree:
         """Move padding to the end and drop columns that are padding in every row."""
-        return self._keep_nodes(self.valid, force=not bool(self.valid[:, -1].any()))
+        return self._keep_nodes(self.valid, force=not bool(self.valid.all()))
 
     def _keep_nodes(self, keep: Tensor, force: bool = False) -> TokenTree:
         if not force and torch.equal(keep, self.valid):

@@ -46,10 +46,12 @@ class TypicalVerifier(Verifier):
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
         num_rows, num_nodes = tree.tokens.shape
+        # What padding and virtual nodes hold is ignored; the root's token is a valid index that is seen anyway.
+        tokens = torch.where(tree.acceptable, tree.tokens, tree.tokens[:, :1])
         seen = None
         if batch.seen is not None:
             on_path = torch.zeros(num_rows, num_nodes, batch.vocab_size, dtype=torch.bool, device=logits.device)
-            held = torch.where(tree.ancestors, tree.tokens.unsqueeze(1), tree.tokens[:, :1].unsqueeze(1))
+            held = torch.where(tree.ancestors, tokens.unsqueeze(1), tokens[:, :1].unsqueeze(1))
             seen = (batch.seen.unsqueeze(1) | on_path.scatter_(2, held, True)).flatten(0, 1)
         flat = log_probs(logits.flatten(0, 1), batch.params, seen)
         logp = flat.view(num_rows, num_nodes, -1)
@@ -58,7 +60,7 @@ class TypicalVerifier(Verifier):
 
         parents = tree.parents.clamp(min=0)
         rows = torch.arange(num_rows, device=logits.device).unsqueeze(1)
-        own = logp[rows, parents, tree.tokens]  # log p of each node's token at its parent
+        own = logp[rows, parents, tokens]  # log p of each node's token at its parent
         passes = tree.acceptable & (own > threshold.gather(1, parents))
         passes[:, 0] = True
         ancestors = tree.ancestors
@@ -66,10 +68,13 @@ class TypicalVerifier(Verifier):
         own = own.masked_fill(~passes, 0.0)
         own[:, 0] = 0.0
         joint = (ancestors * own.unsqueeze(1)).sum(-1)
-        rank = torch.where(accepted, tree.depth * 1e6 + joint.clamp(min=-1e5), -torch.inf)
-        ends = rank.argmax(1).tolist()
+        # Float64, or the depth's share of the sum would round the probabilities away.
+        rank = torch.where(accepted, tree.depth * 1e6 + joint.double().clamp(min=-1e5), -torch.inf)
+        best = rank.argmax(1)
+        ends = best.tolist()
 
-        failed = logp[:, 0].isnan().any(-1).tolist()
+        # NaN at an inner node accepts none of its children, so only where a path ends is there anything to see.
+        failed = logp[rows[:, 0], best].isnan().any(-1).tolist()
         nodes = [ancestors[index, end].nonzero().squeeze(1).tolist() for index, end in enumerate(ends)]
         bonus = []
         for index, (row, end) in enumerate(zip(batch.rows, ends, strict=True)):

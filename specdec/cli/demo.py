@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from specdec.prompts import Message
     from specdec.result import GenerationResult
 
-QUESTION = "List the twelve months of the year, one per line, each with its number of days."
+QUESTION = "Write Python functions add, subtract, multiply and divide, each with a docstring."
+"""Its answer repeats its own shape, which suits drafters; MT-Bench has the representative numbers."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class TimedRun:
 def demo(max_new_tokens: int, repeats: int, options: ModelOptions) -> None:
     """Answer one question, then time the same answer with and without speculation.
 
-    Runs alternate, and each has a new drafter, so that none profits from having seen the answer. The line at the end
-    has medians; a ratio below 1 means that speculation was slower.
+    Runs alternate, and each has a new drafter, so that none profits from having seen the answer. The question was
+    chosen to suit drafting, so other texts gain less. The line at the end has medians; a ratio below 1 means that
+    speculation was slower.
     """
     decoder = load_decoder(options)
     messages = [{"role": "user", "content": QUESTION}]

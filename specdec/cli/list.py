@@ -85,7 +85,7 @@ def default_of(option: Field[Any]) -> Any:
 def first_sentence(cls: type[Any]) -> str:
     """A class's docstring up to the end of its first sentence."""
     paragraph = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-    return re.split(r"(?<=\.)\s", paragraph)[0]
+    return re.split(r"(?<=\.)\s(?=[A-Z])", paragraph)[0]
 
 
 def attribute_docs(cls: type[Any]) -> dict[str, str]:

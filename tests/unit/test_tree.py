@@ -1,0 +1,266 @@
+"""Token trees: structure against plain Python, and what restructuring must preserve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specdec.tree import PADDING, ROOT, TokenTree, TreeBuilder
+
+VOCAB = 1000
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> TokenTree:
+    """Batches of random trees with padding anywhere but in front, some with virtual nodes.
+
+    Every node has its own token, also written to its embedding and draft distribution, so that nodes can be told apart.
+    """
+    num_rows, num_nodes = draw(st.integers(1, 3)), draw(st.integers(1, 10))
+    parents, virtual = [], []
+    for _ in range(num_rows):
+        row = [ROOT]
+        for column in range(1, num_nodes):
+            row.append(draw(st.sampled_from([PADDING, *(c for c in range(column) if row[c] != PADDING)])))
+        parents.append(row)
+        virtual.append([False, *(draw(st.booleans()) for _ in row[1:])])
+    tokens = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    tokens = tokens[: num_rows * num_nodes].view(num_rows, num_nodes)
+    label = tokens.float().unsqueeze(-1)
+    if draw(st.booleans()):
+        return TokenTree(tokens, torch.tensor(parents), draft_log_probs=label)
+    return TokenTree(tokens, torch.tensor(parents), torch.tensor(virtual), label, label)
+
+
+def path_of(parents: list[int], column: int) -> list[int]:
+    """Columns from a node up to the root, itself first."""
+    path = [column]
+    while parents[path[-1]] >= 0:
+        path.append(parents[path[-1]])
+    return path
+
+
+def nodes_of(tree: TokenTree) -> list[list[tuple[tuple[int, ...], bool]]]:
+    """Per row, in order: each node's path of tokens and whether it is virtual; its payload is checked on the way."""
+    rows = []
+    for row, parents in enumerate(tree.parents.tolist()):
+        nodes = []
+        for column, parent in enumerate(parents):
+            if parent == PADDING:
+                continue
+            path = tuple(int(tree.tokens[row, c]) for c in path_of(parents, column))
+            virtual = tree.virtual is not None and bool(tree.virtual[row, column])
+            for payload in (tree.embeddings, tree.draft_log_probs):
+                assert payload is None or payload[row, column].tolist() == [path[0]]
+            nodes.append((path, virtual))
+        rows.append(nodes)
+    return rows
+
+
+@given(trees())
+def test_ancestors_and_depth_equal_a_walk_up_the_parents(tree: TokenTree) -> None:
+    for row, parents in enumerate(tree.parents.tolist()):
+        for column in range(tree.num_nodes):
+            path = path_of(parents, column)
+            assert tree.ancestors[row, column].nonzero().flatten().tolist() == sorted(path)
+            assert int(tree.depth[row, column]) == len(path) - 1
+
+
+def test_ancestors_reach_the_root_of_a_long_chain() -> None:
+    for length in (2, 3, 64, 65, 100):
+        tree = TokenTree(torch.zeros(1, length, dtype=torch.int64), torch.arange(-1, length - 1).unsqueeze(0))
+
+        assert torch.equal(tree.ancestors[0], torch.ones(length, length).tril().bool())
+        assert tree.depth[0].tolist() == list(range(length))
+
+
+@given(trees())
+def test_acceptable_nodes_are_neither_root_padding_nor_virtual(tree: TokenTree) -> None:
+    for row, parents in enumerate(tree.parents.tolist()):
+        for column, parent in enumerate(parents):
+            virtual = tree.virtual is not None and bool(tree.virtual[row, column])
+            assert bool(tree.acceptable[row, column]) == (parent >= 0 and not virtual)
+    assert tree.num_drafted.tolist() == tree.acceptable.sum(1).tolist()
+    depths = [int(depth) for depth in tree.depth[tree.acceptable]]
+    assert tree.max_depth == max(depths, default=0)
+
+
+@given(trees())
+def test_well_formed_trees_validate(tree: TokenTree) -> None:
+    tree.validate(VOCAB)
+
+
+@given(trees())
+def test_values_at_padding_and_virtual_nodes_are_not_looked_at(tree: TokenTree) -> None:
+    ignored = ~tree.acceptable
+    ignored[:, 0] = False
+
+    replace(tree, tokens=tree.tokens.masked_fill(ignored, -12345)).validate(VOCAB)
+
+
+def tree_of(parents: list[list[int]], tokens: list[list[int]] | None = None) -> TokenTree:
+    """A tree with these parents; tokens are 0 unless given."""
+    return TokenTree(torch.tensor(tokens) if tokens else torch.zeros_like(torch.tensor(parents)), torch.tensor(parents))
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([[ROOT, 0], [0, 0]], "row 1, node 0 has parent 0: the root"),
+        ([[PADDING, 0]], "row 0, node 0 has parent -2"),
+        ([[ROOT, ROOT]], "row 0, node 1 has parent -1"),
+        ([[ROOT, 0, 2]], "row 0, node 2 has parent 2"),
+        ([[ROOT, 2, 0]], "row 0, node 1 has parent 2"),
+        ([[ROOT, 0], [ROOT, -3]], "row 1, node 1 has parent -3"),
+        ([[ROOT, PADDING, 1]], "row 0, node 2 hangs on padding node 1"),
+    ],
+)
+def test_broken_structure_is_named_by_row_and_node(parents: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tree_of(parents).validate(VOCAB)
+
+
+@pytest.mark.parametrize("token", [-1, 5, 10**9])
+@pytest.mark.parametrize("column", [0, 2])
+def test_tokens_outside_the_vocabulary_are_named(token: int, column: int) -> None:
+    tokens = [[0, 0, 0], [0, 0, 0]]
+    tokens[1][column] = token
+
+    with pytest.raises(ValueError, match=f"row 1, node {column} holds token {token}, outside the vocabulary of 5"):
+        tree_of([[ROOT, 0, 0]] * 2, tokens).validate(5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": torch.zeros(2, dtype=torch.int64), "parents": torch.zeros(2, dtype=torch.int64)}, r"\[B, N\]"),
+        ({"tokens": torch.zeros(1, 2), "parents": torch.zeros(1, 3)}, r"got \(1, 2\) and \(1, 3\)"),
+        ({"tokens": torch.zeros(1, 0), "parents": torch.zeros(1, 0)}, "N >= 1"),
+        ({"tokens": torch.zeros(1, 1), "parents": torch.zeros(1, 1), "virtual": torch.zeros(1, 1)}, "need embeddings"),
+        ({"tokens": torch.zeros(1, 1), "parents": torch.zeros(1, 1), "siblings": "with_replacement"}, "draft_log_p"),
+    ],
+)
+def test_inconsistent_parts_are_refused_at_construction(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenTree(**arguments)
+
+
+@given(trees(), st.data())
+def test_limit_depth_drops_deeper_nodes_and_nothing_else(tree: TokenTree, data: st.DataObject) -> None:
+    limits = data.draw(st.lists(st.integers(0, 9), min_size=tree.batch_size, max_size=tree.batch_size))
+
+    limited = tree.limit_depth(torch.tensor(limits))
+
+    limited.validate(VOCAB)
+    expected = [[n for n in row if len(n[0]) - 1 <= limit] for row, limit in zip(nodes_of(tree), limits, strict=True)]
+    assert nodes_of(limited) == expected
+    if expected == nodes_of(tree):
+        assert limited is tree
+    else:
+        assert limited.num_nodes == max(len(row) for row in expected)
+
+
+@given(trees())
+def test_compact_keeps_every_node_in_order_and_the_fewest_columns(tree: TokenTree) -> None:
+    compacted = tree.compact()
+
+    compacted.validate(VOCAB)
+    assert nodes_of(compacted) == nodes_of(tree)
+    assert compacted.num_nodes == max(len(row) for row in nodes_of(tree))
+    for row, nodes in enumerate(nodes_of(tree)):
+        assert compacted.valid[row].tolist() == [column < len(nodes) for column in range(compacted.num_nodes)]
+
+
+@given(trees(), st.data())
+def test_select_keeps_the_chosen_subtree(tree: TokenTree, data: st.DataObject) -> None:
+    chosen: list[list[int]] = []
+    for parents in tree.parents.tolist():
+        columns = {0}
+        for column, parent in enumerate(parents):
+            if parent in columns and data.draw(st.booleans()):
+                columns.add(column)
+        chosen.append(sorted(columns))
+    width = max(len(columns) for columns in chosen)
+    keep = torch.tensor([[place < len(columns) for place in range(width)] for columns in chosen])
+    columns = torch.tensor([columns + [0] * (width - len(columns)) for columns in chosen])
+
+    selected = tree.select(columns, keep)
+
+    selected.validate(VOCAB)
+    expected = []
+    for row, parents in enumerate(tree.parents.tolist()):
+        tokens = tree.tokens[row].tolist()
+        expected.append([tuple(tokens[c] for c in path_of(parents, column)) for column in chosen[row]])
+    assert [[path for path, _ in row] for row in nodes_of(selected)] == expected
+
+
+def test_from_rows_pads_shorter_rows_at_the_end() -> None:
+    rows = [TreeBuilder(7, 4), TreeBuilder(8, 4)]
+    rows[0].add_path([1, 2])
+
+    tree = TokenTree.from_rows(rows)
+
+    assert tree.tokens[:, 0].tolist() == [7, 8]
+    assert tree.parents.tolist() == [[ROOT, 0, 1], [ROOT, PADDING, PADDING]]
+    assert tree.num_drafted.tolist() == [2, 0]
+
+
+def test_from_pending_is_one_root_per_row() -> None:
+    tree = TokenTree.from_pending(torch.tensor([4, 5]))
+
+    assert (tree.tokens.tolist(), tree.parents.tolist()) == ([[4], [5]], [[ROOT], [ROOT]])
+    assert tree.max_depth == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=8), st.integers(1, 12))
+def test_builder_is_the_trie_of_its_paths_cut_at_the_budget(paths: list[list[int]], max_nodes: int) -> None:
+    builder = TreeBuilder(9, max_nodes)
+    trie: list[tuple[int, ...]] = [()]
+    for path in paths:
+        builder.add_path(path)
+        for length in range(1, len(path) + 1):
+            prefix = tuple(path[:length])
+            if prefix not in trie:
+                if len(trie) == max_nodes:
+                    break
+                trie.append(prefix)
+
+    tree = TokenTree.from_rows([builder])
+
+    tree.validate(10)
+    built = [tuple(int(tree.tokens[0, c]) for c in path_of(builder.parents, column)[-2::-1]) for column in
+             range(tree.num_nodes)]  # fmt: skip
+    assert built == trie
+    assert builder.full == (len(trie) >= max_nodes)
+
+
+def test_builder_finds_existing_nodes_even_when_full() -> None:
+    builder = TreeBuilder(0, 2)
+
+    assert builder.add(0, 5) == 1
+    assert builder.add(0, 5) == 1
+    assert builder.add(0, 6) is None
+    assert builder.add(1, 5) is None
+
+
+def test_builder_without_room_for_the_root_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_nodes must be at least 1"):
+        TreeBuilder(0, 0)
+
+
+def test_moving_to_a_device_keeps_every_part() -> None:
+    label: Tensor = torch.arange(3.0).view(1, 3, 1)
+    tree = TokenTree(
+        torch.arange(3).unsqueeze(0), torch.tensor([[ROOT, 0, 1]]), torch.tensor([[False, False, True]]), label, label
+    )
+
+    assert nodes_of(tree.to("cpu")) == nodes_of(tree) == [[((0,), False), ((1, 0), False), ((2, 1, 0), True)]]
+    meta = tree.to("meta")
+    parts = (meta.tokens, meta.parents, meta.virtual, meta.embeddings, meta.draft_log_probs)
+    assert all(part is not None and part.is_meta for part in parts)
