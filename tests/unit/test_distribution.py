@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from unit_rows import make_row
+from unit_rows import SAMPLING, make_row
 
 from specdec.batch import Batch, Row
 from specdec.sampling import PositionNoise, SamplingParams, derive_seed, log_probs
@@ -38,7 +38,7 @@ PENDING = 0
 EXACT = 1e-12
 """Float64 rounding of a few hundred additions and products of numbers below 1 stays two orders below."""
 SIGNIFICANCE = 1e-3
-"""Chance that a correct generator fails a statistical test; seeds are fixed, so it was settled when they were chosen."""
+"""Chance that a correct generator fails a statistical test; seeds are fixed, so reruns agree."""
 
 
 class Chance:
@@ -132,7 +132,7 @@ class Models:
     target: Model
     draft: Model
     vocab_size: int
-    params: SamplingParams = SamplingParams(temperature=1.0)
+    params: SamplingParams = SAMPLING
 
     def log_probs(self, model: Model, context: Context) -> Tensor:
         """Log-probabilities ``[V]`` after the sampling parameters."""
@@ -458,7 +458,9 @@ def test_coupled_pairs_of_tokens_follow_the_targets_joint_law() -> None:
             counts[first, follower] += 1
 
     assert int(counts.sum()) == seeds * positions // 2
-    assert_law(counts.flatten(), torch.tensor([models.joint(2)[pair] for pair in itertools.product(range(5), repeat=2)]))
+    assert_law(
+        counts.flatten(), torch.tensor([models.joint(2)[pair] for pair in itertools.product(range(5), repeat=2)])
+    )
 
 
 def test_coupled_single_tokens_follow_the_target_over_positions_and_seeds() -> None:
@@ -526,7 +528,7 @@ def test_decision_numbers_are_uniform_over_positions_and_draws_and_never_0_or_1(
     noise = PositionNoise(5, INDEX)
     values = np.array([[noise.uniform(position, draw) for draw in range(8)] for position in range(500)])
 
-    assert 0 < values.min()
+    assert values.min() > 0
     assert values.max() < 1
     assert stats.kstest(values.ravel(), "uniform").pvalue > SIGNIFICANCE
     assert stats.kstest(values[:, 7], "uniform").pvalue > SIGNIFICANCE
@@ -547,9 +549,7 @@ def test_noise_at_different_positions_is_independent(distance: int) -> None:
 
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (1, 2), (0, 2**32), (3, 3 + 2**63)])
 def test_noise_of_different_seeds_is_independent(left: int, right: int) -> None:
-    assert_independent(
-        uniforms(PositionNoise(left, INDEX).gumbel(4)), uniforms(PositionNoise(right, INDEX).gumbel(4))
-    )
+    assert_independent(uniforms(PositionNoise(left, INDEX).gumbel(4)), uniforms(PositionNoise(right, INDEX).gumbel(4)))
 
 
 def test_noise_of_neighbouring_tokens_is_independent() -> None:
@@ -567,7 +567,7 @@ def test_streams_of_a_position_are_independent(left: str, right: str) -> None:
 
 def test_decision_numbers_are_independent_of_the_bonus_and_draft_noise() -> None:
     noise = PositionNoise(10, torch.arange(2))
-    positions = range(4096)
+    positions = range(2048)
     decisions = np.array([noise.uniform(position, 0) for position in positions])
 
     assert_independent(decisions, np.array([noise.uniform(position, 1) for position in positions]))

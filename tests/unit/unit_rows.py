@@ -31,6 +31,8 @@ def make_row(
     )
 
 
-def make_batch(rows: Sequence[Sequence[int]], vocab_size: int, params: SamplingParams = SAMPLING, seed: int = 0) -> Batch:
+def make_batch(
+    rows: Sequence[Sequence[int]], vocab_size: int, params: SamplingParams = SAMPLING, seed: int = 0
+) -> Batch:
     """A batch of rows with these prompts."""
     return Batch([make_row(tokens, vocab_size, params, seed) for tokens in rows], vocab_size)
