@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint results wheel clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## install what is needed and show specdec at work on a small model
 	$(BIN)/specdec demo
@@ -20,6 +20,9 @@ test: lint ## lint, then run the tests
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+results: $(STAMP) ## rebuild the tables of README and docs from benchmarks/results/
+	$(BIN)/python -m specdec.benchmarks.tables
 
 wheel: $(STAMP) ## build dist/specdec-*.whl
 	$(BIN)/python -m build --wheel

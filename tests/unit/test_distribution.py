@@ -142,7 +142,7 @@ class Models:
 
     def joint(self, length: int) -> dict[Context, float]:
         """The target's own probability of every continuation of some length."""
-        law = {(): 1.0}
+        law: dict[Context, float] = {(): 1.0}
         for _ in range(length):
             law = {
                 (*context, token): mass * chance
@@ -183,7 +183,8 @@ def draft_tree(
 
 def contexts_of(tree: TokenTree, row: int = 0) -> list[Context]:
     """What follows the prompt at every node."""
-    tokens, contexts = tree.tokens[row].tolist(), []
+    tokens = tree.tokens[row].tolist()
+    contexts: list[Context] = []
     for column, parent in enumerate(tree.parents[row].tolist()):
         contexts.append((*contexts[parent], tokens[column]) if parent >= 0 else ())
     return contexts
@@ -380,7 +381,7 @@ def tied(model: Model) -> Model:
     return lambda context: model(context).clamp(-1, 1).round()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), num_nodes=st.integers(1, 12), vocab_size=st.integers(2, 6), ties=st.booleans())
 def test_greedy_emits_the_targets_most_probable_text_for_any_tree(
     seed: int, num_nodes: int, vocab_size: int, ties: bool
@@ -401,7 +402,7 @@ def test_greedy_emits_the_targets_most_probable_text_for_any_tree(
         assert tokens not in held, "the walk stopped although a child held its choice"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), num_nodes=st.integers(1, 12), vocab_size=st.integers(2, 6))
 def test_coupled_choices_depend_on_position_and_context_but_not_on_the_tree(
     seed: int, num_nodes: int, vocab_size: int

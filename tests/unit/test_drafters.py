@@ -37,7 +37,8 @@ def started(drafter: Drafter, batch: Batch) -> Drafter:
 def paths_of(tree: TokenTree, row: int = 0) -> list[tuple[int, ...]]:
     """Token paths of a row's nodes in order of its columns, the root's left out."""
     tree.validate(VOCAB)
-    tokens, paths = tree.tokens[row].tolist(), {0: ()}
+    tokens = tree.tokens[row].tolist()
+    paths: dict[int, tuple[int, ...]] = {0: ()}
     for column, parent in enumerate(tree.parents[row].tolist()):
         if parent >= 0:
             paths[column] = (*paths[parent], tokens[column])
@@ -144,7 +145,8 @@ def occurrences(texts: list[list[int]]) -> Counter[tuple[int, ...]]:
 
 def counts_of(automaton: SuffixAutomaton) -> dict[tuple[int, ...], int]:
     """Every string the automaton knows, with its count."""
-    found, paths = {}, [((), 0)]
+    found: dict[tuple[int, ...], int] = {}
+    paths: list[tuple[tuple[int, ...], int]] = [((), 0)]
     while paths:
         string, state = paths.pop()
         for token, child in automaton.next[state].items():
@@ -153,7 +155,6 @@ def counts_of(automaton: SuffixAutomaton) -> dict[tuple[int, ...], int]:
     return found
 
 
-@settings(deadline=None)
 @given(st.lists(tokens_of_three, min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_automaton_counts_every_substring_of_interleaved_sequences(texts: list[list[int]], random: Any) -> None:
     automaton = SuffixAutomaton()
@@ -169,7 +170,6 @@ def test_automaton_counts_every_substring_of_interleaved_sequences(texts: list[l
         assert automaton.length[state] == len(text)
 
 
-@settings(deadline=None)
 @given(tokens_of_three)
 def test_automaton_links_lead_to_the_longest_suffix_seen_elsewhere(text: list[int]) -> None:
     automaton = SuffixAutomaton()
@@ -182,7 +182,6 @@ def test_automaton_links_lead_to_the_longest_suffix_seen_elsewhere(text: list[in
     assert automaton.length[automaton.link[last]] == max(repeated, default=0) or not text
 
 
-@settings(deadline=None)
 @given(tokens_of_three, tokens_of_three)
 def test_following_a_foreign_text_finds_its_longest_known_suffix(known: list[int], text: list[int]) -> None:
     automaton = SuffixAutomaton()
@@ -196,7 +195,7 @@ def test_following_a_foreign_text_finds_its_longest_known_suffix(known: list[int
         assert matched == max((n for n in range(1, length + 1) if counts[tuple(read[-n:])]), default=0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(tokens_of_three, tokens_of_three, tokens_of_three)
 def test_following_a_text_while_the_automaton_grows_never_overstates_the_match(
     known: list[int], text: list[int], added: list[int]
@@ -294,7 +293,7 @@ def test_suffix_starts_its_memory_anew_when_it_is_full() -> None:
     assert (paths_of(tree, 0), paths_of(tree, 1)) == ([], [(8,)])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_proposal_is_a_valid_tree_within_its_budget(data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=3))

@@ -25,7 +25,8 @@ def make_tokenizer() -> Any:
         vocab_size=310, initial_alphabet=sorted(alphabet), special_tokens=["<|end|>"], show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 TOKENIZER = make_tokenizer()
@@ -59,7 +60,7 @@ random_ids = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=25)
 written_ids = st.text(st.sampled_from("aß日👍 ’\ufffd\n"), max_size=12).map(byte_ids)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.one_of(random_ids, written_ids))
 def test_pieces_join_to_the_text_of_the_whole(ids: list[int]) -> None:
     stream = TextStream(TOKENIZER)
@@ -67,7 +68,7 @@ def test_pieces_join_to_the_text_of_the_whole(ids: list[int]) -> None:
     assert "".join(stream_pieces(stream, ids)) == TOKENIZER.decode(ids, skip_special_tokens=True) == stream.text
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(random_ids, st.lists(st.text(st.sampled_from("ab the日"), min_size=1, max_size=3), min_size=1, max_size=2))
 def test_text_with_stop_strings_is_a_prefix_that_holds_none(ids: list[int], stop: list[str]) -> None:
     stream = TextStream(TOKENIZER, stop)

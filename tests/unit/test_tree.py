@@ -181,14 +181,14 @@ def test_compact_keeps_every_node_in_order_and_the_fewest_columns(tree: TokenTre
 def test_select_keeps_the_chosen_subtree(tree: TokenTree, data: st.DataObject) -> None:
     chosen: list[list[int]] = []
     for parents in tree.parents.tolist():
-        columns = {0}
+        mine = {0}
         for column, parent in enumerate(parents):
-            if parent in columns and data.draw(st.booleans()):
-                columns.add(column)
-        chosen.append(sorted(columns))
-    width = max(len(columns) for columns in chosen)
-    keep = torch.tensor([[place < len(columns) for place in range(width)] for columns in chosen])
-    columns = torch.tensor([columns + [0] * (width - len(columns)) for columns in chosen])
+            if parent in mine and data.draw(st.booleans()):
+                mine.add(column)
+        chosen.append(sorted(mine))
+    width = max(map(len, chosen))
+    keep = torch.tensor([[place < len(row) for place in range(width)] for row in chosen])
+    columns = torch.tensor([row + [0] * (width - len(row)) for row in chosen])
 
     selected = tree.select(columns, keep)
 
