@@ -46,12 +46,14 @@ def mt_bench_table(result: dict[str, Any]) -> str:
         equal = "" if gain is None else f"{values['equal_runs']} of {values['num_runs']}"
         cells = (_escaped(label), f"{values['decode_tokens_per_s']:.1f}", speedup, f"{values['tau']:.2f}", equal)
         lines.append("| " + " | ".join(cells) + " |")
+    load = result["machine"].get("load_at_start") or 0.0
+    busy = f" (busy: load {load:.1f} at the start, so take the times with care)" if load > 0.5 else ""
     settings, machine, questions = result["settings"], result["machine"], result["questions"]
     lines.append("")
     lines.append(
         f"{_escaped(settings['model'])}, {_escaped(settings['dtype'])}, {settings['max_new_tokens']} new tokens, "
         f"{questions['count']} questions of {_escaped(questions['name'])} (sha256 {questions['sha256'][:12]}), "
-        f"{_escaped(machine['cpu'])}, {machine['threads']} thread(s), {result['date'][:10]}, "
+        f"{_escaped(machine['cpu'])}, {machine['threads']} thread(s){busy}, {result['date'][:10]}, "
         f"commit {_escaped(str(result['commit'])[:12])}: `{_escaped(' '.join(result['command']))}`"
     )
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from unit_rows import make_batch, make_row
 
@@ -195,23 +195,26 @@ def test_following_a_foreign_text_finds_its_longest_known_suffix(known: list[int
         assert matched == max((n for n in range(1, length + 1) if counts[tuple(read[-n:])]), default=0)
 
 
+@example(known=[1, 1, 0], text=[0, 0], added=[1, 0, 0], when=1)  # splits the state the text stands in
 @settings(max_examples=200)
-@given(tokens_of_three, tokens_of_three, tokens_of_three)
-def test_following_a_text_while_the_automaton_grows_never_overstates_the_match(
-    known: list[int], text: list[int], added: list[int]
+@given(tokens_of_three, tokens_of_three, tokens_of_three, st.integers(0, 14))
+def test_following_a_text_while_another_is_added_never_overstates_the_match(
+    known: list[int], text: list[int], added: list[int], when: int
 ) -> None:
     automaton = SuffixAutomaton()
     last = 0
     for token in known:
         last = automaton.extend(last, token)
-    state, matched, addition = 0, 0, 0
+    state, matched, texts = 0, 0, [known]
     for length, token in enumerate(text, 1):
         state, matched = automaton.step(state, matched, token)
-        if length <= len(added):
-            addition = automaton.extend(addition, added[length - 1])
-        counts = occurrences([known, added])
-        longest = max((n for n in range(1, length + 1) if counts[tuple(text[:length][-n:])]), default=0)
-        assert matched <= longest
+        if length == when:
+            last = 0
+            for new in added:
+                last = automaton.extend(last, new)
+            texts.append(added)
+        counts = occurrences(texts)
+        assert matched <= max((n for n in range(1, length + 1) if counts[tuple(text[:length][-n:])]), default=0)
 
 
 def test_suffix_proposes_continuations_by_how_often_they_followed() -> None:

@@ -94,7 +94,7 @@ def mt_bench(
         with Screen() as screen:
             result = run_mt_bench(
                 target, loaded.tokenizer, settings, found, out=json_path, resume=resume, progress=screen.show,
-                command=sys.argv,
+                command=["specdec", *sys.argv[1:]],
             )  # fmt: skip
     except AgreementError as error:
         raise click.ClickException(f"refused: {error}") from error
