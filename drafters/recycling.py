@@ -32,7 +32,7 @@ class RecyclingConfig:
     """
 
     candidates: int = 8
-    max_nodes: int = 32
+    max_nodes: int = 16
     depth: int = 6
     keep_between_calls: bool = True
 

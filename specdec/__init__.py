@@ -1,14 +1,22 @@
 """Speculative and parallel decoding for any Hugging Face language model: the same text, sooner."""
 
-from specdec.decoder import SpecDecoder
-from specdec.generation import KeptPrefix
-from specdec.result import GenerationResult, GenerationStream, StreamPiece
-from specdec.sampling import SamplingParams
-from specdec.stats import DecodeStats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdec.conversation import Conversation
+    from specdec.decoder import SpecDecoder
+    from specdec.generation import KeptPrefix
+    from specdec.result import GenerationResult, GenerationStream, StreamPiece
+    from specdec.sampling import SamplingParams
+    from specdec.stats import DecodeStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conversation",
     "DecodeStats",
     "GenerationResult",
     "GenerationStream",
@@ -18,3 +26,21 @@ __all__ = [
     "StreamPiece",
     "__version__",
 ]
+
+_HOMES = {
+    "Conversation": "specdec.conversation",
+    "DecodeStats": "specdec.stats",
+    "GenerationResult": "specdec.result",
+    "GenerationStream": "specdec.result",
+    "KeptPrefix": "specdec.generation",
+    "SamplingParams": "specdec.sampling",
+    "SpecDecoder": "specdec.decoder",
+    "StreamPiece": "specdec.result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first asked for, so that ``import specdec`` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -92,6 +92,7 @@ class Generation:
                 cache = self.target.new_cache(len(prompts), capacity)
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0][:-1])
+                self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
                 cache.reserve(capacity)
             missing = [prompt[reused:-1] for prompt in prompts]

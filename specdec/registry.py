@@ -35,7 +35,7 @@ _BUILT_IN = {
     },
 }
 
-AUTO_DRAFTER = "recycling"
+AUTO_DRAFTER = "suffix"
 """What ``drafter="auto"`` stands for."""
 
 

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import Invoke
+from tiny_chat import Invoke
 
 from specdec import SpecDecoder
 from specdec.cli import main

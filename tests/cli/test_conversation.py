@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_model, make_tokenizer
+from tiny_chat import TEMPLATE, make_model, make_tokenizer
 
 from specdec import SamplingParams, SpecDecoder
 from specdec.conversation import Conversation

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Invoke
+from tiny_chat import Invoke
 
 from specdec import SpecDecoder
 

@@ -105,6 +105,17 @@ def test_nan_fails_only_the_row_it_stands_in(verifier: Verifier, params: Samplin
 
 
 @every_policy
+def test_failed_row_does_not_descend_to_a_child_that_holds_the_nan(verifier: Verifier, params: SamplingParams) -> None:
+    tree = TokenTree(torch.tensor([[0, 1, 2]]), torch.tensor([[ROOT, 0, 1]]))
+    logits = sure_of([[1, 2, 3]])
+    logits[0, 0, 1] = torch.nan
+
+    verdict = verifier.accept(tree, logits, make_batch([[0]], VOCAB, params))
+
+    assert (verdict.failed, verdict.num_accepted) == ([True], [0])
+
+
+@every_policy
 def test_nan_at_a_node_that_is_not_visited_fails_nothing(verifier: Verifier, params: SamplingParams) -> None:
     tree = TokenTree(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[ROOT, 0, 0, 2]]))
     logits = sure_of([[1, 2, 0, 0]])
