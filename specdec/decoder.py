@@ -132,7 +132,7 @@ class SpecDecoder:
 
     def _pick_verifier(self, params: SamplingParams) -> Verifier:
         if isinstance(self._verifier, Verifier):
-            return self._verifier
+            return create_verifier("greedy") if params.greedy and self._verifier.lossless else self._verifier
         if self._verifier == "greedy" and not params.greedy:
             raise ValueError(f"the greedy verifier needs temperature 0, got {params.temperature}")
         if self._verifier == "auto":

@@ -9,6 +9,7 @@ from models import random_model
 
 from specdec import SamplingParams, SpecDecoder
 from specdec.drafters.model import ModelDrafter
+from specdec.verifiers.match import CoupledVerifier
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,10 @@ def test_tokenizers_of_the_same_size_must_agree() -> None:
     drafter = ModelDrafter(model=random_model(), tokenizer=FakeTokenizer("a", "b"))
     with pytest.raises(ValueError, match="tokenizers differ: 'a' is 0 for the draft model and 1 for the target"):
         SpecDecoder(random_model(), drafter, tokenizer=FakeTokenizer("b", "a"))
+
+
+def test_a_lossless_policy_given_as_an_object_is_greedy_at_temperature_0() -> None:
+    model = random_model()
+    expected = SpecDecoder(model, "none").generate([1, 2, 3], max_new_tokens=12).token_ids
+    result = SpecDecoder(model, "none", verifier=CoupledVerifier()).generate([1, 2, 3], max_new_tokens=12, seed=1)
+    assert (result.token_ids, result.stats.verifier) == (expected, "greedy")
