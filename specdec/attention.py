@@ -43,7 +43,7 @@ class AttentionPass:
         self._key_positions = torch.where(in_tree, lengths + depth.gather(1, node), slots)  # [B, S]
         self.positions = lengths + depth[:, self.offset :]  # [B, n]
         self._masks: dict[int | None, Tensor] = {None: self._visible}
-        self.layers_seen: set[int] = set()
+        self.windows: dict[int, int | None] = {}  # layer -> the window it asked for
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
@@ -63,6 +63,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     specdec_pass: AttentionPass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -73,7 +74,9 @@ def _attention(
             f"{type(module).__name__} did not hand the pass through to its attention: the model drops keyword "
             "arguments, or was called outside specdec"
         )
-    specdec_pass.layers_seen.add(layer)
+    if attention_mask is not None or position_bias is not None:
+        raise RuntimeError(f"{type(module).__name__} adds a mask or bias of its own, which token trees cannot honour")
+    specdec_pass.windows[layer] = sliding_window
     keys, values = specdec_pass.cache.write(layer, key, value, specdec_pass.offset)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = tree_attention(query, keys, values, specdec_pass.mask(sliding_window), scale, softcap, s_aux)

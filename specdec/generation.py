@@ -79,7 +79,7 @@ class Generation:
             self._keep(cache)
             raise
         finally:
-            drafter.stop()
+            self._guarded(drafter.stop)
 
     @torch.inference_mode()
     def _prefill(self) -> KVCache:
@@ -131,9 +131,9 @@ class Generation:
         """The drafter's tree, checked and cut to what can still be emitted."""
         batch = self._batch
         tree = self.drafter.propose(batch).to(batch.device)
+        tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
-        tree.validate(batch.vocab_size)
         return tree.limit_depth(batch.max_depth)
 
     def _emit(self, tree: TokenTree, logits: Tensor, verdict: Verdict) -> list[StreamPiece]:
@@ -185,10 +185,10 @@ class Generation:
         except Exception as error:
             if self._raise_drafter_errors:
                 raise
-            reason = f"drafter {self.drafter.name!r} raised {type(error).__name__}: {error}"
+            reason = f"drafter {self.stats.drafter!r} raised {type(error).__name__}: {error}"
             warnings.warn(f"{reason}; going on without it", RuntimeWarning, stacklevel=2)
             for counted in self._counted(self._rows):
-                counted.speculation_off = reason
+                counted.speculation_off = counted.speculation_off or reason
             self.drafter = NoneDrafter()
             return None
 

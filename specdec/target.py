@@ -56,10 +56,18 @@ class HFTarget:
             raise ValueError(f"{name} is an encoder-decoder model; specdec serves decoder-only models")
         if model.get_output_embeddings() is None:
             raise ValueError(f"{name} has no output head; load it with AutoModelForCausalLM")
+        if getattr(model, "_is_stateful", False):
+            raise ValueError(
+                f"{name} cannot be served: it keeps recurrent state beside what goes through transformers' attention "
+                "interface, and a rejected draft could not be taken back from it"
+            )
         model.eval()
         self._switch = AttentionSwitch(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
         self._check_layers()
+        if "position_ids" not in parameters:
+            raise ValueError(f"{name} cannot be served: it takes no position_ids, so a tree's nodes have no place")
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +93,16 @@ class HFTarget:
 
     @property
     def max_context(self) -> int | None:
-        """Most positions the model has, None where it sets no limit."""
+        """Most positions the model has, None where it sets no limit.
+
+        LongRoPE (Ding et al. 2024) rotates by other angles once a text outgrows the length it was first trained on,
+        those of earlier tokens included, which a cache of rotated keys cannot follow: that length is the limit.
+        """
         limit = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings")
+            limit = original or getattr(self.config, "original_max_position_embeddings", None) or limit
         return None if limit is None else int(limit)
 
     @property
@@ -182,12 +198,14 @@ class HFTarget:
             for name in features:
                 stack.enter_context(self._capture(name, captured))
             # Padding may point past the last position a model has an embedding for.
-            positions = attention_pass.positions.clamp(max=self.max_context - 1 if self.max_context else None)
+            positions = attention_pass.positions
+            if self.max_context is not None:
+                positions = positions.clamp(max=self.max_context - 1)
             out = self.model(position_ids=positions, use_cache=False, specdec_pass=attention_pass, **inputs)
         logits: Tensor = out.logits
         if not self._keeps_logits and logits_at is not None:
             logits = logits[:, logits_at]
-        self._layers_seen = attention_pass.layers_seen
+        self._windows = attention_pass.windows
         return TargetOutput(logits, captured)
 
     def _capture(self, name: Feature, into: dict[Feature, Tensor]) -> Any:
@@ -223,9 +241,28 @@ class HFTarget:
                 self.extend([[0]], self.new_cache(1, 1))
         except (RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{name} does not run through transformers' attention interface: {error}") from error
-        missing = sorted(set(range(self.num_layers)) - self._layers_seen)
+        missing = sorted(set(range(self.num_layers)) - self._windows.keys())
         if missing:
             raise ValueError(
                 f"{name} cannot be served: layers {missing} of {self.num_layers} bypass transformers' attention "
                 "interface or keep recurrent state"
+            )
+        self._check_windows(name)
+
+    def _check_windows(self, name: str) -> None:
+        """See that every window the configuration names reaches our attention, not just a mask we do not use."""
+        kinds = list(getattr(self.config, "layer_types", None) or [])
+        size = getattr(self.config, "sliding_window", None)
+        limit = self.max_context
+        declared = size is not None and getattr(self.config, "use_sliding_window", True) is not False
+        if "chunked_attention" in kinds or getattr(self.config, "attention_chunk_size", None):
+            raise ValueError(f"{name} cannot be served: it attends within chunks, which specdec does not implement")
+        if not declared or (limit is not None and size >= limit):
+            return
+        windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if kinds else [*self._windows]
+        silent = [layer for layer in windowed if self._windows[layer] is None]
+        if silent:
+            raise ValueError(
+                f"{name} cannot be served: its window of {size} tokens in layers {silent} is applied through the mask "
+                "alone; load it with sliding_window=None if texts stay shorter"
             )

@@ -95,3 +95,23 @@ def test_encoder_decoders_are_refused() -> None:
     config = AutoConfig.for_model("t5", d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="encoder-decoder"):
         HFTarget(AutoModelForSeq2SeqLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("llama4_text", {"attention_chunk_size": 8, "head_dim": 16, "intermediate_size_mlp": 96}, "within chunks"),
+        ("phimoe", {"sliding_window": 8, "num_local_experts": 4}, "window of 8 tokens"),
+        ("doge", {"sliding_window": 8}, "mask or bias of its own"),
+    ],
+)
+def test_masks_that_do_not_reach_our_attention_are_refused(
+    architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    """Their text would be wrong without a word: the window stands only in the mask the model builds."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(architecture, **sizes, **heads, **ids, **settings)
+    with pytest.raises(ValueError, match=message):
+        HFTarget(AutoModelForCausalLM.from_config(config))
