@@ -28,6 +28,8 @@ class ModelConfig:
         max_nodes: most nodes of a tree, root included.
         dtype: weights' dtype when loading.
         device: where the draft model runs.
+        allow_pickle: load pickled weights, which can execute code.
+        trust_remote_code: run modelling code that comes with the weights.
     """
 
     model: str = ""
@@ -36,6 +38,8 @@ class ModelConfig:
     max_nodes: int = 24
     dtype: str = "auto"
     device: str = "auto"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "beams", "max_nodes"):
@@ -69,7 +73,13 @@ class ModelDrafter(Drafter):
                 raise ValueError("drafter 'model' needs a draft model: -o model=NAME, or ModelDrafter(model=...)")
             from specdec.models import load_model
 
-            loaded = load_model(self.config.model, dtype=self.config.dtype, device=self.config.device)
+            loaded = load_model(
+                self.config.model,
+                dtype=self.config.dtype,
+                device=self.config.device,
+                allow_pickle=self.config.allow_pickle,
+                trust_remote_code=self.config.trust_remote_code,
+            )
             model, tokenizer = loaded.model, loaded.tokenizer
         self.draft_model = HFTarget(model)
         self._tokenizer = tokenizer

@@ -38,6 +38,11 @@ class SuffixConfig:
             raise ValueError(f"min_probability must be in [0, 1], got {self.min_probability}")
 
 
+_MAX_COUNTED_SUFFIXES = 64
+"""States whose count an added token raises, longest suffix first. Ordinary text has fewer; a token repeated n times has
+n, and without the limit counting them would take quadratic time. Shorter suffixes are then undercounted there."""
+
+
 class SuffixAutomaton:
     """The smallest automaton of all substrings of some token sequences, built online, with occurrence counts.
 
@@ -93,7 +98,9 @@ class SuffixAutomaton:
                     target = self._split(source, token, target)
                 self.link[state] = target
         suffix = state
-        while suffix > 0:  # every suffix of the sequence occurs once more
+        for _ in range(_MAX_COUNTED_SUFFIXES):  # every suffix of the sequence occurs once more
+            if suffix <= 0:
+                break
             self.count[suffix] += 1
             suffix = self.link[suffix]
         return state

@@ -90,9 +90,13 @@ class Row:
             self.text.finish()
         return self.text.take(final=self.finish_reason is not None)
 
-    def fail(self, error: str) -> None:
-        """End the row because the target failed."""
+    def fail(self, error: str) -> str:
+        """End the row because the target failed, and return the text that was still held back."""
         self.finish_reason, self.error = "error", error
+        if self.text is None:
+            return ""
+        self.text.finish()
+        return self.text.take(final=True)
 
 
 class Batch:

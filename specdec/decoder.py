@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,7 @@ class SpecDecoder:
         self.tokenizer = tokenizer
         self._verifier = verifier
         self._on_drafter_error = on_drafter_error
+        self._running: weakref.ref[GenerationStream] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
         self.stats = DecodeStats()
@@ -116,6 +118,8 @@ class SpecDecoder:
     ) -> GenerationStream:
         """Like ``generate``, piece by piece as tokens are emitted.
 
+        A decoder runs one generation at a time: starting another ends one still open as "cancelled".
+
         Args:
             kept: with one prompt and n=1, the cache of an earlier generation: what the prompt shares with it is not
                 computed again, and it is brought up to date when this generation ends.
@@ -127,8 +131,13 @@ class SpecDecoder:
         generation = Generation(
             self.target, self.drafter, self._pick_verifier(params), rows, kept, self._on_drafter_error == "raise"
         )
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()  # a drafter keeps the state of one generation
         self.stats = generation.stats
-        return GenerationStream(generation.run(), rows, generation.stats)
+        stream = GenerationStream(generation.run(), rows, generation.stats)
+        self._running = weakref.ref(stream)
+        return stream
 
     def _pick_verifier(self, params: SamplingParams) -> Verifier:
         if isinstance(self._verifier, Verifier):

@@ -145,7 +145,10 @@ class Generation:
             for counted in self._counted([row]):
                 counted.count_pass(depths[index], drafted[index], accepted)
             if verdict.failed[index]:
-                row.fail(f"the target returned NaN logits at step {row.stats.passes}; the text up to it is kept")
+                step = row.stats.passes
+                held = row.fail(f"the target returned NaN logits at step {step}; the text up to it is kept")
+                if held:
+                    pieces.append(StreamPiece(held, None, False, self._index[row.row_id]))
             start = len(row.tokens)
             for offset, token in enumerate(verdict.tokens[index]):
                 text = row.push(token)

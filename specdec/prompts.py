@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 Message: TypeAlias = Mapping[str, str]
@@ -25,7 +26,7 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], boo
         )
     if not prompts:
         raise ValueError("the prompt is empty: give some text, token ids or messages")
-    if isinstance(prompts[0], int | Mapping):
+    if isinstance(prompts[0], Integral | Mapping):
         return [prompts], False  # type: ignore[list-item]
     return list(prompts), True  # type: ignore[arg-type]
 

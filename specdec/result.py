@@ -58,7 +58,7 @@ class StreamPiece:
 
     Attributes:
         text: text that became certain with this token, often its own, "" while characters or stop strings are open.
-        token_id: the token; None for text released at the end.
+        token_id: the token; None for held-back text released because the target failed.
         from_draft: whether it was drafted and accepted, not chosen by the target as a bonus.
         index: row of the call, prompt-major.
     """

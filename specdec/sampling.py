@@ -10,9 +10,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+MIN_TEMPERATURE = 1e-6
+"""Lowest temperature above 0; logits divided by less may overflow float32."""
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -24,7 +28,7 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: most tokens to emit, >= 1.
-        temperature: 0 is greedy; above it, logits are divided by it.
+        temperature: 0 is greedy; from 1e-6 on, logits are divided by it.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
@@ -51,6 +55,14 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "n", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (name == "seed" and value is None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if isinstance(self.stop_token_ids, Integral):
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature!r}")
         for name, low, high in (
             ("max_new_tokens", 1, None),
             ("temperature", 0.0, None),

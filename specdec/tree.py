@@ -104,6 +104,8 @@ class TokenTree:
 
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError where the tree breaks one of its invariants, naming row and column."""
+        if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
+            raise ValueError(f"tokens and parents must be int64, got {self.tokens.dtype} and {self.parents.dtype}")
         columns = torch.arange(self.num_nodes, device=self.parents.device)
         bad = (self.parents >= columns) | (self.parents < PADDING)
         bad |= (self.parents == ROOT) != (columns == 0)
@@ -117,6 +119,18 @@ class TokenTree:
         if bool(orphan.any()):
             row, column = orphan.nonzero()[0].tolist()
             raise ValueError(f"row {row}, node {column} hangs on padding node {int(self.parents[row, column])}")
+        if self.virtual is not None and self.embeddings is not None:
+            if self.virtual.shape != self.tokens.shape or self.embeddings.shape[:2] != self.tokens.shape:
+                raise ValueError(
+                    f"virtual and embeddings must begin with {tuple(self.tokens.shape)}, got "
+                    f"{tuple(self.virtual.shape)} and {tuple(self.embeddings.shape)}"
+                )
+            if bool(self.virtual[:, 0].any()):
+                raise ValueError("the root is the pending token, it cannot be virtual")
+        if self.draft_log_probs is not None and self.draft_log_probs.shape != (*self.tokens.shape, vocab_size):
+            raise ValueError(
+                f"draft_log_probs must be {(*self.tokens.shape, vocab_size)}, got {tuple(self.draft_log_probs.shape)}"
+            )
         real = self.valid if self.virtual is None else self.valid & ~self.virtual
         outside = real & ((self.tokens < 0) | (self.tokens >= vocab_size))
         if bool(outside.any()):

@@ -257,3 +257,12 @@ def test_nan_logits_end_their_row_with_the_step_and_spare_the_others(reference: 
     assert results[1].finish_reason == "error"
     assert "step 4" in (results[1].error or "")
     assert len(results[1].token_ids) == 3
+
+
+def test_a_new_generation_ends_one_still_open(target: HFTarget, reference: list[int]) -> None:
+    decoder = SpecDecoder(target, "ngram", on_drafter_error="raise")
+    older = decoder.stream(PROMPT, max_new_tokens=LENGTH, ignore_eos=True)
+    next(older)
+    assert decoder.generate(PROMPT, max_new_tokens=LENGTH, ignore_eos=True).token_ids == reference
+    assert list(older) == []
+    assert older.result.finish_reason == "cancelled"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from models import random_model
 
@@ -41,6 +42,11 @@ def test_prompts(decoder: SpecDecoder, prompt: Any, message: str) -> None:
     [
         ({"temperature": -0.5}, "temperature must be at least 0.0, got -0.5"),
         ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": 1e-39}, "temperature must be 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be a list"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "got 1.5"),
         ({"min_p": 2.0}, "min_p"),
@@ -107,3 +113,8 @@ def test_a_lossless_policy_given_as_an_object_is_greedy_at_temperature_0() -> No
     expected = SpecDecoder(model, "none").generate([1, 2, 3], max_new_tokens=12).token_ids
     result = SpecDecoder(model, "none", verifier=CoupledVerifier()).generate([1, 2, 3], max_new_tokens=12, seed=1)
     assert (result.token_ids, result.stats.verifier) == (expected, "greedy")
+
+
+def test_numpy_integers_are_token_ids(decoder: SpecDecoder) -> None:
+    expected = decoder.generate([1, 2, 3], max_new_tokens=4).token_ids
+    assert decoder.generate(list(np.array([1, 2, 3])), max_new_tokens=4).token_ids == expected

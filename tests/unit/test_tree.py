@@ -91,9 +91,26 @@ def test_acceptable_nodes_are_neither_root_padding_nor_virtual(tree: TokenTree) 
     assert tree.max_depth == max(depths, default=0)
 
 
+def validate(tree: TokenTree) -> None:
+    """Validate with the label the strategy writes into ``draft_log_probs`` widened to the vocabulary."""
+    label = tree.draft_log_probs
+    replace(tree, draft_log_probs=None if label is None else label.expand(-1, -1, VOCAB)).validate(VOCAB)
+
+
+def test_payloads_of_another_shape_are_named() -> None:
+    root = tree_of([[ROOT, 0]])
+    flags = torch.tensor([[False, True]])
+    with pytest.raises(ValueError, match="embeddings must begin with"):
+        replace(root, virtual=flags, embeddings=torch.zeros(1, 3, 4)).validate(5)
+    with pytest.raises(ValueError, match="root is the pending token"):
+        replace(root, virtual=~flags, embeddings=torch.zeros(1, 2, 4)).validate(5)
+    with pytest.raises(ValueError, match="draft_log_probs must be"):
+        replace(root, draft_log_probs=torch.zeros(1, 2, 4)).validate(5)
+
+
 @given(trees())
 def test_well_formed_trees_validate(tree: TokenTree) -> None:
-    tree.validate(VOCAB)
+    validate(tree)
 
 
 @given(trees())
@@ -101,7 +118,7 @@ def test_values_at_padding_and_virtual_nodes_are_not_looked_at(tree: TokenTree) 
     ignored = ~tree.acceptable
     ignored[:, 0] = False
 
-    replace(tree, tokens=tree.tokens.masked_fill(ignored, -12345)).validate(VOCAB)
+    validate(replace(tree, tokens=tree.tokens.masked_fill(ignored, -12345)))
 
 
 def tree_of(parents: list[list[int]], tokens: list[list[int]] | None = None) -> TokenTree:
@@ -157,7 +174,7 @@ def test_limit_depth_drops_deeper_nodes_and_nothing_else(tree: TokenTree, data: 
 
     limited = tree.limit_depth(torch.tensor(limits))
 
-    limited.validate(VOCAB)
+    validate(limited)
     expected = [[n for n in row if len(n[0]) - 1 <= limit] for row, limit in zip(nodes_of(tree), limits, strict=True)]
     assert nodes_of(limited) == expected
     if expected == nodes_of(tree):
@@ -170,7 +187,7 @@ def test_limit_depth_drops_deeper_nodes_and_nothing_else(tree: TokenTree, data: 
 def test_compact_keeps_every_node_in_order_and_the_fewest_columns(tree: TokenTree) -> None:
     compacted = tree.compact()
 
-    compacted.validate(VOCAB)
+    validate(compacted)
     assert nodes_of(compacted) == nodes_of(tree)
     assert compacted.num_nodes == max(len(row) for row in nodes_of(tree))
     for row, nodes in enumerate(nodes_of(tree)):
@@ -192,7 +209,7 @@ def test_select_keeps_the_chosen_subtree(tree: TokenTree, data: st.DataObject) -
 
     selected = tree.select(columns, keep)
 
-    selected.validate(VOCAB)
+    validate(selected)
     expected = []
     for row, parents in enumerate(tree.parents.tolist()):
         tokens = tree.tokens[row].tolist()
