@@ -254,10 +254,11 @@ class HFTarget:
         kinds = list(getattr(self.config, "layer_types", None) or [])
         size = getattr(self.config, "sliding_window", None)
         limit = self.max_context
-        declared = size is not None and getattr(self.config, "use_sliding_window", True) is not False
         if "chunked_attention" in kinds or getattr(self.config, "attention_chunk_size", None):
             raise ValueError(f"{name} cannot be served: it attends within chunks, which specdec does not implement")
-        if not declared or (limit is not None and size >= limit):
+        if size is None or getattr(self.config, "use_sliding_window", True) is False:
+            return
+        if limit is not None and size >= limit:
             return
         windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if kinds else [*self._windows]
         silent = [layer for layer in windowed if self._windows[layer] is None]
