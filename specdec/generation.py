@@ -63,6 +63,8 @@ class Generation:
         self._index = {row.row_id: index for index, row in enumerate(rows)}
         self._kept = kept
         self._raise_drafter_errors = raise_drafter_errors
+        # A GPU's passes are queued: without waiting, the target's time would be counted where its result is first read.
+        self._finish_device = torch.cuda.synchronize if target.device.type == "cuda" else None
         self._batch = Batch(rows, target.vocab_size, target.device, verifier.coupled, verifier.siblings)
         for counted in self._counted(rows):
             counted.drafter, counted.verifier, counted.lossless = drafter.name, verifier.name, verifier.lossless
@@ -84,7 +86,7 @@ class Generation:
     @torch.inference_mode()
     def _prefill(self) -> KVCache:
         """Cache every prompt but its last token, which is the first pending one; equal prompts are computed once."""
-        batch, clock, reused = self._batch, PhaseClock(), 0
+        batch, clock, reused = self._batch, PhaseClock(self._finish_device), 0
         with clock.phase("prefill"):
             capacity = max(row.max_len for row in batch.rows) + TREE_RESERVE
             prompts = list(dict.fromkeys(tuple(row.tokens) for row in batch.rows))
@@ -110,7 +112,7 @@ class Generation:
     @torch.inference_mode()
     def _step(self, cache: KVCache) -> list[StreamPiece]:
         """One pass over one tree per row."""
-        batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock()
+        batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         with clock.phase("draft"):
             tree = self._guarded(self._propose) or TokenTree.from_pending(batch.pending)
         with clock.phase("target"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -113,9 +113,14 @@ class DecodeStats:
 
 
 class PhaseClock:
-    """Times the phases of one step; what no phase covers is ``other``."""
+    """Times the phases of one step; what no phase covers is ``other``.
 
-    def __init__(self) -> None:
+    Args:
+        finish: called at the end of a phase, to wait for work a device has queued; None where nothing is queued.
+    """
+
+    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+        self._finish = finish
         self.milliseconds = dict.fromkeys(PHASES, 0.0)
         self._start = perf_counter()
 
@@ -125,6 +130,8 @@ class PhaseClock:
         start = perf_counter()
         try:
             yield
+            if self._finish is not None:
+                self._finish()
         finally:
             self.milliseconds[name] += 1000.0 * (perf_counter() - start)
 

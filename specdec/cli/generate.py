@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specdec.cli import INTERRUPTED
-from specdec.cli.console import TextPrinter, note, summary
+from specdec.cli.console import TextPrinter, note, slow_status, summary
 from specdec.cli.options import (
     ModelOptions,
     load_decoder,
@@ -80,17 +80,32 @@ def generate(
 
 def run_stream(stream: GenerationStream, live: bool) -> bool:
     """Read a stream to its end, printing it if ``live``; True when Ctrl-C ended it, with the text so far printed."""
+    if not live:
+        return _run_silently(stream)
     printer = TextPrinter()
     interrupted = False
     try:
+        with slow_status("reading the prompt"):
+            first = next(stream, None)
+        if first is not None:
+            printer.write(first.text, first.from_draft)
         for piece in stream:
-            if live:
-                printer.write(piece.text, piece.from_draft)
+            printer.write(piece.text, piece.from_draft)
     except KeyboardInterrupt:
         interrupted = True
-    if live:
-        printer.finish(stream.result.text)
+    printer.finish(stream.result.text)
     return interrupted
+
+
+def _run_silently(stream: GenerationStream) -> bool:
+    """Read a stream to its end, counting tokens on a terminal's stderr; True when Ctrl-C ended it."""
+    try:
+        with slow_status("generating") as say:
+            for count, _ in enumerate(stream, start=1):
+                say(f"generating: {count} tokens")
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
