@@ -75,6 +75,7 @@ class SpecDecoder:
         self.tokenizer = tokenizer
         self._verifier = verifier
         self._on_drafter_error = on_drafter_error
+        self._calls = 0
         self._running: weakref.ref[GenerationStream] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
@@ -125,11 +126,12 @@ class SpecDecoder:
                 computed again, and it is brought up to date when this generation ends.
         """
         params = merge_params(params, fields)
-        rows = self._make_rows(split_prompts(prompts)[0], params)
+        verifier = self._pick_verifier(params)
+        rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
         generation = Generation(
-            self.target, self.drafter, self._pick_verifier(params), rows, kept, self._on_drafter_error == "raise"
+            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise"
         )
         running = None if self._running is None else self._running()
         if running is not None:
@@ -149,7 +151,17 @@ class SpecDecoder:
         chosen = create_verifier(self._verifier)
         return create_verifier("greedy") if params.greedy else chosen
 
-    def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Row]:
+    def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
+        """Rows with their noise.
+
+        A coupled or greedy text is a function of seed and completion alone. Other policies compare with the noise what
+        was drafted, and drafts may stem from other rows and earlier calls: there no noise is ever used twice, so a seed
+        repeats a text on a fresh decoder only.
+        """
+        seed, repeatable = params.seed, verifier.coupled or params.greedy
+        if not repeatable and seed is not None:
+            seed = derive_seed(seed, self._calls)
+        self._calls += 1
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: pass SpecDecoder(..., tokenizer=...)")
         limit = self.target.max_context
@@ -161,7 +173,7 @@ class SpecDecoder:
                 raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context only {limit}: shorten it")
             longest = len(tokens) + params.max_new_tokens
             for completion in range(params.n):
-                noise = PositionNoise(derive_seed(params.seed, completion), self._vocabulary)
+                noise = PositionNoise(derive_seed(seed, completion if repeatable else len(rows)), self._vocabulary)
                 text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
                 max_len = longest if limit is None else min(longest, limit)
                 rows.append(

@@ -146,17 +146,17 @@ class Generation:
             accepted = verdict.num_accepted[index]
             for counted in self._counted([row]):
                 counted.count_pass(depths[index], drafted[index], accepted)
-            if verdict.failed[index]:
-                step = row.stats.passes
-                held = row.fail(f"the target returned NaN logits at step {step}; the text up to it is kept")
-                if held:
-                    pieces.append(StreamPiece(held, None, False, self._index[row.row_id]))
             start = len(row.tokens)
             for offset, token in enumerate(verdict.tokens[index]):
                 text = row.push(token)
                 pieces.append(StreamPiece(text, token, offset < accepted, self._index[row.row_id]))
                 if row.finish_reason is not None:
                     break
+            if verdict.failed[index] and row.finish_reason is None:
+                step = row.stats.passes
+                held = row.fail(f"the target returned NaN logits at step {step}; the text up to it is kept")
+                if held:
+                    pieces.append(StreamPiece(held, None, False, self._index[row.row_id]))
             new = row.tokens[start:]
             self.stats.emitted += len(new)
             self._batch.mark_seen(index, new)

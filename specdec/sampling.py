@@ -33,7 +33,8 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
         repetition_penalty: > 1 makes tokens of prompt and output less likely (Keskar et al. 2019), > 0.
-        seed: same seed, same text, whatever the drafter and batch; None draws one.
+        seed: same seed, same text, whatever the drafter and batch (on a fresh decoder, with the rejection policy); None
+            draws one.
         n: completions per prompt, >= 1.
         stop: strings that end the text; the text is cut before the string.
         stop_token_ids: token ids that end the text besides the model's own end-of-sequence ids.

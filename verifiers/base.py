@@ -21,7 +21,7 @@ class Verdict:
     Attributes:
         path: ``[B, P]`` int64 tree columns, the root first, then the accepted nodes; ignored past a row's length.
         num_accepted: accepted draft nodes per row, the root not counted.
-        tokens: per row the accepted nodes' tokens and then the bonus token; empty for a failed row.
+        tokens: per row the accepted nodes' tokens and then the bonus token, which a failed row lacks.
         failed: rows whose logits were NaN at a node that had to be decided.
     """
 
@@ -125,7 +125,7 @@ def make_verdict(
     """Collect a verdict's tokens from the path and the bonus tokens."""
     drafted = tree.tokens.gather(1, path).tolist()
     tokens = [
-        [] if bad else [*row[1 : count + 1], last]
+        row[1 : count + 1] + ([] if bad else [last])
         for row, count, last, bad in zip(drafted, num_accepted, bonus, failed, strict=True)
     ]
     return Verdict(path, num_accepted, tokens, failed)

@@ -113,3 +113,14 @@ def test_logprobs_are_the_targets_own(model: Any) -> None:
         scores = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
     expected = scores.gather(1, torch.tensor(result.token_ids).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=0, atol=1e-4)
+
+
+def test_rejection_never_uses_noise_twice_in_rows_or_calls_that_share_a_seed(model: Any) -> None:
+    """Drafts may stem from other rows and earlier calls; noise shared with those would bias what is accepted."""
+    decoder = SpecDecoder(model, "recycling", verifier="rejection")
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    first = [r.token_ids for r in decoder.generate([PROMPTS[0]] * 2, **settings)]
+    second = [r.token_ids for r in decoder.generate([PROMPTS[0]] * 2, **settings)]
+    assert len({tuple(tokens) for tokens in first + second}) == 4
+    fresh = SpecDecoder(model, "recycling", verifier="rejection")
+    assert [r.token_ids for r in fresh.generate([PROMPTS[0]] * 2, **settings)] == first
