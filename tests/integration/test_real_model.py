@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import greedy_reference
 
+from integration.architectures import describe_difference, generate_alone
 from specdec import SpecDecoder
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
@@ -44,7 +44,7 @@ def target() -> HFTarget:
 
 @cache
 def greedy(prompt: tuple[int, ...], max_new_tokens: int) -> list[int]:
-    return greedy_reference(loaded().model, list(prompt), max_new_tokens)
+    return generate_alone(loaded().model, prompt, max_new_tokens)
 
 
 def decoder_with(name: str) -> SpecDecoder:
@@ -60,7 +60,8 @@ def decoder_with(name: str) -> SpecDecoder:
 def assert_equal_texts(name: str, prompts: list[list[int]], results: list[Any], max_new_tokens: int) -> None:
     for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         expected = greedy(tuple(prompt), max_new_tokens)
-        assert result.token_ids == expected, f"{name}, prompt {index}"
+        difference = describe_difference(loaded().model, prompt, expected, result.token_ids)
+        assert result.token_ids == expected, f"{name}, prompt {index}: {difference}"
         assert result.text == loaded().tokenizer.decode(expected, skip_special_tokens=True)
 
 

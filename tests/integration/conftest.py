@@ -9,8 +9,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, but for the real model."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if request.node.get_closest_marker("real_model") is None:
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
