@@ -1,7 +1,11 @@
 """Rebuilds the result tables of README and docs: ``python -m specdec.benchmarks.tables [--check]``.
 
-A block ``<!-- results: mt-bench FILE.json -->`` ... ``<!-- /results -->`` is filled from that file of
-``benchmarks/results/``.
+A block, each marker on a line of its own, is filled from the named file of ``benchmarks/results/``:
+
+    <!-- results: KIND FILE.json -->
+    <!-- /results -->
+
+Kinds are ``mt-bench`` and ``peers``. Markers inside fenced code are text.
 """
 
 from __future__ import annotations
@@ -11,73 +15,207 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specdec.benchmarks.record import write_atomically
+from specdec.benchmarks.report import command_text, equal_text, interval_text, load_text, number_text
+from specdec.benchmarks.schema import SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_OPEN = re.compile(r"\s*<!--\s*results:(.*?)-->\s*")
+_CLOSE = re.compile(r"\s*<!--\s*/results\s*-->\s*")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# An underscore within a word is text to every Markdown reader of today, and names of precisions are full of them.
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def fill(text: str, results: Path) -> str:
-    """The text with every block rebuilt.
+    """A Markdown text with every block rebuilt from its file in the folder ``results``.
 
     Raises:
-        ValueError: for a kind or a file that is not known, named.
+        ValueError: for a block that is malformed or not closed, by its line; an unknown kind or file, by its name; a
+            file that holds something else.
     """
+    lines, opened, fence = [], 0, ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        start, end = _OPEN.fullmatch(line), _CLOSE.fullmatch(line)
+        if opened:
+            if start:
+                raise ValueError(f"line {opened}: the results block is not closed before line {number}")
+            if not end:
+                continue
+            opened = 0
+        elif not fence and end:
+            raise ValueError(f"line {number}: closes a results block that was not opened")
+        elif not fence and start:
+            lines.append(line if line.endswith("\n") else line + "\n")
+            lines.append(_table_of(start[1].split(), number, results))
+            opened = number
+            continue
+        mark = _FENCE.match(line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not line.strip().strip(fence[0]):
+            fence = ""
+        lines.append(line)
+    if opened:
+        raise ValueError(f"line {opened}: the results block is not closed")
+    return "".join(lines)
 
-    def replace(match: re.Match[str]) -> str:
-        head, kind, file, tail = match.groups()
-        path = results / file
-        if kind != "mt-bench" or not path.is_file():
-            raise ValueError(f"unknown results block: {kind} {file} (kinds: mt-bench; files lie in {results.name}/)")
-        return head + mt_bench_table(json.loads(path.read_text(encoding="utf-8"))) + tail
 
-    return _BLOCK.sub(replace, text)
+def mt_bench_table(result: Mapping[str, Any]) -> str:
+    """The overall figures of an MT-Bench result, and where they come from."""
+    rows = [
+        (
+            label,
+            number_text(figures["decode_tokens_per_s"]),
+            interval_text(figures["speedup"]),
+            number_text(figures["tau"], 2),
+            equal_text(label, figures),
+        )
+        for label, figures in result["summary"]["overall"].items()
+    ]
+    heads = ("drafter", "tok/s", "speed-up [95 %]", "tau", "texts equal to plain")
+    return f"{_table(heads, rows)}\n{_origin(result)}\n"
 
 
-def mt_bench_table(result: dict[str, Any]) -> str:
-    """A Markdown table of the overall figures, and where they come from."""
-    lines = ["| drafter | tok/s | speed-up [95 %] | tau | texts equal to plain |", "|---|---|---|---|---|"]
-    for label, values in result["summary"]["overall"].items():
-        gain = values["speedup"]
-        speedup = "" if gain is None else f"{gain['median']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
-        equal = "" if gain is None else f"{values['equal_runs']} of {values['num_runs']}"
-        cells = (_escaped(label), f"{values['decode_tokens_per_s']:.1f}", speedup, f"{values['tau']:.2f}", equal)
-        lines.append("| " + " | ".join(cells) + " |")
-    load = result["machine"].get("load_at_start") or 0.0
-    busy = f" (busy: load {load:.1f} at the start, so take the times with care)" if load > 0.5 else ""
-    settings, machine, questions = result["settings"], result["machine"], result["questions"]
-    lines.append("")
-    lines.append(
-        f"{_escaped(settings['model'])}, {_escaped(settings['dtype'])}, {settings['max_new_tokens']} new tokens, "
-        f"{questions['count']} questions of {_escaped(questions['name'])} (sha256 {questions['sha256'][:12]}), "
-        f"{_escaped(machine['cpu'])}, {machine['threads']} thread(s){busy}, {result['date'][:10]}, "
-        f"commit {_escaped(str(result['commit'])[:12])}: `{_escaped(' '.join(result['command']))}`"
-    )
+def peers_table(result: Mapping[str, Any]) -> str:
+    """Every peer with its precision, those that did not run with the reason below, and where it comes from."""
+    peers: Sequence[Mapping[str, Any]] = result["summary"]["peers"]
+    rows = []
+    for peer in peers:
+        about = (
+            peer["name"],
+            f"{peer['engine']} {peer['version'] or ''}",
+            peer["precision"],
+            peer["speculation"] or "",
+        )
+        if peer["skipped"] is not None:
+            rows.append((*about, "did not run", *[""] * 5))
+            continue
+        equal = peer["equal_to_plain"]
+        rates = ("decode_tokens_per_s", "end_to_end_tokens_per_s", "prefill_tokens_per_s")
+        rows.append((
+            *about, *(number_text(peer[rate]) for rate in rates), number_text(peer["tau"], 2),
+            "" if equal is None else f"{equal} of {peer['num_runs']}", interval_text(peer["relative"]),
+        ))  # fmt: skip
+    heads = (
+        "peer", "engine", "precision", "speculation", "tok/s", "tok/s end to end", "prefill tok/s", "tau",
+        "texts equal to plain", "specdec's speed over it [95 %]",
+    )  # fmt: skip
+    skipped = [f"- {_escaped(peer['name'])}: {_escaped(peer['skipped'])}\n" for peer in peers if peer["skipped"]]
+    reasons = "".join(["\n", *skipped]) if skipped else ""
+    return f"{_table(heads, rows)}{reasons}\n{_origin(result)}\n"
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"mt-bench": mt_bench_table, "peers": peers_table}
+
+
+def _table_of(words: Sequence[str], number: int, results: Path) -> str:
+    if len(words) != 2:
+        raise ValueError(f"line {number}: a results block names a kind and a file, got {' '.join(words)!r}")
+    kind, name = words
+    if kind not in TABLES:
+        raise ValueError(f"line {number}: unknown kind of results {kind!r}, choose from {', '.join(TABLES)}")
+    files = sorted(path.name for path in results.glob("*.json"))
+    if name not in files:
+        raise ValueError(f"line {number}: no file {name!r} in {results}, there are {', '.join(files) or 'none'}")
+    try:
+        result = json.loads((results / name).read_text(encoding="utf-8"))
+        if (result.get("schema"), result.get("kind")) != (SCHEMA, kind):
+            raise ValueError(
+                f"holds {result.get('kind')!r} of schema {result.get('schema')!r}, not {kind!r} of {SCHEMA}"
+            )
+        return TABLES[kind](result)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"line {number}: {name} cannot be read: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"line {number}: {name} has no {error}") from error
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
+def _origin(result: Mapping[str, Any]) -> str:
+    """One line: what ran on what, when, from which source, and the command."""
+    settings, machine, questions = result["settings"], result["machine"], result["questions"]
+    temperature, busy = settings.get("temperature") or 0.0, load_text(machine)
+    facts = [
+        settings["model"],
+        settings["dtype"] or "unknown precision",
+        f"{settings['max_new_tokens']} new tokens",
+        f"{questions['count']} questions of {questions['name']} (sha256 {questions['sha256'][:12]})",
+        "both turns" if settings.get("turns") == 2 else "",
+        f"temperature {temperature:g}" if temperature else "",
+        f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
+        machine.get("gpu") or "",
+        machine["cpu"] or "unknown processor",
+        f"{machine['threads']} thread(s)" + (f" ({busy})" if busy else ""),
+        str(result["date"])[:10],
+        f"commit {_short(result['commit'])}",
+    ]
+    return f"{', '.join(_escaped(fact) for fact in facts if fact)}: {_code(command_text(result['command']))}"
+
+
+def _short(commit: str | None) -> str:
+    """Twelve digits; that files differed from the commit stays said."""
+    if commit is None:
+        return "unknown"
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def _cell(text: str) -> str:
+    """Figures are written as they are: brackets around an interval are no link."""
+    return text if re.fullmatch(r"[\d. ]+\[[\d., ]+\]", text) else _escaped(text)
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")
+    """Text on one line in which Markdown and HTML see nothing but text."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Rewrite the files, or with ``--check`` print what differs and return 1."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def _code(text: str) -> str:
+    """A code span, between more backticks than the text has in a row."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{'`' * (longest + 1)}{room}{text}{room}{'`' * (longest + 1)}"
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrite README.md and docs/*.md below ``root``.
+
+    Returns:
+        0; with ``--check``, which writes nothing, 1 where a file disagrees with its results; 2 for a block that cannot
+        be filled, in which case no file is changed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m specdec.benchmarks.tables", description=(__doc__ or "").split(":")[0]
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is out of date")
     check = parser.parse_args(arguments).check
-    stale = False
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        before = path.read_text(encoding="utf-8")
-        after = fill(before, ROOT / "benchmarks" / "results")
-        if before != after and check:
-            stale = True
-            sys.stdout.writelines(difflib.unified_diff(before.splitlines(True), after.splitlines(True), path.name))
-        elif before != after:
+    changed: dict[Path, tuple[str, str]] = {}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        try:
+            before = path.read_text(encoding="utf-8")
+            after = fill(before, root / "benchmarks" / "results")
+        except (OSError, ValueError) as error:
+            print(f"{path.relative_to(root)}: {error}", file=sys.stderr)
+            return 2
+        if after != before:
+            changed[path] = (before, after)
+    for path, (before, after) in changed.items():
+        if check:
+            name = str(path.relative_to(root))
+            lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
+            sys.stdout.writelines(difflib.unified_diff(*lines, name, f"{name}, rebuilt"))
+        else:
             write_atomically(path, after)
-    return int(stale)
+    return int(check and bool(changed))
 
 
 if __name__ == "__main__":
