@@ -166,7 +166,7 @@ class SpecDecoder:
             raise ValueError("stop strings need a tokenizer: pass SpecDecoder(..., tokenizer=...)")
         limit = self.target.max_context
         eos = frozenset() if params.ignore_eos else self.target.eos_token_ids
-        rows = []
+        rows: list[Row] = []
         for prompt_index, prompt in enumerate(prompts):
             tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
             if limit is not None and len(tokens) >= limit:
