@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.benchmarks.schema import Difference
+from specdec.generation import common_prefix
 from specdec.kv_cache import KVCache
 from specdec.sampling import PositionNoise, SamplingParams, derive_seed, filter_logits
 from specdec.target import HFTarget
@@ -56,10 +57,8 @@ class Check:
 
 def first_difference(plain: Sequence[int], tokens: Sequence[int]) -> int | None:
     """Index of the first token that differs, or where the shorter has ended; None when they are equal."""
-    for index, (left, right) in enumerate(zip(plain, tokens, strict=False)):
-        if left != right:
-            return index
-    return None if len(plain) == len(tokens) else min(len(plain), len(tokens))
+    shared = common_prefix(plain, tokens)
+    return None if shared == len(plain) == len(tokens) else shared
 
 
 def compare(

@@ -147,10 +147,7 @@ class ModelDrafter(Drafter):
         """``[B, n, V]`` tokens of each node's context, for the repetition penalty."""
         if batch.seen is None:
             return None
-        held = tree.ancestors[:, nodes]  # [B, n, N]
-        tokens = torch.where(held, tree.tokens.unsqueeze(1), tree.tokens[:, :1].unsqueeze(1))
-        seen = batch.seen.to(tokens.device).unsqueeze(1).repeat(1, len(nodes), 1)
-        return seen.scatter_(2, tokens, True)
+        return tree.seen_on_paths(batch.seen.to(tree.tokens.device), nodes)
 
     def _ranked(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""

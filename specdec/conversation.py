@@ -17,21 +17,18 @@ class ConversationStream(Iterator[StreamPiece]):
 
     Args:
         stream: the generation.
-        on_end: called once, with the text so far and whether the generation ended between two steps.
+        on_end: called once, with the text so far.
     """
 
-    def __init__(self, stream: GenerationStream, on_end: Callable[[str, bool], None]) -> None:
+    def __init__(self, stream: GenerationStream, on_end: Callable[[str], None]) -> None:
         self._stream = stream
-        self._on_end: Callable[[str, bool], None] | None = on_end
+        self._on_end: Callable[[str], None] | None = on_end
 
     def __next__(self) -> StreamPiece:
         try:
             return next(self._stream)
-        except StopIteration:
-            self._end(intact=self._stream.result.error is None)
-            raise
         except BaseException:
-            self._end(intact=False)
+            self._end()
             raise
 
     def __enter__(self) -> ConversationStream:
@@ -43,12 +40,12 @@ class ConversationStream(Iterator[StreamPiece]):
     def close(self) -> None:
         """End the answer; what there is of it stays in the conversation."""
         self._stream.close()
-        self._end(intact=True)
+        self._end()
 
-    def _end(self, intact: bool) -> None:
+    def _end(self) -> None:
         if self._on_end is not None:
             on_end, self._on_end = self._on_end, None
-            on_end(self._stream.result.text, intact)
+            on_end(self._stream.result.text)
 
     @property
     def stats(self) -> DecodeStats:
@@ -63,9 +60,6 @@ class ConversationStream(Iterator[StreamPiece]):
 
 class Conversation:
     """Turns of a chat over one cache: a turn prefills only what the turns before it did not.
-
-    Invariant: between turns the cache holds the tokens it says it holds; an answer that broke off inside a step, by an
-    exception, drops it.
 
     Args:
         decoder: its tokenizer must have a chat template.
@@ -111,8 +105,6 @@ class Conversation:
         if self._answer is not None:
             self._answer.close()
 
-    def _take(self, text: str, intact: bool) -> None:
+    def _take(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
         self._answer = None
-        if not intact:
-            self._kept = KeptPrefix()

@@ -14,7 +14,7 @@ from specdec.batch import Row
 from specdec.drafters.base import Drafter
 from specdec.generation import Generation, KeptPrefix
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
-from specdec.registry import create_drafter, create_verifier, unknown, verifier_names
+from specdec.registry import check_verifier, create_drafter, create_verifier, unknown
 from specdec.result import GenerationStream
 from specdec.sampling import PositionNoise, SamplingParams, derive_seed
 from specdec.stats import DecodeStats
@@ -61,8 +61,8 @@ class SpecDecoder:
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
-        if isinstance(verifier, str) and verifier != "auto" and verifier not in verifier_names():
-            raise ValueError(unknown("verifier", verifier, [*verifier_names(), "auto"]))
+        if isinstance(verifier, str):
+            check_verifier(verifier)
         self.drafter = create_drafter(drafter, drafter_options) if isinstance(drafter, str) else drafter
         if isinstance(target, str | Path):
             from specdec.models import load_model
@@ -130,9 +130,7 @@ class SpecDecoder:
         rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
-        generation = Generation(
-            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise"
-        )
+        generation = Generation(self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise")
         running = None if self._running is None else self._running()
         if running is not None:
             running.close()  # a drafter keeps the state of one generation
@@ -146,10 +144,9 @@ class SpecDecoder:
             return create_verifier("greedy") if params.greedy and self._verifier.lossless else self._verifier
         if self._verifier == "greedy" and not params.greedy:
             raise ValueError(f"the greedy verifier needs temperature 0, got {params.temperature}")
-        if self._verifier == "auto":
-            return create_verifier("greedy" if params.greedy else "coupled")
-        chosen = create_verifier(self._verifier)
-        return create_verifier("greedy") if params.greedy else chosen
+        if params.greedy:
+            return create_verifier("greedy")
+        return create_verifier("coupled" if self._verifier == "auto" else self._verifier)
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
         """Rows with their noise.

@@ -141,7 +141,7 @@ class Generation:
     def _emit(self, tree: TokenTree, logits: Tensor, verdict: Verdict) -> list[StreamPiece]:
         """Append what was accepted to the rows, up to where each ends."""
         pieces = []
-        depths, drafted = (tree.depth * tree.acceptable).amax(1).tolist(), tree.num_drafted.tolist()
+        depths, drafted = tree.draft_depth.tolist(), tree.num_drafted.tolist()
         for index, row in enumerate(self._batch.rows):
             accepted = verdict.num_accepted[index]
             for counted in self._counted([row]):

@@ -85,6 +85,13 @@ def create_drafter(name: str, options: Mapping[str, Any] | None = None) -> Draft
     return cls(make_config(cls.Config, options or {}, f"drafter {name!r}"))  # type: ignore[call-arg]
 
 
+def check_verifier(name: str) -> None:
+    """Raise ValueError where no acceptance policy goes by the name; "auto" is allowed."""
+    names = [*verifier_names(), "auto"]
+    if name not in names:
+        raise ValueError(unknown("verifier", name, names))
+
+
 def create_verifier(name: str) -> Verifier:
     """An acceptance policy by name, with its defaults."""
     verifier: Verifier = _load("specdec.verifiers", "verifier", name)()

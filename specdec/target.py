@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,7 +205,6 @@ class HFTarget:
         logits: Tensor = out.logits
         if not self._keeps_logits and logits_at is not None:
             logits = logits[:, logits_at]
-        self._windows = attention_pass.windows
         return TargetOutput(logits, captured)
 
     def _capture(self, name: Feature, into: dict[Feature, Tensor]) -> Any:
@@ -236,20 +235,22 @@ class HFTarget:
     def _check_layers(self) -> None:
         """Run one token and see that every layer went through our attention."""
         name = type(self.model).__name__
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        probe = AttentionPass(self.new_cache(1, 1), token, torch.ones_like(token, dtype=torch.bool).unsqueeze(0))
         try:
-            with torch.inference_mode():
-                self.extend([[0]], self.new_cache(1, 1))
+            with torch.inference_mode(), self._switch.on():
+                self.model(input_ids=token, position_ids=probe.positions, use_cache=False, specdec_pass=probe)
         except (RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{name} does not run through transformers' attention interface: {error}") from error
-        missing = sorted(set(range(self.num_layers)) - self._windows.keys())
+        missing = sorted(set(range(self.num_layers)) - probe.windows.keys())
         if missing:
             raise ValueError(
                 f"{name} cannot be served: layers {missing} of {self.num_layers} bypass transformers' attention "
                 "interface or keep recurrent state"
             )
-        self._check_windows(name)
+        self._check_windows(name, probe.windows)
 
-    def _check_windows(self, name: str) -> None:
+    def _check_windows(self, name: str, asked: Mapping[int, int | None]) -> None:
         """See that every window the configuration names reaches our attention, not just a mask we do not use."""
         kinds = list(getattr(self.config, "layer_types", None) or [])
         size = getattr(self.config, "sliding_window", None)
@@ -260,8 +261,8 @@ class HFTarget:
             return
         if limit is not None and size >= limit:
             return
-        windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if kinds else [*self._windows]
-        silent = [layer for layer in windowed if self._windows[layer] is None]
+        windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if kinds else [*asked]
+        silent = [layer for layer in windowed if asked[layer] is None]
         if silent:
             raise ValueError(
                 f"{name} cannot be served: its window of {size} tokens in layers {silent} is applied through the mask "

@@ -93,9 +93,9 @@ class TokenTree:
         return self.ancestors.sum(-1) - 1
 
     @cached_property
-    def max_depth(self) -> int:
-        """Depth of the deepest node that can be accepted, over all rows."""
-        return int((self.depth * self.acceptable).max())
+    def draft_depth(self) -> Tensor:
+        """``[B]`` int64: depth of the deepest node a verifier may accept."""
+        return (self.depth * self.acceptable).amax(1)
 
     @cached_property
     def num_drafted(self) -> Tensor:
@@ -165,17 +165,30 @@ class TokenTree:
 
     def limit_depth(self, limit: Tensor) -> TokenTree:
         """Drop the nodes of each row deeper than ``limit`` ``[B]``; the tree itself where none is."""
-        return self._keep_nodes(self.valid & (self.depth <= limit.unsqueeze(1)))
+        keep = self.valid & (self.depth <= limit.unsqueeze(1))
+        return self if torch.equal(keep, self.valid) else self._keep_nodes(keep)
 
     def compact(self) -> TokenTree:
         """Move padding to the end and drop columns that are padding in every row."""
-        return self._keep_nodes(self.valid, force=not bool(self.valid.all()))
+        return self if bool(self.valid.all()) else self._keep_nodes(self.valid)
 
-    def _keep_nodes(self, keep: Tensor, force: bool = False) -> TokenTree:
-        if not force and torch.equal(keep, self.valid):
-            return self
+    def _keep_nodes(self, keep: Tensor) -> TokenTree:
         columns = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(keep.sum(1).max())]
         return self.select(columns, keep.gather(1, columns))
+
+    def seen_on_paths(self, seen: Tensor, nodes: Tensor | None = None) -> Tensor:
+        """``[B, n, V]`` bool: what each node's context holds, for the repetition penalty.
+
+        Args:
+            seen: ``[B, V]`` bool, tokens of each row up to its root, included.
+            nodes: ``[n]`` int64 columns; all where None.
+        """
+        # What padding and virtual nodes hold is ignored; the root's token is a valid index that is seen anyway.
+        root = self.tokens[:, :1]
+        tokens = torch.where(self.acceptable, self.tokens, root).unsqueeze(1)
+        ancestors = self.ancestors if nodes is None else self.ancestors[:, nodes]
+        held = torch.where(ancestors, tokens, root.unsqueeze(1))
+        return seen.unsqueeze(1).repeat(1, held.shape[1], 1).scatter_(2, held, True)
 
     def to(self, device: torch.device | str) -> TokenTree:
         """The tree on another device."""

@@ -46,13 +46,9 @@ class TypicalVerifier(Verifier):
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
         num_rows, num_nodes = tree.tokens.shape
-        # What padding and virtual nodes hold is ignored; the root's token is a valid index that is seen anyway.
+        # What padding and virtual nodes hold is ignored; the root's token is a valid index.
         tokens = torch.where(tree.acceptable, tree.tokens, tree.tokens[:, :1])
-        seen = None
-        if batch.seen is not None:
-            on_path = torch.zeros(num_rows, num_nodes, batch.vocab_size, dtype=torch.bool, device=logits.device)
-            held = torch.where(tree.ancestors, tokens.unsqueeze(1), tokens[:, :1].unsqueeze(1))
-            seen = (batch.seen.unsqueeze(1) | on_path.scatter_(2, held, True)).flatten(0, 1)
+        seen = None if batch.seen is None else tree.seen_on_paths(batch.seen).flatten(0, 1)
         flat = log_probs(logits.flatten(0, 1), batch.params, seen)
         logp = flat.view(num_rows, num_nodes, -1)
         entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)  # [B, N]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -27,17 +28,26 @@ class InputError(click.ClickException):
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module only for that command, and turns errors of the user's making into one line."""
+    """Imports a command's module only for that command, and turns errors of the user's making into one line.
+
+    Args:
+        sources: command -> "module:function".
+        attributes: what click gives every group.
+    """
+
+    def __init__(self, *, sources: Mapping[str, str], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._sources = sources
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the help page."""
-        return sorted(COMMANDS)
+        return sorted(self._sources)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, imported now; None where there is none of that name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._sources:
             return None
-        module, _, function = COMMANDS[cmd_name].partition(":")
+        module, _, function = self._sources[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), function)
         return command
 
@@ -59,7 +69,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, sources=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Version.")
 def main() -> None:
     """Speculative decoding for Hugging Face models: the same text, sooner."""

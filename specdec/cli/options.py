@@ -120,12 +120,11 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
 
         from specdec.decoder import SpecDecoder
         from specdec.models import load_model
-        from specdec.registry import create_drafter, unknown, verifier_names
+        from specdec.registry import check_verifier, create_drafter
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        if options.verifier not in (*verifier_names(), "auto"):
-            raise ValueError(unknown("verifier", options.verifier, [*verifier_names(), "auto"]))
+        check_verifier(options.verifier)
         drafter = create_drafter(options.drafter, split_assignments(options.drafter_options))
         loaded = load_model(
             options.model,

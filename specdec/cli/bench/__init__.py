@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
+
+from specdec.cli import LazyGroup
 
 BENCHMARKS = {
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
@@ -12,22 +12,6 @@ BENCHMARKS = {
 """Subcommand -> "module:function"."""
 
 
-class LazyBenchmarks(click.Group):
-    """Imports a benchmark's module only for that benchmark."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the help page."""
-        return sorted(BENCHMARKS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported now; None where there is none of that name."""
-        if cmd_name not in BENCHMARKS:
-            return None
-        module, _, function = BENCHMARKS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), function)
-        return command
-
-
-@click.group(cls=LazyBenchmarks)
+@click.group(cls=LazyGroup, sources=BENCHMARKS)
 def bench() -> None:
     """Measure speed-ups on this machine."""
