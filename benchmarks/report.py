@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.benchmarks.charts import bar_chart, interval_chart, legend, line_chart
-from specdec.benchmarks.record import write_atomically
 from specdec.benchmarks.schema import PLAIN, SCHEMA
+from specdec.files import write_atomically
 from specdec.stats import PHASES
 
 KIND = "mt-bench"

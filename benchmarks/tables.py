@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdec.benchmarks.record import write_atomically
 from specdec.benchmarks.report import command_text, equal_text, interval_text, load_text, number_text
 from specdec.benchmarks.schema import SCHEMA
+from specdec.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 _OPEN = re.compile(r"\s*<!--\s*results:(.*?)-->\s*")
@@ -82,7 +82,7 @@ def mt_bench_table(result: Mapping[str, Any]) -> str:
 
 
 def peers_table(result: Mapping[str, Any]) -> str:
-    """Every peer with its precision, those that did not run with the reason below, and where it comes from."""
+    """Every row with its precision, remarks such as why a row did not run, and where it comes from."""
     peers: Sequence[Mapping[str, Any]] = result["summary"]["peers"]
     rows = []
     for peer in peers:
@@ -93,21 +93,43 @@ def peers_table(result: Mapping[str, Any]) -> str:
             peer["speculation"] or "",
         )
         if peer["skipped"] is not None:
-            rows.append((*about, "did not run", *[""] * 5))
+            rows.append((*about, "did not run", *[""] * 6))
             continue
-        equal = peer["equal_to_plain"]
+        equal, own, own_of = peer["equal_to_plain"], peer["equal_to_own_plain"], peer["own_plain_runs"]
         rates = ("decode_tokens_per_s", "end_to_end_tokens_per_s", "prefill_tokens_per_s")
         rows.append((
             *about, *(number_text(peer[rate]) for rate in rates), number_text(peer["tau"], 2),
-            "" if equal is None else f"{equal} of {peer['num_runs']}", interval_text(peer["relative"]),
+            "" if equal is None else f"{equal} of {peer['num_runs']}", "" if own is None else f"{own} of {own_of}",
+            interval_text(peer["relative"]),
         ))  # fmt: skip
+    reference = result["settings"]["reference"]
     heads = (
-        "peer", "engine", "precision", "speculation", "tok/s", "tok/s end to end", "prefill tok/s", "tau",
-        "texts equal to plain", "specdec's speed over it [95 %]",
+        "row", "engine", "precision", "speculation", "tok/s", "tok/s end to end", "prefill tok/s", "tau",
+        "texts equal to specdec's plain", "texts equal to its own plain",
+        f"{reference or 'specdec'}'s speed over it [95 %]",
     )  # fmt: skip
-    skipped = [f"- {_escaped(peer['name'])}: {_escaped(peer['skipped'])}\n" for peer in peers if peer["skipped"]]
-    reasons = "".join(["\n", *skipped]) if skipped else ""
-    return f"{_table(heads, rows)}{reasons}\n{_origin(result)}\n"
+    lines = [f"- {_escaped(name)}: {_escaped(text)}\n" for name, text in peer_remarks(result)]
+    remarks = "".join(["\n", *lines]) if lines else ""
+    origin = _origin(result, f"specdec in {result['settings']['dtype']}")
+    return f"{_table(heads, rows)}{remarks}\n{origin}\n"
+
+
+def peer_remarks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader of a comparison with peers must know: names of rows, and a sentence on them."""
+    found: dict[str, list[str]] = {}
+    for peer in result["summary"]["peers"]:
+        runs, failed = peer["num_runs"], peer["failed"]
+        unsettled, disturbed = peer["unsettled_runs"], peer["disturbed_runs"]
+        sentences = [
+            *(peer["notes"] or ()),
+            peer["skipped"],
+            failed and f"left out after {runs} of {result['questions']['count']} questions: {failed}",
+            unsettled and f"{unsettled} of {runs} answers began while another engine still computed",
+            disturbed and f"{disturbed} of {runs} answers shared the machine with something else that computed",
+        ]
+        for sentence in filter(None, sentences):
+            found.setdefault(sentence, []).append(peer["name"])
+    return [(", ".join(names), sentence) for sentence, names in found.items()]
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"mt-bench": mt_bench_table, "peers": peers_table}
@@ -141,13 +163,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _origin(result: Mapping[str, Any]) -> str:
-    """One line: what ran on what, when, from which source, and the command."""
+def _origin(result: Mapping[str, Any], precision: str = "") -> str:
+    """One line: what ran in which precision on what, when, from which source, and the command."""
     settings, machine, questions = result["settings"], result["machine"], result["questions"]
     temperature, busy = settings.get("temperature") or 0.0, load_text(machine)
     facts = [
         settings["model"],
-        settings["dtype"] or "unknown precision",
+        precision or settings["dtype"] or "unknown precision",
         f"{settings['max_new_tokens']} new tokens",
         f"{questions['count']} questions of {questions['name']} (sha256 {questions['sha256'][:12]})",
         "both turns" if settings.get("turns") == 2 else "",
