@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
+from specdec.packing import can_pack, pack_linears
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names, and the hub id each stands for where its weights are not installed."""
@@ -65,6 +66,7 @@ def load_model(
     device: torch.device | str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    packed: bool = False,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
@@ -76,6 +78,8 @@ def load_model(
         device: where the model goes; "auto" is CUDA where there is one.
         allow_pickle: accept weights in pickle files, which can run code as they load.
         trust_remote_code: run modelling code that the checkpoint brings along.
+        packed: lay linear layers out for decoding where that helps (see ``specdec.packing``); such a model generates
+            as before, but cannot be trained or saved.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
 
@@ -94,7 +98,10 @@ def load_model(
         folder = _download(name, allow_pickle, trust_remote_code, progress)
     with quiet():
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
-    return LoadedModel(model.to(where).eval(), tokenizer, name)
+    model = model.to(where).eval()
+    if packed and can_pack(model):
+        pack_linears(model)
+    return LoadedModel(model, tokenizer, name)
 
 
 @contextmanager

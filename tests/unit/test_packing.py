@@ -1,0 +1,100 @@
+"""Packed linear layers: the same numbers as dense ones, whoever asks for them in whatever order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from specdec.packing import FusedPart, PackedLinear, can_pack, pack_linears
+
+
+class Block(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(48, 32, bias=bias)
+        self.k_proj = nn.Linear(48, 16, bias=bias)
+        self.v_proj = nn.Linear(48, 16, bias=bias)
+        self.o_proj = nn.Linear(32, 48, bias=bias)
+        self.gate_proj = nn.Linear(48, 80)
+        self.up_proj = nn.Linear(40, 80)  # reads another input: no sibling
+
+    def projections(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)]
+
+
+@pytest.fixture(params=[False, True], ids=["no bias", "bias"])
+def blocks(request: pytest.FixtureRequest) -> tuple[Block, Block]:
+    """A block, and the same one packed."""
+    torch.manual_seed(0)
+    dense = Block(request.param).to(torch.bfloat16).requires_grad_(False)
+    if not can_pack(dense):
+        pytest.skip("this CPU does not compute in bfloat16")
+    packed = Block(request.param).to(torch.bfloat16).requires_grad_(False)
+    packed.load_state_dict(dense.state_dict())
+    assert pack_linears(packed) == 6
+    return dense, packed
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal but for the order of a float32 sum and the rounding to bfloat16, which is half of 2**-8 of a value."""
+    return bool(((got - expected).abs() <= 2**-7 * expected.abs() + 2**-12).all())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_outputs_are_those_of_the_dense_layers(blocks: tuple[Block, Block], rows: int) -> None:
+    dense, packed = blocks
+    inputs = torch.randn(2, rows, 48, dtype=torch.bfloat16)
+    for got, expected in zip(packed.projections(inputs), dense.projections(inputs), strict=True):
+        assert close(got, expected)
+    assert isinstance(packed.q_proj, FusedPart)
+    assert isinstance(packed.o_proj, PackedLinear)
+    wide = torch.randn(2, rows, 40, dtype=torch.bfloat16)
+    assert close(packed.up_proj(wide), dense.up_proj(wide))
+
+
+def test_siblings_may_be_asked_in_any_order_again_and_for_other_inputs(blocks: tuple[Block, Block]) -> None:
+    dense, packed = blocks
+    first, second = torch.randn(2, 1, 3, 48, dtype=torch.bfloat16).unbind()
+    asked = [("v_proj", first), ("q_proj", second), ("v_proj", first), ("v_proj", first), ("k_proj", first)]
+    for name, inputs in asked:
+        assert close(getattr(packed, name)(inputs), getattr(dense, name)(inputs)), name
+
+
+def test_a_changed_input_is_not_answered_with_the_old_ones_output(blocks: tuple[Block, Block]) -> None:
+    dense, packed = blocks
+    inputs = torch.randn(1, 3, 48, dtype=torch.bfloat16)
+    packed.q_proj(inputs)
+    inputs += 1
+    assert close(packed.k_proj(inputs), dense.k_proj(inputs))
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(blocks: tuple[Block, Block]) -> None:
+    _, packed = blocks
+    inputs = torch.randn(1, 32, 48, dtype=torch.bfloat16)
+    whole = packed.projections(inputs)
+    for rows in (1, 2, 7, 16, 31):
+        for part, got in zip(whole, packed.projections(inputs[:, :rows].clone()), strict=True):
+            assert torch.equal(part[:, :rows], got), rows
+
+
+def test_the_dense_weight_comes_back(blocks: tuple[Block, Block]) -> None:
+    dense, packed = blocks
+    assert isinstance(packed.o_proj, PackedLinear)
+    assert torch.equal(packed.o_proj.weight, dense.o_proj.weight)
+
+
+def test_tied_weights_stay_in_the_embedding() -> None:
+    model = nn.Module()
+    model.embedding, model.head = nn.Embedding(64, 48), nn.Linear(48, 64, bias=False)
+    model.head.weight = model.embedding.weight
+    model.to(torch.bfloat16).requires_grad_(False)
+    if not can_pack(model):
+        pytest.skip("this CPU does not compute in bfloat16")
+    pack_linears(model)
+    states = torch.randn(1, 2, 48, dtype=torch.bfloat16)
+    assert close(model.head(states), states @ model.embedding.weight.T)
+
+
+def test_float32_is_left_alone() -> None:
+    assert not can_pack(nn.Linear(4, 4))
