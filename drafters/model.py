@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
+from specdec.drafters.growth import grow, rank
+from specdec.drafters.model_prompts import DraftPrompts, Lookahead
 from specdec.kv_cache import KVCache
 from specdec.sampling import filter_logits
 from specdec.target import HFTarget, TargetOutput
@@ -30,6 +33,8 @@ class ModelConfig:
         device: where the draft model runs.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
+        prompt_tokens: folder of PPD weights trained for the draft model; with k prompt tokens each of its passes drafts
+            k + 1 levels. Policies that want drawn children do without.
     """
 
     model: str = ""
@@ -40,6 +45,7 @@ class ModelConfig:
     device: str = "auto"
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    prompt_tokens: str = ""
 
     def __post_init__(self) -> None:
         for name in ("depth", "beams", "max_nodes"):
@@ -79,11 +85,15 @@ class ModelDrafter(Drafter):
                 device=self.config.device,
                 allow_pickle=self.config.allow_pickle,
                 trust_remote_code=self.config.trust_remote_code,
+                packed=True,
             )
             model, tokenizer = loaded.model, loaded.tokenizer
         self.draft_model = HFTarget(model)
         self._tokenizer = tokenizer
         self._cache: KVCache | None = None
+        self._prompts: DraftPrompts | None = None
+        if self.config.prompt_tokens:
+            self._prompts = DraftPrompts(Path(self.config.prompt_tokens).expanduser(), self.draft_model)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         if self.draft_model.vocab_size != target.vocab_size:
@@ -110,10 +120,9 @@ class ModelDrafter(Drafter):
             depth = min(depth, self.draft_model.max_context - longest)
         if depth < 1 or self.config.max_nodes < 2:
             return TokenTree.from_pending(batch.pending)
-        logits = self._catch_up(batch)
-        return self._ranked(batch, logits, depth) if batch.siblings == "deterministic" else self._drawn(
-            batch, logits, depth
-        )
+        if batch.siblings == "deterministic":
+            return self._ranked(batch, depth)
+        return self._drawn(batch, self._catch_up(batch), depth)
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         if self._cache is not None and rows:
@@ -137,54 +146,30 @@ class ModelDrafter(Drafter):
         self._cache.reserve(self._cache.max_length + tree.num_nodes)
         return self.draft_model.forward(tree, self._cache, first_node=first_node).logits
 
-    def _noise(self, batch: Batch, depth: int) -> Tensor:
-        """``[B, V]`` the noise the target will choose with at this depth."""
-        return torch.stack([row.noise.gumbel(len(row.tokens) + depth - 1) for row in batch.rows]).to(
-            self.draft_model.device
-        )
-
     def _seen(self, batch: Batch, tree: TokenTree, nodes: Tensor) -> Tensor | None:
         """``[B, n, V]`` tokens of each node's context, for the repetition penalty."""
         if batch.seen is None:
             return None
         return tree.seen_on_paths(batch.seen.to(tree.tokens.device), nodes)
 
-    def _ranked(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
+    def _ranked(self, batch: Batch, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""
-        device = self.draft_model.device
-        beams = min(self.config.beams, logits.shape[-1])
-        tree = TokenTree.from_pending(batch.pending.to(device))
-        joint = torch.zeros(len(batch), 1, device=device)  # [B, N] log-confidence of each node
-        frontier = torch.zeros(1, dtype=torch.int64, device=device)  # columns just computed
-        logits = logits.unsqueeze(1)  # [B, n, V] at the frontier
-        for level in range(1, depth + 1):
-            seen = self._seen(batch, tree, frontier)
-            scores = filter_logits(logits.flatten(0, 1), batch.params, None if seen is None else seen.flatten(0, 1))
-            scores = scores.view(*logits.shape[:2], -1)
-            if batch.coupled:
-                scores = scores + self._noise(batch, level).unsqueeze(1)
-            best = scores.log_softmax(-1).topk(beams, dim=-1)  # [B, n, k]
-            candidates = (joint[:, frontier].unsqueeze(-1) + best.values).flatten(1)  # [B, n * k]
-            kept = candidates.topk(min(beams, candidates.shape[1]), dim=-1)
-            parents = frontier[kept.indices // beams]
-            impossible = kept.values.isneginf()
-            first = tree.num_nodes
-            tree = TokenTree(
-                torch.cat([tree.tokens, best.indices.flatten(1).gather(1, kept.indices)], dim=1),
-                torch.cat([tree.parents, parents.masked_fill(impossible, PADDING)], dim=1),
-            )
-            joint = torch.cat([joint, kept.values], dim=1)
-            if level < depth:
-                frontier = torch.arange(first, tree.num_nodes, device=device)
-                logits = self._forward(tree, first)
-        return self._best(tree, joint)
+        level_logits = self._levels(batch)
 
-    def _best(self, tree: TokenTree, joint: Tensor) -> TokenTree:
-        """The ``max_nodes`` nodes of highest joint confidence; closed under ancestors, as confidence only falls."""
-        count = min(self.config.max_nodes, tree.num_nodes)
-        # Ties go to the earlier column, so that a parent never loses to its child.
-        order = joint.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
-        return tree.select(order, tree.valid.gather(1, order)).compact()
+        def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:
+            return rank(batch, level_logits(tree, first, level), self.config.beams, tree, first, level)
+
+        pending = batch.pending.to(self.draft_model.device)
+        return grow(pending, depth, self.config.beams, self.config.max_nodes, expand)
+
+    def _levels(self, batch: Batch) -> Callable[[TokenTree, int, int], Tensor]:
+        """Says, after catching up, the logits ``[B, n, V]`` for a level's nodes, from those of the one above."""
+        assert self._cache is not None
+        if self._prompts is not None:
+            first_logits = self._prompts.catch_up(batch, self._cache)
+            return Lookahead(self._prompts, self.draft_model, self._cache, first_logits).logits
+        logits = self._catch_up(batch).unsqueeze(1)
+        return lambda tree, first, level: logits if level == 1 else self._forward(tree, first)
 
     def _drawn(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
         """Children drawn from the draft distribution, with the distributions they were drawn from."""

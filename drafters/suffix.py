@@ -70,9 +70,7 @@ class SuffixAutomaton:
 
     def _split(self, source: int, token: int, target: int) -> int:
         """A copy of ``target`` for the shorter strings that reach it through ``source``."""
-        clone = self._new_state(
-            self.length[source] + 1, dict(self.next[target]), self.link[target], self.count[target]
-        )
+        clone = self._new_state(self.length[source] + 1, dict(self.next[target]), self.link[target], self.count[target])
         self.link[target] = clone
         while source >= 0 and self.next[source].get(token) == target:
             self.next[source][token] = clone

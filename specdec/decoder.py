@@ -14,7 +14,7 @@ from specdec.batch import Row
 from specdec.drafters.base import Drafter
 from specdec.generation import Generation, KeptPrefix
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
-from specdec.registry import check_verifier, create_drafter, create_verifier, unknown
+from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream
 from specdec.sampling import PositionNoise, SamplingParams, derive_seed
 from specdec.stats import DecodeStats
@@ -63,15 +63,20 @@ class SpecDecoder:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
         if isinstance(verifier, str):
             check_verifier(verifier)
-        self.drafter = create_drafter(drafter, drafter_options) if isinstance(drafter, str) else drafter
+        if isinstance(drafter, str) and drafter != "auto":
+            drafter = create_drafter(drafter, drafter_options)  # before the target loads: a mistake shows at once
         if isinstance(target, str | Path):
             from specdec.models import load_model
 
             loaded = load_model(
-                str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-            )
+                str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+                packed=True,
+            )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)
+        if isinstance(drafter, str):
+            drafter = create_drafter(resolve_drafter(drafter, self.target), drafter_options)
+        self.drafter = drafter
         self.tokenizer = tokenizer
         self._verifier = verifier
         self._on_drafter_error = on_drafter_error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.drafters.base import Drafter
+    from specdec.target import HFTarget
     from specdec.verifiers.base import Verifier
 
 _BUILT_IN = {
@@ -26,6 +27,10 @@ _BUILT_IN = {
         "suffix": "specdec.drafters.suffix:SuffixDrafter",
         "recycling": "specdec.drafters.recycling:RecyclingDrafter",
         "model": "specdec.drafters.model:ModelDrafter",
+        "medusa": "specdec.drafters.medusa:MedusaDrafter",
+        "clover": "specdec.drafters.clover:CloverDrafter",
+        "ppd": "specdec.drafters.ppd:PPDDrafter",
+        "eagle": "specdec.drafters.eagle:EagleDrafter",
     },
     "specdec.verifiers": {
         "greedy": "specdec.verifiers.match:GreedyVerifier",
@@ -36,7 +41,10 @@ _BUILT_IN = {
 }
 
 AUTO_DRAFTER = "suffix"
-"""What ``drafter="auto"`` stands for."""
+"""What ``drafter="auto"`` stands for where no trained weights ship for the target."""
+
+TRAINED_DRAFTERS = ("eagle", "clover", "medusa", "ppd")
+"""What "auto" stands for where their weights ship for the target, the best first."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
@@ -77,6 +85,16 @@ def drafter_class(name: str) -> type[Drafter]:
     """The class of a drafter; "auto" is allowed."""
     cls: type[Drafter] = _load("specdec.drafters", "drafter", AUTO_DRAFTER if name == "auto" else name)
     return cls
+
+
+def resolve_drafter(name: str, target: HFTarget) -> str:
+    """The drafter that "auto" stands for with this target; any other name as it is."""
+    if name != "auto":
+        return name
+    from specdec.drafters.weights import TargetFacts, find_pretrained
+
+    facts = TargetFacts.of(target)
+    return next((drafter for drafter in TRAINED_DRAFTERS if find_pretrained(drafter, facts)), AUTO_DRAFTER)
 
 
 def create_drafter(name: str, options: Mapping[str, Any] | None = None) -> Drafter:

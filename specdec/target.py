@@ -142,7 +142,7 @@ class HFTarget:
             ends = sorted({len(part) - 1 for part in chunk if part})
             depth = torch.arange(width, device=self.device).expand(len(rows), -1)
             causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(len(rows), -1, -1)
-            out = self._run(tokens, None, cache, depth, causal, features, ends)
+            out = self.run(tokens, None, cache, depth, causal, features, ends)
             cache.advance([len(part) for part in chunk])
             for row, part in enumerate(chunk):
                 if part:
@@ -171,18 +171,32 @@ class HFTarget:
         if tree.virtual is not None and tree.embeddings is not None:
             virtual = (tree.virtual[:, first_node:], tree.embeddings[:, first_node:])
         ancestors = tree.ancestors[:, first_node:]
-        return self._run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
+        return self.run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
 
-    def _run(
+    def run(
         self,
         tokens: Tensor,
         virtual: tuple[Tensor, Tensor] | None,
         cache: KVCache,
         depth: Tensor,
         ancestors: Tensor,
-        features: Sequence[Feature],
+        features: Sequence[Feature] = (),
         logits_at: list[int] | None = None,
     ) -> TargetOutput:
+        """One pass over nodes of which the caller says what they see; nothing is committed.
+
+        Gradients reach what they are wanted for, virtual nodes' embeddings for one.
+
+        Args:
+            tokens: ``[B, n]`` int64.
+            virtual: ``[B, n]`` bool, nodes that carry an embedding instead, and the embeddings ``[B, n, d]``.
+            cache: gets the nodes' keys and values behind what is there.
+            depth: ``[B, M]`` int64 distance from each row's first free position, of the M - n nodes written behind the
+                committed tokens by earlier passes and of these.
+            ancestors: ``[B, n, M]`` bool, which of the M nodes each sees; committed tokens are seen by all.
+            features: hidden states to return.
+            logits_at: nodes to return logits at; all where None.
+        """
         attention_pass = AttentionPass(cache, depth, ancestors)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if virtual is not None:

@@ -10,10 +10,12 @@ import click
 
 COMMANDS = {
     "bench": "specdec.cli.bench:bench",
+    "calibrate": "specdec.cli.calibrate:calibrate",
     "chat": "specdec.cli.chat:chat",
     "demo": "specdec.cli.demo:demo",
     "generate": "specdec.cli.generate:generate",
     "list": "specdec.cli.list:list_",
+    "train": "specdec.cli.train:train",
 }
 """Command -> "module:function"."""
 

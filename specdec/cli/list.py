@@ -26,7 +26,10 @@ def list_(as_json: bool) -> None:
         document = {"auto_drafter": AUTO_DRAFTER, "drafters": drafters, "verifiers": verifiers, "models": models}
         click.echo(json.dumps(document, indent=2))
         return
-    click.echo(f"Drafters (--drafter NAME -o OPTION=VALUE); auto is {AUTO_DRAFTER}")
+    click.echo(
+        "Drafters (--drafter NAME -o OPTION=VALUE); auto is the best whose weights ship for the model, else "
+        f"{AUTO_DRAFTER}"
+    )
     for name, about in drafters.items():
         click.echo(f"  {name:<12} {about['summary']}")
         for option, detail in about["options"].items():
@@ -89,7 +92,10 @@ def first_sentence(cls: type[Any]) -> str:
 
 
 def attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """What the docstring's ``Attributes:`` section says of each attribute."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """What the ``Attributes:`` sections of a class and its bases say of each attribute."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+        found.update({name: " ".join(text.split()) for name, text in entries})
+    return found

@@ -120,18 +120,24 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
 
         from specdec.decoder import SpecDecoder
         from specdec.models import load_model
-        from specdec.registry import check_verifier, create_drafter
+        from specdec.registry import check_verifier, create_drafter, resolve_drafter
+        from specdec.target import HFTarget
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         check_verifier(options.verifier)
-        drafter = create_drafter(options.drafter, split_assignments(options.drafter_options))
+        drafter_options = split_assignments(options.drafter_options)
+        drafter = create_drafter(options.drafter, drafter_options)  # before the model loads: a mistake shows at once
         loaded = load_model(
             options.model,
             dtype=options.dtype,
             device=options.device,
             allow_pickle=options.allow_pickle,
             trust_remote_code=options.trust_remote_code,
+            packed=True,
             progress=say,
         )
-        return SpecDecoder(loaded.model, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer)
+        target = HFTarget(loaded.model)
+        if options.drafter == "auto":
+            drafter = create_drafter(resolve_drafter("auto", target), drafter_options)
+        return SpecDecoder(target, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer)

@@ -8,6 +8,7 @@ from specdec.cli import LazyGroup
 
 BENCHMARKS = {
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
+    "peers": "specdec.cli.bench.peers:peers",
 }
 """Subcommand -> "module:function"."""
 

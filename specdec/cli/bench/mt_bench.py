@@ -65,13 +65,14 @@ def mt_bench(
     from specdec.benchmarks.settings import Settings
     from specdec.cli.bench.screen import Screen, report
     from specdec.cli.console import note, slow_status
+    from specdec.registry import resolve_drafter
 
     if resume and json_path is None:
         raise ValueError("--resume needs --json, the file the interrupted run was to write")
     for path in (json_path, html_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} to")
-    specs = make_specs(drafters, options)
+    make_specs(drafters, options)  # before the model loads: a mistake shows at once
     found = load_questions(questions)
     found = found if limit is None else found.limit(limit)
     if threads is not None:
@@ -80,8 +81,9 @@ def mt_bench(
         from specdec.models import load_model
         from specdec.target import HFTarget
 
-        loaded = load_model(model, dtype=dtype, device=device, progress=say)
+        loaded = load_model(model, dtype=dtype, device=device, packed=True, progress=say)
         target = HFTarget(loaded.model)
+    specs = make_specs([resolve_drafter(name, target) for name in drafters], options)
     if loaded.tokenizer is None:
         raise ValueError(f"{model!r} has no tokenizer: questions are text")
     settings = Settings(

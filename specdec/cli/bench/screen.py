@@ -91,7 +91,7 @@ def report(result: BenchResult) -> str:
     ]
     curve = ", ".join(f"{nodes}: {ms:.1f}" for nodes, ms in result.summary.latency_curve)
     lines = [
-        _align([_HEADERS, *rows]),
+        align([_HEADERS, *rows], num_left=2),
         "",
         "Speed-up: median of paired ratios with its 95 % interval. tau: tokens per target pass. draft to other: "
         "milliseconds per pass. first: median milliseconds to the first token.",
@@ -140,11 +140,12 @@ def _interval(found: Interval | None) -> str:
     return "" if found is None else f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]], num_left: int) -> str:
+    """Rows of equally many cells as lines in columns, the first ``num_left`` of them aligned to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < num_left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

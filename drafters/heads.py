@@ -1,0 +1,249 @@
+"""What drafters that read the target's hidden states have in common: Medusa, Clover, EAGLE."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdec.batch import Batch
+from specdec.drafters.base import Drafter
+from specdec.drafters.growth import grow, rank
+from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
+from specdec.packing import PackedLinear, can_pack, pack_linears
+from specdec.target import Feature, HFTarget, TargetOutput
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Options of a trained drafter.
+
+    Attributes:
+        weights: folder that ``specdec train`` wrote, or of a published checkpoint; "" is what ships for the target.
+        depth: deepest node.
+        width: nodes expanded per depth.
+        branching: children considered per node.
+        max_nodes: most nodes of a tree, root included.
+        tree: how sure a node is: the head's own probability, or the calibrated hit rate of its rank and depth.
+        allow_pickle: read checkpoints that are published as pickles only; nothing in them is run.
+    """
+
+    weights: str = ""
+    depth: int = 5
+    width: int = 4
+    branching: int = 8
+    max_nodes: int = 24
+    tree: Literal["confidence", "calibrated"] = "confidence"
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "branching", "max_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class HeadModule(nn.Module):
+    """A drafter's trained part.
+
+    Attributes:
+        features: hidden states of the target it reads.
+        vocabulary: ``[V']`` int64, token ids it drafts; None for all.
+        output: its own output head ``[V', d]``; None where it shares the target's.
+    """
+
+    features: Sequence[Feature]
+    vocabulary: Tensor | None
+    output: nn.Linear | None = None
+
+
+class OutputHead(nn.Module):
+    """The target's output head, or the rows of it that a drafter needs: drafting over few tokens is cheap.
+
+    Args:
+        target: the model whose rows are used.
+        vocabulary: ``[V']`` int64 token ids; None for all, which are then shared, not copied.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, target: HFTarget, vocabulary: Tensor | None) -> None:
+        super().__init__()
+        output = target.model.get_output_embeddings()
+        weight, bias = output.weight.detach(), getattr(output, "bias", None)
+        if vocabulary is not None:
+            ids = vocabulary.to(weight.device)
+            weight, bias = weight[ids], None if bias is None else bias[ids]
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V']`` of normed hidden states ``[..., d]``."""
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+def drafting_head(target: HFTarget, vocabulary: Tensor | None) -> nn.Module:
+    """The target's own output head, or a layer of the rows a drafter needs, packed where that is faster.
+
+    Args:
+        target: the model whose rows are used.
+        vocabulary: ``[V']`` int64 token ids; None for all.
+    """
+    whole: nn.Module = target.model.get_output_embeddings()
+    if vocabulary is None:
+        return whole
+    rows = OutputHead(target, vocabulary)
+    linear = nn.Linear(rows.weight.shape[1], rows.weight.shape[0], bias=rows.bias is not None, device="meta")
+    linear.weight = nn.Parameter(rows.weight, requires_grad=False)
+    if rows.bias is not None:
+        linear.bias = nn.Parameter(rows.bias, requires_grad=False)
+    return PackedLinear(linear) if can_pack(linear) else linear
+
+
+def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:
+    """``[size]`` int64, ascending: the most frequent token ids, and those wanted in any case.
+
+    Args:
+        counts: ``[V]`` occurrences of every token.
+        size: at most V.
+        always: ids to include, end-of-sequence for one.
+    """
+    weighted = counts.double()
+    weighted[list(always)] = torch.inf
+    return weighted.argsort(descending=True, stable=True)[:size].sort().values
+
+
+class HeadDrafter(Drafter):
+    """A drafter with trained weights that follows the target's hidden states.
+
+    Subclasses say how their module is built, what it remembers of the committed tokens, and what it drafts from that.
+
+    Args:
+        config: options.
+        weights: loaded weights, instead of ``config.weights``.
+    """
+
+    Config: ClassVar[type[Any]] = HeadConfig
+    module: Any
+
+    def __init__(self, config: HeadConfig | None = None, weights: DrafterWeights | None = None) -> None:
+        self.config = config or self.Config()
+        self._weights = weights
+        self._hit_rates: Tensor | None = None
+
+    @abstractmethod
+    def make_module(self, shape: Mapping[str, Any]) -> HeadModule:
+        """The module that weights of this shape belong to."""
+
+    @abstractmethod
+    def begin(self, batch_size: int) -> None:
+        """A generation begins: forget all rows."""
+
+    @abstractmethod
+    def absorb(self, features: Mapping[Feature, Tensor], tokens: Tensor, counts: Sequence[int]) -> None:
+        """Remember newly committed tokens.
+
+        Args:
+            features: ``[B, A, d]`` the target's hidden states at them.
+            tokens: ``[B, A]`` int64, the token that follows each.
+            counts: how many of the A are real in each row, which may be none.
+        """
+
+    @abstractmethod
+    def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:
+        """Logits ``[B, n, V']`` of the children, at depth ``level``, of the nodes from column ``first`` on.
+
+        n may be 1 where they do not depend on the node.
+        """
+
+    @abstractmethod
+    def keep_rows(self, rows: Tensor) -> None:
+        """Only these rows ``[B']`` go on, in this order."""
+
+    def load(self, target: HFTarget) -> DrafterWeights:
+        """The weights to use with a target.
+
+        Raises:
+            ValueError: where there are none, or they are for another kind of drafter.
+        """
+        if self._weights is not None:
+            return self._weights
+        return load_weights(find_weights(self.name, self.config.weights, TargetFacts.of(target)))
+
+    def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        weights = self.load(target)
+        check_weights(weights, self.name, TargetFacts.of(target))
+        self.module = self.make_module(weights.shape)
+        weights.load_into(self.module)
+        self.module = self.module.to(target.device, target.dtype).eval().requires_grad_(False)
+        self.features = tuple(self.module.features)
+        if can_pack(self.module):
+            pack_linears(self.module)
+        self._head = self.module.output or drafting_head(target, self.module.vocabulary)
+        if self.config.tree == "calibrated":
+            if not weights.hit_rates:
+                raise ValueError(f"the weights of drafter {self.name!r} have no hit rates: run specdec calibrate")
+            self._hit_rates = torch.tensor(weights.hit_rates, device=target.device).clamp(min=1e-4).log()
+
+    @property
+    def max_depth(self) -> int:
+        """Deepest node the module can draft."""
+        return int(self.config.depth)
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V']`` of what the module makes of hidden states."""
+        logits: Tensor = self._head(hidden)
+        return logits
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        self.begin(len(batch))
+        if output is None:
+            return
+        width = next(iter(output.features.values())).shape[1]
+        rows = [row.tokens[1:] + [0] * (width + 1 - len(row.tokens)) for row in batch.rows]
+        counts = [len(row.tokens) - 1 for row in batch.rows]
+        self.absorb(output.features, torch.tensor(rows, device=batch.device), counts)
+
+    def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
+        counts = [accepted + 1 for accepted in verdict.num_accepted]
+        width = max(counts)
+        path = verdict.path[:, :width]
+        rows = torch.arange(len(batch), device=path.device).unsqueeze(1)
+        following = [(tokens + [0] * width)[:width] for tokens in verdict.tokens]
+        features = {name: states[rows, path] for name, states in output.features.items()}
+        self.absorb(features, torch.tensor(following, device=path.device), counts)
+
+    def propose(self, batch: Batch) -> TokenTree:
+        depth = min(self.max_depth, max(row.max_depth for row in batch.rows))
+        if depth < 1 or self.config.max_nodes < 2:
+            return TokenTree.from_pending(batch.pending)
+
+        def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:
+            logits = self.logits(tree, first, level)
+            at = first if logits.shape[1] == tree.num_nodes - first else 0
+            confidence, tokens = rank(
+                batch, logits, self.config.branching, tree, at, level, self.module.vocabulary
+            )  # fmt: skip
+            if self._hit_rates is not None:
+                confidence = self._calibrated(confidence, level)
+            num_nodes = tree.num_nodes - first
+            return confidence.expand(-1, num_nodes, -1), tokens.expand(-1, num_nodes, -1)
+
+        return grow(batch.pending, depth, self.config.width, self.config.max_nodes, expand)
+
+    def _calibrated(self, confidence: Tensor, level: int) -> Tensor:
+        """The hit rates of this depth in place of the head's own confidence; ranks beyond them are as the last."""
+        assert self._hit_rates is not None
+        rates = self._hit_rates[min(level, len(self._hit_rates)) - 1]
+        ranks = torch.arange(confidence.shape[-1], device=rates.device).clamp(max=len(rates) - 1)
+        return rates[ranks].expand_as(confidence).masked_fill(confidence.isneginf(), -torch.inf)
+
+    def keep(self, batch: Batch, rows: Sequence[int]) -> None:
+        if rows:
+            self.keep_rows(torch.tensor(list(rows), device=batch.device))

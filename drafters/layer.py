@@ -1,0 +1,128 @@
+"""One decoder layer of Llama's kind, for drafters that have layers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.attention import AttentionPass
+from specdec.kernels.tree_attention import tree_attention
+from specdec.target import HFTarget
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of rotated queries ``[B, H, n, d_h]`` over keys and values ``[B, H_kv, n, d_h]``: ``[B, H, n, d_h]``."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a decoder layer.
+
+    Attributes:
+        hidden_size: d.
+        num_heads: query heads, H.
+        num_kv_heads: key and value heads, H_kv.
+        head_dim: d_h.
+        intermediate_size: width of the MLP.
+        rope_theta: base of the rotary angles.
+        norm_eps: of the RMSNorms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def of(cls, target: HFTarget) -> LayerShape:
+        """A layer like the target's own."""
+        config = target.config
+        heads = int(config.num_attention_heads)
+        rope = getattr(config, "rope_parameters", None) or {}
+        width = int(config.hidden_size)
+        return cls(
+            hidden_size=width,
+            num_heads=heads,
+            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or width // heads),
+            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * width),
+            rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
+            norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-5),
+        )
+
+
+class DraftLayer(nn.Module):
+    """Attention and gated MLP; tensors carry the names of Llama's layers.
+
+    Args:
+        shape: sizes.
+        input_width: width of what the projections of query, key and value read; d where it is the normed hidden state.
+    """
+
+    def __init__(self, shape: LayerShape, input_width: int | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        width, wide = shape.hidden_size, input_width or shape.hidden_size
+        self.q_proj = nn.Linear(wide, shape.num_heads * shape.head_dim, bias=False)
+        self.k_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=False)
+        self.v_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=False)
+        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, width, bias=False)
+        self.gate_proj = nn.Linear(width, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, width, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(width, shape.norm_eps)
+
+    def forward(self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The layer's output ``[B, n, d]``.
+
+        Args:
+            inputs: ``[B, n, input_width]``, normed.
+            residual: ``[B, n, d]``, what attention's output is added to.
+            positions: ``[B, n]`` int64.
+            attend: the attention.
+        """
+        shape = self.shape
+        query = self.q_proj(inputs).unflatten(-1, (shape.num_heads, shape.head_dim)).transpose(1, 2)
+        key = self.k_proj(inputs).unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
+        value = self.v_proj(inputs).unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
+        cos, sin = rotary(positions, shape.head_dim, shape.rope_theta, inputs.dtype)
+        attended = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
+        hidden = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
+        normed = self.post_attention_layernorm(hidden)
+        mixed: Tensor = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return mixed
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B, 1, n, d_h]`` of rotary embeddings (Su et al. 2021), halves rotated as Llama's are."""
+    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.unsqueeze(-1).float() * theta**-half  # [B, n, d_h / 2]
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[B, H, n, d_h]`` by the angles of ``rotary``."""
+    left, right = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def cached_attention(shared: AttentionPass, layer: int) -> Attend:
+    """Attention over a drafter's own cache and the tree in flight, as the target's layers do it."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = shared.cache.write(layer, key, value, shared.offset)
+        return tree_attention(query, keys, values, shared.mask(None), query.shape[-1] ** -0.5)
+
+    return attend
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention within a text, for training: every token sees itself and those before it."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])

@@ -1,0 +1,50 @@
+"""The model card says what, how, on what; and nothing a user wrote can steer it."""
+
+from __future__ import annotations
+
+from specdec.training.card import make_card
+
+FACTS = {
+    "drafter": "medusa",
+    "target": "smollm2",
+    "dtype": "bfloat16",
+    "options": {"heads": 4},
+    "commit": "abc123",
+    "texts": {"count": 10, "held_out": 1, "reply_tokens": 2000, "sha256": "ff" * 32, "data": None},
+    "held_out": {"loss": 1.5, "acceptance": [0.6, 0.25], "positions": [100, 90], "expected_tau": 1.75},
+    "curve": [{"step": 5, "tokens": 50, "held_out_loss": None, "acceptance": [0.5], "expected_tau": 1.5}],
+}
+
+
+def test_it_says_what_how_and_on_what() -> None:
+    card = make_card(FACTS)
+    for part in (
+        "# medusa drafter for smollm2",
+        "--drafter medusa",
+        "| 1 | 0.600 | 100 |",
+        "| 2 | 0.250 | 90 |",
+        "1.75 tokens per target pass: an estimate",
+        "The target wrote all of it",
+        "| tokens of replies | 2000 |",
+        "ff" * 32,
+        "| commit | abc123 |",
+        "| options.heads | 4 |",
+        "| 5 | 50 | - | 0.500 | 1.500 |",
+        "whose licence applies",
+    ):
+        assert part in card, part
+
+
+def test_what_users_named_is_shown_not_obeyed() -> None:
+    texts = {**FACTS["texts"], "data": {"name": "a|b\n# <script>`x`.jsonl", "sha256": "0"}}  # type: ignore[dict-item]
+    card = make_card({**FACTS, "target": "m\n## Forged\x1b[31m", "texts": texts})
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert "\n## Forged" not in card
+    assert "a\\|b \\# &lt;script&gt;\\`x\\`.jsonl" in card
+
+
+def test_little_is_enough() -> None:
+    card = make_card({})
+    assert card.startswith("# ? drafter for ?")
+    assert "Held-out" not in card
