@@ -114,22 +114,30 @@ def peers_table(result: Mapping[str, Any]) -> str:
     return f"{_table(heads, rows)}{remarks}\n{origin}\n"
 
 
+_COMPANY = {
+    "unsettled_runs": "answers that began while another engine still computed",
+    "disturbed_runs": "answers that shared the machine with something else that computed",
+}
+
+
 def peer_remarks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a reader of a comparison with peers must know: names of rows, and a sentence on them."""
+    """What a reader of a comparison with peers must know, in pairs: what it is about, and what to know of it."""
+    peers: Sequence[Mapping[str, Any]] = result["summary"]["peers"]
     found: dict[str, list[str]] = {}
-    for peer in result["summary"]["peers"]:
-        runs, failed = peer["num_runs"], peer["failed"]
-        unsettled, disturbed = peer["unsettled_runs"], peer["disturbed_runs"]
-        sentences = [
-            *(peer["notes"] or ()),
-            peer["skipped"],
-            failed and f"left out after {runs} of {result['questions']['count']} questions: {failed}",
-            unsettled and f"{unsettled} of {runs} answers began while another engine still computed",
-            disturbed and f"{disturbed} of {runs} answers shared the machine with something else that computed",
-        ]
-        for sentence in filter(None, sentences):
-            found.setdefault(sentence, []).append(peer["name"])
-    return [(", ".join(names), sentence) for sentence, names in found.items()]
+    for peer in peers:
+        name, failed = peer["name"], peer["failed"]
+        left_out = failed and f"left out after {peer['num_runs']} of {result['questions']['count']} questions: {failed}"
+        for sentence in filter(None, [*(peer["notes"] or ()), peer["skipped"], left_out]):
+            found.setdefault(sentence, []).append(name)
+    remarks = [(", ".join(names), sentence) for sentence, names in found.items()]
+    ran = [peer for peer in peers if peer["num_runs"]]
+    for kind, what in _COMPANY.items():
+        rows = [f"{peer['name']} ({peer[kind]} of {peer['num_runs']})" for peer in ran if peer[kind]]
+        if ran and all(peer[kind] == peer["num_runs"] for peer in ran):
+            rows = ["all"]
+        if rows:
+            remarks.append((what, ", ".join(rows)))
+    return remarks
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"mt-bench": mt_bench_table, "peers": peers_table}

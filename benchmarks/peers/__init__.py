@@ -27,6 +27,7 @@ from specdec.benchmarks.peers.base import (
 from specdec.benchmarks.peers.prepare import prepare_weights
 from specdec.benchmarks.peers.process import PeerProcess, worker_command
 from specdec.benchmarks.peers.registry import (
+    DEFAULT_PEERS,
     ENGINES,
     PEERS,
     availability,
@@ -37,6 +38,7 @@ from specdec.benchmarks.peers.registry import (
 )
 
 __all__ = [
+    "DEFAULT_PEERS",
     "ENGINES",
     "PEERS",
     "EngineSpec",

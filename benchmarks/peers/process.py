@@ -109,6 +109,11 @@ class PeerProcess:
         """Whether the worker is there to answer."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int | None:
+        """Number of the worker's process and of the group it leads; None while it is not running."""
+        return self._process.pid if self._process is not None and self.running else None
+
     def start(self) -> PeerHello:
         """Start the worker and wait until it has loaded its weights and warmed up.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,8 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from specdec.benchmarks.peers.base import EngineSpec, PeerMissing, PeerSpec
+from specdec.registry import unknown
 
-__all__ = ["ENGINES", "PEERS", "availability", "engine_python", "get_engine", "get_peer", "peer_names"]
+__all__ = ["DEFAULT_PEERS", "ENGINES", "PEERS", "availability", "engine_python", "get_engine", "get_peer", "peer_names"]
 
 PROBE_TIMEOUT_S = 60.0
 
@@ -60,6 +60,8 @@ def _all_peers() -> list[PeerSpec]:
 
 
 PEERS: Mapping[str, PeerSpec] = MappingProxyType({peer.name: peer for peer in _all_peers()})
+DEFAULT_PEERS = tuple(name for name, peer in PEERS.items() if peer.precision not in ("fp32", "f16"))
+"""What users would pick for speed: fp32 is for checking texts, and bf16 stands for 16 bits."""
 
 
 def peer_names() -> list[str]:
@@ -76,7 +78,7 @@ def get_peer(name: str) -> PeerSpec:
     try:
         return PEERS[name]
     except KeyError:
-        raise ValueError(_unknown("peer", name, list(PEERS))) from None
+        raise ValueError(unknown("peer", name, PEERS)) from None
 
 
 def get_engine(name: str) -> EngineSpec:
@@ -88,7 +90,7 @@ def get_engine(name: str) -> EngineSpec:
     try:
         return ENGINES[name]
     except KeyError:
-        raise ValueError(_unknown("engine", name, list(ENGINES))) from None
+        raise ValueError(unknown("engine", name, ENGINES)) from None
 
 
 def engine_python(engine: EngineSpec, peers_dir: Path | None = None) -> Path:
@@ -135,8 +137,3 @@ def _has_module(python: Path, module: str) -> bool:
         return subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-    return f"unknown {kind} {name!r}; did you mean {', '.join(nearest)}? (all: {', '.join(known)})"

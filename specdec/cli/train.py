@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Of a step.")
 @click.option("--max-len", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens of a text used.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches of a step.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Highest learning rate.")
+@click.option("--lr", type=float, help="Highest learning rate; by default what suits the drafter.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method; repeatable.")
 def train(
@@ -60,7 +60,7 @@ def train(
     batch_tokens: int,
     max_len: int,
     accumulate: int,
-    lr: float,
+    lr: float | None,
     resume: bool,
     options: tuple[str, ...],
 ) -> None:
@@ -73,13 +73,14 @@ def train(
     """
     import torch
 
-    from specdec.training.method import METHODS
+    from specdec.training.method import METHODS, method_class
     from specdec.training.run import Reporter, TrainingRequest, make_accelerator, train_drafter, write_only
     from specdec.training.synthesis import SynthesisSettings
     from specdec.training.trainer import TrainerSettings
 
     if name not in METHODS:
         raise ValueError(unknown("trainable drafter", name, METHODS))
+    rate = method_class(name).learning_rate if lr is None else lr
     request = TrainingRequest(
         drafter=name,
         model=model,
@@ -89,7 +90,7 @@ def train(
         data=data,
         options=split_assignments(options),
         synthesis=SynthesisSettings(seed=seed, batch_size=batch_size, reply_tokens=reply_tokens),
-        trainer=TrainerSettings(epochs=epochs, learning_rate=lr, accumulate=accumulate, seed=seed),
+        trainer=TrainerSettings(epochs=epochs, learning_rate=rate, accumulate=accumulate, seed=seed),
         batch_tokens=batch_tokens,
         max_len=max_len,
         resume=resume,

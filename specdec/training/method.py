@@ -68,6 +68,7 @@ class Method(ABC):
         Options: frozen dataclass of options, each with a default; filled from ``-o name=value``.
         features: hidden states of the target it learns from.
         module: what trains: its parameters with ``requires_grad``, in float32.
+        learning_rate: what suits it where none is given.
 
     Args:
         target: the model that is drafted for; its weights are frozen.
@@ -77,6 +78,7 @@ class Method(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Any]]
     features: Sequence[Feature] = ()
+    learning_rate: ClassVar[float] = 1e-3
     module: nn.Module
 
     @abstractmethod

@@ -79,9 +79,7 @@ class PPDMethod(Method):
     name = "ppd"
     Options = PPDOptions
     features = ()
-    learning_rate = 1e-2
-    """The paper's."""
-
+    learning_rate = 1e-2  # the paper's
     module: PromptTokens
 
     def __init__(self, target: HFTarget, options: PPDOptions | None = None) -> None:

@@ -363,7 +363,7 @@ def test_a_dry_run_of_the_installer_makes_nothing(tmp_path: Path, capsys: pytest
     assert all(engine in said for engine in ENGINES)
     assert not (tmp_path / "peers").exists()
     assert main(["--peers-dir", str(tmp_path), "vlm"]) == 1
-    assert "did you mean vllm" in capsys.readouterr().err
+    assert "did you mean 'vllm'" in capsys.readouterr().err
 
 
 def _alive(pid: int) -> bool:

@@ -29,11 +29,15 @@ def peers(result: dict[str, Any]) -> dict[str, Any]:
         "name": "llamacpp-q4_1", "engine": "llama.cpp", "version": "0.3.36", "precision": "q4_1", "speculation": "none",
         "decode_tokens_per_s": 42.25, "end_to_end_tokens_per_s": 40.0, "prefill_tokens_per_s": 500.0, "tau": None,
         "equal_to_plain": 3, "num_runs": 4, "relative": {"median": 0.75, "low": 0.5, "high": 1.0}, "skipped": None,
+        "equal_to_own_plain": 1, "own_plain_runs": 2, "unsettled_runs": 0, "disturbed_runs": 1, "failed": None,
+        "notes": ["built without AMX"],
     }  # fmt: skip
+    failing = ran | {"name": "openvino-int4", "num_runs": 2, "disturbed_runs": 0, "failed": "It died."}
     missing = dict.fromkeys(ran) | {
         "name": "vllm-bf16", "engine": "vllm", "precision": "bf16", "skipped": "Not installed: run `x | y`."
     }  # fmt: skip
-    return result | {"kind": "peers", "summary": {"peers": [ran, missing]}}
+    settings = result["settings"] | {"dtype": "bf16, fp32", "reference": "specdec-bf16-suffix"}
+    return result | {"kind": "peers", "settings": settings, "summary": {"peers": [ran, failing, missing]}}
 
 
 @pytest.fixture
@@ -95,15 +99,27 @@ def test_what_changes_the_figures_is_said(result: dict[str, Any]) -> None:
 
 def test_peers_table_always_names_the_precision(peers: dict[str, Any]) -> None:
     lines = peers_table(peers).splitlines()
-    rows = [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:4]]
-    assert [row["precision"] for row in rows] == ["q4_1", "bf16"]
+    rows = [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:5]]
+    assert [row["precision"] for row in rows] == ["q4_1", "q4_1", "bf16"]
     assert rows[0]["tok/s"] == "42.2"
     assert rows[0]["tau"] == ""
-    assert rows[0]["texts equal to plain"] == "3 of 4"
-    assert rows[0]["specdec's speed over it [95 %]"] == "0.75 [0.50, 1.00]"
-    assert rows[1]["tok/s"] == "did not run"
-    assert lines[4:7] == ["", r"- vllm-bf16: Not installed: run \`x \| y\`.", ""]
-    assert "2000-01-02, commit 0123456789ab" in lines[7]
+    assert rows[0]["texts equal to specdec's plain"] == "3 of 4"
+    assert rows[0]["texts equal to its own plain"] == "1 of 2"
+    assert rows[0]["specdec-bf16-suffix's speed over it [95 %]"] == "0.75 [0.50, 1.00]"
+    assert rows[2]["tok/s"] == "did not run"
+    assert "specdec in bf16, fp32, 8 new tokens" in lines[-1]
+    assert "2000-01-02, commit 0123456789ab" in lines[-1]
+
+
+def test_peers_table_says_what_must_be_known_of_its_rows(peers: dict[str, Any]) -> None:
+    assert [line for line in peers_table(peers).splitlines() if line.startswith("- ")] == [
+        "- llamacpp-q4_1, openvino-int4: built without AMX",
+        "- openvino-int4: left out after 2 of 4 questions: It died.",
+        r"- vllm-bf16: Not installed: run \`x \| y\`.",
+        "- answers that shared the machine with something else that computed: llamacpp-q4_1 (1 of 4)",
+    ]
+    peers["summary"]["peers"][1]["disturbed_runs"], peers["summary"]["peers"][0]["disturbed_runs"] = 2, 4
+    assert "- answers that shared the machine with something else that computed: all\n" in peers_table(peers)
 
 
 def test_hostile_text_breaks_neither_table_nor_block(result: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""EAGLE in its third form (Li et al. 2025): one decoder layer that runs ahead on its own hidden states.
+
+Entry j of a row pairs what the target made of token j with the embedding of token j + 1. States of a low, a middle and
+a high layer of the target are fused into one; from the second drafted token on, the layer's own output takes its place.
+The layer attends to all entries and, while a tree is drafted, to the nodes above.
+
+The paper fuses the target's states as they are. Here each is brought to unit length per channel first: their sizes
+differ by orders of magnitude between layers, which a short training does not unlearn. Published weights are run as
+they were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.attention import AttentionPass
+from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
+from specdec.drafters.layer import Attend, DraftLayer, LayerShape, cached_attention
+from specdec.kv_cache import KVCache
+from specdec.target import PREFILL_CHUNK, Feature, HFTarget
+from specdec.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class EagleConfig(HeadConfig):
+    """Options of EAGLE; the layer runs on its own states, so ``depth`` may exceed the depths trained."""
+
+
+class EagleHead(HeadModule):
+    """The trained part.
+
+    Args:
+        layer: sizes of the decoder layer.
+        states: the target's hidden states that are fused; one or three.
+        vocab_size: V', size of the reduced vocabulary; 0 for the target's whole.
+        own_output: whether it has an output head of its own.
+        scaled: whether the target's states are brought to unit length per channel.
+    """
+
+    def __init__(
+        self,
+        layer: LayerShape,
+        states: Sequence[Feature],
+        vocab_size: int = 0,
+        own_output: bool = False,
+        scaled: bool = True,
+    ) -> None:
+        super().__init__()
+        width = layer.hidden_size
+        self.features = tuple(states)
+        self.scaled = scaled
+        self.fc = nn.Linear(len(self.features) * width, width, bias=False)
+        self.embedding_norm = nn.RMSNorm(width, layer.norm_eps)
+        self.hidden_norm = nn.RMSNorm(width, layer.norm_eps)
+        self.layer = DraftLayer(layer, 2 * width)
+        self.norm = nn.RMSNorm(width, layer.norm_eps)
+        self.register_buffer("vocabulary", torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None)
+        if own_output:
+            self.output = nn.Linear(width, vocab_size, bias=False)
+
+    def fuse(self, features: Mapping[Feature, Tensor]) -> Tensor:
+        """One state ``[..., d]`` from the target's ``[..., d]`` each."""
+        states = torch.cat([features[name] for name in self.features], dim=-1).to(self.fc.weight.dtype)
+        if self.scaled:
+            width = self.fc.out_features
+            states = F.rms_norm(states.view(*states.shape[:-1], -1, width), (width,), eps=1e-6).flatten(-2)
+        fused: Tensor = self.fc(states)
+        return fused
+
+    def forward(self, hidden: Tensor, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The layer's output ``[B, n, d]``.
+
+        Args:
+            hidden: ``[B, n, d]`` fused states of the target, or the layer's own output one token before.
+            embedded: ``[B, n, d]`` embeddings of the tokens that follow each.
+            positions: ``[B, n]`` int64.
+            attend: the attention.
+        """
+        inputs = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
+        out: Tensor = self.layer(inputs, hidden, positions, attend)
+        return out
+
+    def read(self, states: Tensor) -> Tensor:
+        """What the output head reads ``[..., d]``."""
+        out: Tensor = self.norm(states)
+        return out
+
+
+class EagleDrafter(HeadDrafter):
+    """Keeps the layer's keys and values of every committed entry; what is drafted stands behind them until the pass."""
+
+    name = "eagle"
+    Config = EagleConfig
+    module: EagleHead
+
+    def make_module(self, shape: Mapping[str, Any]) -> EagleHead:
+        return make_eagle(shape)
+
+    def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        super().bind(target, tokenizer)
+        self._table = target.model.get_input_embeddings().weight.detach()  # [V, d]
+
+    def begin(self, batch_size: int) -> None:
+        self._cache = KVCache(batch_size, PREFILL_CHUNK, self._table.device)
+        self._start = self._table.new_zeros(batch_size, self._table.shape[1])  # [B, d] after the last entry
+        self._level, self._level_first = self._start.unsqueeze(1), 0
+
+    def absorb(self, features: Mapping[Feature, Tensor], tokens: Tensor, counts: Sequence[int]) -> None:
+        rows = torch.arange(len(counts), device=tokens.device)
+        for start in range(0, max(counts), PREFILL_CHUNK):
+            part = [min(max(count - start, 0), PREFILL_CHUNK) for count in counts]
+            end, width = start + max(part), max(part)
+            hidden = self.module.fuse({name: states[:, start:end] for name, states in features.items()})
+            depth = torch.arange(width, device=tokens.device).expand(len(counts), -1)
+            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
+            states = self._run(hidden, tokens[:, start:end], depth, causal.expand(len(counts), -1, -1))
+            self._cache.advance(part)
+            count = torch.tensor(part, device=tokens.device)
+            latest = states[rows, (count - 1).clamp(min=0)]
+            self._start = torch.where((count > 0).unsqueeze(1), latest, self._start)
+
+    def _run(self, hidden: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
+        """The layer over entries ``[B, n, d]`` and ``[B, n]``; depth and ancestors as ``AttentionPass`` has them."""
+        needed = self._cache.max_length + depth.shape[1]
+        if needed > self._cache.capacity:
+            self._cache.reserve(2 * needed)
+        shared = AttentionPass(self._cache, depth, ancestors)
+        states: Tensor = self.module(hidden, self._table[tokens], shared.positions, cached_attention(shared, 0))
+        return states
+
+    def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:
+        if level == 1:
+            self._level, self._level_first = self._start.unsqueeze(1), 0
+        else:
+            parents = (tree.parents[:, first:] - self._level_first).clamp(min=0)  # padding may look at any state
+            hidden = self._level.gather(1, parents.unsqueeze(2).expand(-1, -1, self._level.shape[2]))
+            # The root's entry is in the cache: the drafter's own tree is the one below it.
+            depth, ancestors = (tree.depth[:, 1:] - 1).clamp(min=0), tree.ancestors[:, first:, 1:]
+            self._level = self._run(hidden, tree.tokens[:, first:], depth, ancestors)
+            self._level_first = first
+        return self.output_logits(self.module.read(self._level))
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self._start = self._start[rows]
+        self._cache.keep_rows(rows.tolist())
+
+    def stop(self) -> None:
+        self.begin(0)
+
+
+def make_eagle(shape: Mapping[str, Any]) -> EagleHead:
+    """The module that weights of this shape belong to."""
+    return EagleHead(**{**shape, "layer": LayerShape(**shape["layer"])})

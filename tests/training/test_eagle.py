@@ -1,0 +1,204 @@
+"""EAGLE: the unrolled head of training and the one that drafts a tree are the same, and text is unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.architectures import tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+from training.distilled import VOCAB, acceptance, batch_of, generated_batch, prepared, train
+
+from specdec import SpecDecoder
+from specdec.drafters.eagle import EagleConfig, EagleDrafter
+from specdec.drafters.heads import OutputHead
+from specdec.drafters.layer import Attend
+from specdec.drafters.weights import DrafterWeights, TargetFacts, load_weights
+from specdec.sampling import SamplingParams
+from specdec.target import Feature, HFTarget
+from specdec.training.distillation import Anchors
+from specdec.training.eagle import EagleMethod, EagleOptions
+from specdec.training.method import TrainingBatch
+from specdec.tree import TokenTree
+
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9], [40, 41, 42, 40, 41] * 3]
+WIDE = EagleConfig(depth=4, width=4, branching=6, max_nodes=40)
+
+
+@pytest.fixture(scope="module")
+def exact() -> HFTarget:
+    """In float64, so that another order of sums is all that may differ."""
+    return HFTarget(tiny_model(initializer_range=0.15).double())
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    return HFTarget(tiny_model(initializer_range=0.15))
+
+
+def with_features(target: HFTarget, batch: TrainingBatch, names: Any) -> TrainingBatch:
+    """The batch with other hidden states of the same texts."""
+    texts = [row[:length].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)]
+    cache = target.new_cache(len(texts), batch.tokens.shape[1])
+    with torch.no_grad():
+        return replace(batch, features=target.extend(texts, cache, names).features)
+
+
+def random_weights(target: HFTarget, vocab_size: int = 60) -> DrafterWeights:
+    """As training would save them, with noise on every tensor."""
+    method = EagleMethod(target, EagleOptions(vocab_size=vocab_size))
+    torch.manual_seed(1)
+    for parameter in method.module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    method.prepare(torch.arange(VOCAB))
+    return DrafterWeights("eagle", TargetFacts.of(target), method.shape, method.module.state_dict())
+
+
+def bound(target: HFTarget, weights: DrafterWeights) -> EagleDrafter:
+    drafter = EagleDrafter(WIDE, weights)
+    drafter.bind(target, None)
+    return drafter
+
+
+def growing_attention() -> Attend:
+    """Attention over everything seen so far: causal within a call, all of the calls before it."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        before = sum(keys.shape[2] for keys, _ in seen)
+        seen.append((key, value))
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*seen, strict=True))
+        visible = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril(before)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
+
+    return attend
+
+
+@torch.no_grad()
+def from_scratch(drafter: EagleDrafter, target: HFTarget, text: list[int], path: list[int]) -> Tensor:
+    """``[V']`` logits after a draft ``path`` that follows ``text``, token by token."""
+    module, table = drafter.module, target.model.get_input_embeddings().weight
+    features = target.extend([text[:-1]], target.new_cache(1, len(text)), drafter.features).features
+    attend = growing_attention()
+    positions = torch.arange(len(text) - 1).unsqueeze(0)
+    state = module(module.fuse(features), table[torch.tensor([text[1:]])], positions, attend)[:, -1:]
+    for place, token in enumerate(path, len(text) - 1):
+        state = module(state, table[torch.tensor([[token]])], torch.tensor([[place]]), attend)
+    logits: Tensor = OutputHead(target, module.vocabulary)(module.read(state))[0, 0]
+    return logits
+
+
+TREE = TokenTree(
+    torch.tensor([[0, 11, 12, 13, 14, 15, 16, 17]]).repeat(2, 1),
+    torch.tensor([[-1, 0, 0, 2, 1, 2, 5, 3], [-1, 0, 0, 1, 1, 2, 3, 4]]),
+)
+LEVELS = [(0, 1), (1, 3), (3, 6), (6, 8)]
+
+
+@pytest.mark.parametrize("chunk", [512, 4])
+def test_a_tree_is_drafted_as_token_by_token(exact: HFTarget, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.drafters.eagle.PREFILL_CHUNK", chunk)
+    drafter = bound(exact, random_weights(exact))
+    texts = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 1], [9, 12, 40, 3]]
+    with torch.no_grad():
+        width = max(map(len, texts)) - 1
+        features: dict[Feature, Tensor] = exact.extend(
+            [text[:-1] for text in texts], exact.new_cache(2, width), drafter.features
+        ).features
+        following = torch.tensor([text[1:] + [0] * (width + 1 - len(text)) for text in texts])
+        drafter.begin(2)
+        first = [4, 0]  # in two pieces, of which one row's first is empty
+        drafter.absorb({k: v[:, :4] for k, v in features.items()}, following[:, :4], first)
+        rest = {k: torch.stack([v[0, 4:], F.pad(v[1, : width - 4], (0, 0))]) for k, v in features.items()}
+        drafter.absorb(rest, torch.stack([following[0, 4:], following[1, : width - 4]]), [width - 4, 3])
+        for twice in range(2):  # a second draft from the same state is the same: nothing drafted stays
+            for level, (start, end) in enumerate(LEVELS, 1):
+                tree = TokenTree(TREE.tokens[:, :end], TREE.parents[:, :end])
+                logits = drafter.logits(tree, start, level)
+                for row in range(2):
+                    for column in range(start, end):
+                        node, path = column, []
+                        while node > 0:
+                            path.append(int(tree.tokens[row, node]))
+                            node = int(tree.parents[row, node])
+                        expected = from_scratch(drafter, exact, texts[row], path[::-1])
+                        torch.testing.assert_close(
+                            logits[row, column - start], expected, rtol=1e-9, atol=1e-9, msg=f"{twice} {level} {column}"
+                        )
+
+
+def test_training_unrolls_the_head_as_it_drafts(exact: HFTarget) -> None:
+    weights = random_weights(exact)
+    drafter = bound(exact, weights)
+    method = EagleMethod(exact, EagleOptions(vocab_size=60, num_drafts=4))
+    weights.load_into(method.module)
+    method.module.double()
+    method.head = OutputHead(exact, method.module.vocabulary)
+    draw = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, VOCAB, (size,), generator=draw).tolist() for size in (10, 7)]
+    batch = with_features(exact, batch_of(exact, texts, [4, 1]), method.features)
+    # The method computes in float32; here the same in float64.
+    double = TrainingBatch(batch.tokens, batch.lengths, batch.prompt_lengths, batch.features)
+    anchors = Anchors.of(double, 4)
+    method._table = method._table.double()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", lambda tensor: tensor)
+        drafts = method.drafts(double, anchors)
+        logits = method.head(drafts)
+    checked = 0
+    for index, (row, position) in enumerate(zip(anchors.rows.tolist(), anchors.positions.tolist(), strict=True)):
+        for draft in range(4):
+            if not anchors.valid[index, draft]:
+                continue
+            text = texts[row]
+            path = text[position + 2 : position + 2 + draft]
+            expected = from_scratch(drafter, exact, text[: position + 2], path)
+            torch.testing.assert_close(logits[index, draft], expected, rtol=1e-9, atol=1e-9)
+            checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_new_tokens=24, ignore_eos=True),
+        SamplingParams(max_new_tokens=24, temperature=1.0, top_k=40, seed=3, ignore_eos=True),
+        SamplingParams(max_new_tokens=24, temperature=2.0, repetition_penalty=1.3, seed=3, ignore_eos=True),
+    ],
+    ids=["greedy", "coupled", "coupled and penalised"],
+)
+def test_text_is_plain_decodings(target: HFTarget, params: SamplingParams) -> None:
+    plain = SpecDecoder(target, "none").generate(PROMPTS, params)
+    decoder = SpecDecoder(target, EagleDrafter(WIDE, random_weights(target)), on_drafter_error="raise")
+    for _ in range(2):
+        assert [r.token_ids for r in decoder.generate(PROMPTS, params)] == [r.token_ids for r in plain]
+    assert [decoder.generate(prompt, params).token_ids for prompt in PROMPTS[:1]] == [plain[0].token_ids]
+
+
+def test_training_helps_and_the_saved_weights_draft(target: HFTarget, tmp_path: Path) -> None:
+    batch = generated_batch(target)
+    method = EagleMethod(target, EagleOptions(vocab_size=60, num_drafts=3, int8=False))
+    batch = with_features(target, batch, method.features)
+    prepared(method, batch)
+    before, loss = acceptance(method, batch), float(method.loss(batch)[0].detach())
+    train(method, batch, steps=60, rate=3e-3)
+    assert float(method.loss(batch)[0].detach()) < loss
+    assert acceptance(method, batch)[0] > before[0] + 0.2
+    method.save(tmp_path, {})
+    assert load_weights(tmp_path).shape["states"] == [2, 1, "pre_norm"]
+    decoder = SpecDecoder(target, "eagle", drafter_options={"weights": str(tmp_path)}, on_drafter_error="raise")
+    result = decoder.generate([5, 6, 7], max_new_tokens=24, ignore_eos=True)
+    assert result.stats.tau > 1.5
+    plain = SpecDecoder(target, "none").generate([5, 6, 7], max_new_tokens=24, ignore_eos=True)
+    assert result.token_ids == plain.token_ids
+
+
+def test_the_states_are_chosen_within_the_target(target: HFTarget) -> None:
+    with pytest.raises(ValueError, match="the target has 2 layers, so a state must be in 0..2, got 9"):
+        EagleMethod(target, EagleOptions(middle=9))
+    with pytest.raises(ValueError, match="num_drafts must be at least 1, got 0"):
+        EagleOptions(num_drafts=0)
