@@ -4,9 +4,10 @@ Entry j of a row pairs what the target made of token j with the embedding of tok
 a high layer of the target are fused into one; from the second drafted token on, the layer's own output takes its place.
 The layer attends to all entries and, while a tree is drafted, to the nodes above.
 
-The paper fuses the target's states as they are. Here each is brought to unit length per channel first: their sizes
-differ by orders of magnitude between layers, which a short training does not unlearn. Published weights are run as
-they were trained.
+The paper fuses the target's states as they are, and lets the layer add to the fused state. Here each state is brought
+to unit length per channel first: their sizes differ by orders of magnitude between layers, which a short training does
+not unlearn. And the layer adds to a linear mix of embedding and state, as the first EAGLE had one (Li et al. 2024): it
+can be fitted in closed form before training begins. Published weights are run as they were trained.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class EagleHead(HeadModule):
         vocab_size: V', size of the reduced vocabulary; 0 for the target's whole.
         own_output: whether it has an output head of its own.
         scaled: whether the target's states are brought to unit length per channel.
+        mixed: whether the layer adds to a mix of embedding and state, in place of the state.
+        fc_bias: whether the fusion has a bias.
+        norm_before_residual: whether the layer adds to the normed hidden state.
     """
 
     def __init__(
@@ -50,14 +54,19 @@ class EagleHead(HeadModule):
         vocab_size: int = 0,
         own_output: bool = False,
         scaled: bool = True,
+        mixed: bool = True,
+        fc_bias: bool = False,
+        norm_before_residual: bool = False,
     ) -> None:
         super().__init__()
         width = layer.hidden_size
         self.features = tuple(states)
         self.scaled = scaled
-        self.fc = nn.Linear(len(self.features) * width, width, bias=False)
+        self.norm_before_residual = norm_before_residual
+        self.fc = nn.Linear(len(self.features) * width, width, bias=fc_bias)
         self.embedding_norm = nn.RMSNorm(width, layer.norm_eps)
         self.hidden_norm = nn.RMSNorm(width, layer.norm_eps)
+        self.mix = nn.Linear(2 * width, width, bias=False) if mixed else None
         self.layer = DraftLayer(layer, 2 * width)
         self.norm = nn.RMSNorm(width, layer.norm_eps)
         self.register_buffer("vocabulary", torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None)
@@ -82,8 +91,10 @@ class EagleHead(HeadModule):
             positions: ``[B, n]`` int64.
             attend: the attention.
         """
-        inputs = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        out: Tensor = self.layer(inputs, hidden, positions, attend)
+        normed = self.hidden_norm(hidden)
+        inputs = torch.cat([self.embedding_norm(embedded), normed], dim=-1)
+        residual = normed if self.norm_before_residual else hidden
+        out: Tensor = self.layer(inputs, residual if self.mix is None else self.mix(inputs), positions, attend)
         return out
 
     def read(self, states: Tensor) -> Tensor:

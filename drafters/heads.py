@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
+from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
 from specdec.packing import PackedLinear, can_pack, pack_linears
@@ -54,12 +55,16 @@ class HeadModule(nn.Module):
     Attributes:
         features: hidden states of the target it reads.
         vocabulary: ``[V']`` int64, token ids it drafts; None for all.
-        output: its own output head ``[V', d]``; None where it shares the target's.
+        output: its own output head, from d to V'; None where it shares the target's.
     """
 
     features: Sequence[Feature]
     vocabulary: Tensor | None
-    output: nn.Linear | None = None
+    output: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = None
 
 
 class OutputHead(nn.Module):
@@ -174,7 +179,9 @@ class HeadDrafter(Drafter):
         """
         if self._weights is not None:
             return self._weights
-        return load_weights(find_weights(self.name, self.config.weights, TargetFacts.of(target)))
+        facts = TargetFacts.of(target)
+        folder = find_weights(self.name, self.config.weights, facts)
+        return read_foreign(folder, facts, self.config.allow_pickle) or load_weights(folder)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         weights = self.load(target)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from torch.nn import functional as F
 from specdec.attention import AttentionPass
 from specdec.kernels.tree_attention import tree_attention
 from specdec.target import HFTarget
+
+_CONFIG_NAMES = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters",
+    "rope_theta", "rms_norm_eps",
+)  # fmt: skip
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of rotated queries ``[B, H, n, d_h]`` over keys and values ``[B, H_kv, n, d_h]``: ``[B, H, n, d_h]``."""
@@ -43,17 +49,21 @@ class LayerShape:
     def of(cls, target: HFTarget) -> LayerShape:
         """A layer like the target's own."""
         config = target.config
-        heads = int(config.num_attention_heads)
-        rope = getattr(config, "rope_parameters", None) or {}
-        width = int(config.hidden_size)
+        return cls.from_config({name: getattr(config, name, None) for name in _CONFIG_NAMES})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LayerShape:
+        """From a transformers configuration's values; what it leaves out is Llama's default."""
+        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
+        rope = config.get("rope_parameters") or {}
         return cls(
             hidden_size=width,
             num_heads=heads,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or width // heads),
-            intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * width),
-            rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
-            norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-5),
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or width // heads),
+            intermediate_size=int(config.get("intermediate_size") or 4 * width),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            norm_eps=float(config.get("rms_norm_eps") or 1e-5),
         )
 
 

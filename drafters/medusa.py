@@ -30,16 +30,21 @@ class MedusaHeads(HeadModule):
         num_heads: K.
         num_layers: L.
         vocab_size: V', size of the reduced vocabulary; 0 for the target's whole.
+        own_output: width of the heads' own output layers, as published checkpoints have them; 0 for none.
     """
 
     features = ("last",)
 
-    def __init__(self, hidden_size: int, num_heads: int, num_layers: int = 1, vocab_size: int = 0) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_layers: int = 1, vocab_size: int = 0, own_output: int = 0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size))
         vocabulary = torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None
         self.register_buffer("vocabulary", vocabulary)
+        if own_output:
+            self.output = OutputPerHead(num_heads, hidden_size, own_output)
 
     @property
     def num_heads(self) -> int:
@@ -57,6 +62,18 @@ class MedusaHeads(HeadModule):
             mixed = torch.baddbmm(bias.unsqueeze(1), flat, weight.transpose(1, 2))
             states = states + F.silu(mixed).transpose(0, 1).view_as(states)
         return states
+
+
+class OutputPerHead(nn.Module):
+    """An output layer ``[V', d]`` for every head."""
+
+    def __init__(self, num_heads: int, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, vocab_size, hidden_size))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits ``[B, K, V']`` of states ``[B, K, d]``."""
+        return torch.einsum("bkd,kvd->bkv", states, self.weight)
 
 
 class MedusaDrafter(HeadDrafter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from specdec.drafters.eagle import EagleHead, make_eagle
 from specdec.drafters.layer import Attend, LayerShape
 from specdec.target import Feature, HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
-from specdec.training.initial import copy_if_fits, final_norm, layer_tensors, size_of_states
+from specdec.training.initial import copy_if_fits, final_norm, layer_tensors
 from specdec.training.method import TrainingBatch
+
+RIDGE = 1e-2
+"""Ridge of the linear start, as a share of the inputs' mean square."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,27 @@ class EagleMethod(HeadMethod):
             "states": list(self.states),
             "vocab_size": self.vocab_size,
         }
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[TrainingBatch]) -> None:
+        """Set the mix to the ridge regression of the next high state on the embedding and the state before it.
+
+        It predicts its own next input, so it runs ahead of the target as the trained head will.
+        """
+        width = self.module.fc.out_features
+        gram = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
+        moment = torch.zeros(2 * width, width, dtype=torch.float64)
+        for batch in batches:
+            anchors = Anchors.of(batch, 1)
+            hidden = self.module.fuse({name: batch.features[name].float() for name in self.states})
+            embedded = self.module.embedding_norm(self._table[batch.ahead(1)].float())
+            inputs = torch.cat([embedded, self.module.hidden_norm(hidden)], dim=-1)
+            known, wanted = anchors.pick(inputs), anchors.pick(hidden, 1)  # [N, 2d], [N, d]
+            gram += (known.T @ known).double().cpu()
+            moment += (known.T @ wanted).double().cpu()
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        assert self.module.mix is not None
+        self.module.mix.weight.copy_(torch.linalg.solve(gram, moment).T)
 
     def drafts(self, batch: TrainingBatch, anchors: Anchors) -> Tensor:
         hidden = self.module.fuse({name: batch.features[name].float() for name in self.states})
@@ -133,19 +158,16 @@ def choose_states(target: HFTarget, options: EagleOptions) -> tuple[Feature, Fea
 def start_from(module: EagleHead, target: HFTarget) -> None:
     """Initialise with the target's last layer, reading the high state, so that little data suffices.
 
-    The fused state is the high one; the layer's projections read it as the target's do, and the embedding not yet.
-    Tensors that the target lacks, or has in another shape, keep their random values.
+    The fused state is the high one. The layer's projections read it as the target's do; what the layer adds is nothing
+    yet. Tensors that the target lacks, or has in another shape, keep their random values.
     """
     width = module.fc.out_features
     module.fc.weight.zero_()
     module.fc.weight[:, -width:] = torch.eye(width)
-    size = size_of_states(target, module.features[-1])
     for have in layer_tensors(target, 1):
         for name, parameter in module.layer.named_parameters():
-            if name.startswith(("q_", "k_", "v_")):
-                copy_if_fits(parameter[:, width:], have.get(name))
-                parameter[:, :width] *= 0.5
-            else:  # fused states have unit size, so what the layer adds to them is scaled alike
-                copy_if_fits(parameter, have.get(name), 1 / size if name.startswith(("o_", "down_")) else 1.0)
-        copy_if_fits(module.hidden_norm.weight, have.get("input_layernorm.weight"))
+            part = parameter[:, width:] if name.startswith(("q_", "k_", "v_")) else parameter
+            copy_if_fits(part, have.get(name))
+    module.layer.o_proj.weight.zero_()
+    module.layer.down_proj.weight.zero_()
     copy_if_fits(module.norm.weight, final_norm(target))

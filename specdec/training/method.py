@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,10 @@ class Method(ABC):
         Args:
             counts: ``[V]`` int64, how often each token occurs in the replies; a reduced vocabulary is made of it.
         """
+
+    def fit(self, batches: Iterable[TrainingBatch]) -> None:  # noqa: B027  most methods fit nothing
+        """Called after ``prepare`` with some batches to train on, before a new training; the place for what has a
+        closed form."""
 
     @abstractmethod
     def loss(self, batch: TrainingBatch) -> tuple[Tensor, int]:

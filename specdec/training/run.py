@@ -28,6 +28,9 @@ from specdec.training.synthesis import Progress, SynthesisSettings
 from specdec.training.texts import TextStore, TrainingText, texts_sha256
 from specdec.training.trainer import Evaluation, Step, Trainer, TrainerSettings, finite
 
+FIT_BATCHES = 64
+"""Batches that a method may fit its start to."""
+
 
 @dataclass(frozen=True)
 class TrainingRequest:
@@ -134,6 +137,7 @@ def train_drafter(
     )
     torch.manual_seed(request.trainer.seed)
     method.prepare(data.token_counts(target.vocab_size))
+    method.fit(data.batch(step) for step in range(min(FIT_BATCHES, data.num_batches(0))))
     about = describe_run(request, target, store, texts, data)
     trainer = Trainer(method, data, request.trainer, request.out, about, accelerator, target.device)
     evaluation = trainer.run(request.resume, report.step)

@@ -11,7 +11,6 @@ import torch
 from integration.architectures import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
-from training.distilled import VOCAB, acceptance, batch_of, generated_batch, prepared, train
 
 from specdec import SpecDecoder
 from specdec.drafters.eagle import EagleConfig, EagleDrafter
@@ -24,6 +23,7 @@ from specdec.training.distillation import Anchors
 from specdec.training.eagle import EagleMethod, EagleOptions
 from specdec.training.method import TrainingBatch
 from specdec.tree import TokenTree
+from training.distilled import VOCAB, acceptance, batch_of, generated_batch, prepared, train
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9], [40, 41, 42, 40, 41] * 3]
 WIDE = EagleConfig(depth=4, width=4, branching=6, max_nodes=40)
@@ -198,7 +198,7 @@ def test_training_helps_and_the_saved_weights_draft(target: HFTarget, tmp_path: 
 
 
 def test_the_states_are_chosen_within_the_target(target: HFTarget) -> None:
-    with pytest.raises(ValueError, match="the target has 2 layers, so a state must be in 0..2, got 9"):
+    with pytest.raises(ValueError, match=r"the target has 2 layers, so a state must be in 0\.\.2, got 9"):
         EagleMethod(target, EagleOptions(middle=9))
     with pytest.raises(ValueError, match="num_drafts must be at least 1, got 0"):
         EagleOptions(num_drafts=0)
