@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from specdec.drafters.clover import CloverHead, embed, make_clover, output_table
+from specdec.drafters.clover import CloverHead, embed, make_clover, output_table, unit
 from specdec.drafters.layer import LayerShape, causal_attention
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
+from specdec.training.initial import Ridge, copy_if_fits, final_norm, layer_tensors
 from specdec.training.method import TrainingBatch
-
-_SAMPLE = 256
-"""Tokens over which the size of the target's states is measured."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,38 @@ class CloverMethod(HeadMethod):
             "vocab_size": self.vocab_size,
         }
 
+    @torch.no_grad()
+    def fit(self, batches: Iterable[TrainingBatch]) -> None:
+        """Set what is linear by ridge regressions to the target's state one token on.
+
+        First the values of the attention decoders, from embedding and state together; then, these given, what the first
+        head makes of its state, and the later ones, all depths alike, of theirs and the embedding.
+        """
+        module, kept = self.module, list(batches)
+        width = module.first_out.out_features
+        values, first, later = Ridge(2 * width, width), Ridge(width, width), Ridge(2 * width, width)
+        for batch in kept:
+            anchors = Anchors.of(batch, 1)
+            hidden = unit(batch.features["pre_norm"].float())
+            inputs = torch.cat([self._embed(batch.ahead(1)), hidden], dim=-1)
+            values.add(anchors.pick(inputs), anchors.pick(hidden, 1))
+        for decoder in (module.first, module.later):
+            decoder.key_value.weight[width:] = values.weight()[:, :width]
+        for batch in kept:
+            anchors = Anchors.of(batch, self.num_drafts)
+            hidden = batch.features["pre_norm"].float()
+            positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+            states = module.augment(hidden, self._embed(batch.ahead(1)), positions, lambda _: causal_attention)
+            states, hidden = anchors.pick(states), unit(hidden)
+            first.add(states, anchors.pick(hidden, 1))
+            for depth in range(1, self.num_drafts):
+                embedded = self._embed(anchors.pick(batch.tokens, 1 + depth))
+                states = module.step(states, embedded)
+                known = anchors.valid[:, depth]
+                later.add(torch.cat([states, embedded], dim=-1)[known], anchors.pick(hidden, 1 + depth)[known])
+        module.first_out.weight.copy_(first.weight())
+        module.later_out.weight.copy_(later.weight())
+
     def drafts(self, batch: TrainingBatch, anchors: Anchors) -> Tensor:
         hidden = batch.features["pre_norm"].float()
         positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
@@ -100,42 +130,20 @@ class CloverMethod(HeadMethod):
 def start_from(module: CloverHead, target: HFTarget) -> None:
     """Initialise the augmenting block with the target's last layers and the norms with its final one.
 
-    The module's states are the target's divided by their size, so what a copied layer adds to them is divided as well.
-    Tensors that the target lacks, or has in another shape, keep their random values.
+    What the block adds is nothing at first. Tensors that the target lacks, or has in another shape, keep their random
+    values.
     """
-    layers = _decoder_layers(target)
     count = len(module.layers)
-    size = _size_of_states(target) if count else 1.0
+    layers: Iterable[Any] = module.layers
     norms: Iterable[Any] = module.norms
-    for norm, layer, source in zip(norms, module.layers, layers[max(len(layers) - count, 0) :], strict=False):
-        have = dict(source.named_parameters())
-        _copy(norm.weight, have.get("input_layernorm.weight"))
+    for norm, layer, have in zip(norms, layers, layer_tensors(target, count), strict=False):
+        copy_if_fits(norm.weight, have.get("input_layernorm.weight"))
         for name, parameter in layer.named_parameters():
-            where = "self_attn." if name.startswith(("q_", "k_", "v_", "o_")) else ""
-            where = "mlp." if name.startswith(("gate_", "up_", "down_")) else where
-            _copy(parameter, have.get(where + name), 1 / size if name.startswith(("o_", "down_")) else 1.0)
-    final = getattr(target.model.base_model, "norm", None)
-    if isinstance(final, nn.Module) and not isinstance(final, nn.LayerNorm):
-        ones = torch.ones(module.first_norm.weight.shape, dtype=target.dtype, device=target.device)
-        for mine in (module.first_norm, module.later_norm):
-            _copy(mine.weight, final(ones))  # of ones it makes its factors, however it stores them
-
-
-def _copy(parameter: Tensor, source: Tensor | None, factor: float = 1.0) -> None:
-    if source is not None and source.shape == parameter.shape:
-        parameter.copy_(source.float() * factor)
-
-
-def _decoder_layers(target: HFTarget) -> list[nn.Module]:
-    layers: Iterable[nn.Module] = getattr(target.model.base_model, "layers", ())
-    return list(layers)
-
-
-def _size_of_states(target: HFTarget) -> float:
-    """Median root mean square of the target's states before its final norm, over tokens drawn at random."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(target.vocab_size, (_SAMPLE,), generator=generator).tolist()
-    tokens = tokens[: target.max_context]
-    with torch.inference_mode():
-        out = target.extend([tokens], target.new_cache(1, len(tokens)), ("pre_norm",))
-    return float(out.features["pre_norm"].float().square().mean(-1).sqrt().median())
+            copy_if_fits(parameter, have.get(name))
+    for layer in module.layers:
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("o_proj", "down_proj")):
+                parameter.zero_()
+    factors = final_norm(target)
+    for mine in (module.first_norm, module.later_norm):
+        copy_if_fits(mine.weight, factors)

@@ -13,11 +13,8 @@ from specdec.drafters.eagle import EagleHead, make_eagle
 from specdec.drafters.layer import Attend, LayerShape
 from specdec.target import Feature, HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
-from specdec.training.initial import copy_if_fits, final_norm, layer_tensors
+from specdec.training.initial import Ridge, copy_if_fits, final_norm, layer_tensors
 from specdec.training.method import TrainingBatch
-
-RIDGE = 1e-2
-"""Ridge of the linear start, as a share of the inputs' mean square."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +75,16 @@ class EagleMethod(HeadMethod):
 
         It predicts its own next input, so it runs ahead of the target as the trained head will.
         """
+        assert self.module.mix is not None
         width = self.module.fc.out_features
-        gram = torch.zeros(2 * width, 2 * width, dtype=torch.float64)
-        moment = torch.zeros(2 * width, width, dtype=torch.float64)
+        ridge = Ridge(2 * width, width)
         for batch in batches:
             anchors = Anchors.of(batch, 1)
             hidden = self.module.fuse({name: batch.features[name].float() for name in self.states})
             embedded = self.module.embedding_norm(self._table[batch.ahead(1)].float())
             inputs = torch.cat([embedded, self.module.hidden_norm(hidden)], dim=-1)
-            known, wanted = anchors.pick(inputs), anchors.pick(hidden, 1)  # [N, 2d], [N, d]
-            gram += (known.T @ known).double().cpu()
-            moment += (known.T @ wanted).double().cpu()
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        assert self.module.mix is not None
-        self.module.mix.weight.copy_(torch.linalg.solve(gram, moment).T)
+            ridge.add(anchors.pick(inputs), anchors.pick(hidden, 1))
+        self.module.mix.weight.copy_(ridge.weight())
 
     def drafts(self, batch: TrainingBatch, anchors: Anchors) -> Tensor:
         hidden = self.module.fuse({name: batch.features[name].float() for name in self.states})

@@ -1,4 +1,4 @@
-"""What a drafter's layers start from: the target's own, so that little data suffices."""
+"""What a drafter starts from, so that little data suffices: the target's own layers, and linear maps in closed form."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from specdec.target import Feature, HFTarget
-
-_SAMPLE = 256
-"""Tokens over which the size of the target's states is measured."""
+from specdec.target import HFTarget
 
 
 def layer_tensors(target: HFTarget, count: int) -> list[dict[str, Tensor]]:
@@ -43,11 +40,28 @@ def copy_if_fits(parameter: Tensor, source: Tensor | None, factor: float = 1.0) 
         parameter.copy_(source.float() * factor)
 
 
-def size_of_states(target: HFTarget, feature: Feature) -> float:
-    """Median root mean square of the target's states, over tokens drawn at random."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(target.vocab_size, (_SAMPLE,), generator=generator).tolist()
-    tokens = tokens[: target.max_context]
-    with torch.inference_mode():
-        out = target.extend([tokens], target.new_cache(1, len(tokens)), (feature,))
-    return float(out.features[feature].float().square().mean(-1).sqrt().median())
+class Ridge:
+    """A linear map fitted to pairs that come in pieces.
+
+    Args:
+        inputs: width of what it reads.
+        outputs: width of what it predicts.
+        strength: of the ridge, as a share of the inputs' mean square.
+    """
+
+    def __init__(self, inputs: int, outputs: int, strength: float = 1e-2) -> None:
+        self._gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self._moment = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self._strength = strength
+
+    def add(self, known: Tensor, wanted: Tensor) -> None:
+        """Count pairs ``[N, inputs]`` and ``[N, outputs]`` in."""
+        self._gram += (known.T @ known).double().cpu()
+        self._moment += (known.T @ wanted).double().cpu()
+
+    def weight(self) -> Tensor:
+        """``[outputs, inputs]`` float32, as a linear layer has it; zeros where nothing was counted in."""
+        size = self._gram.diagonal().mean()
+        gram = self._gram + (self._strength * size + 1e-9) * torch.eye(len(self._gram), dtype=torch.float64)
+        weight: Tensor = torch.linalg.solve(gram, self._moment).T.float()
+        return weight
