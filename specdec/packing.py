@@ -53,14 +53,19 @@ def pack_linears(model: nn.Module) -> int:
     return count
 
 
-class _Packed:
-    """A weight in oneDNN's layout."""
+class _Packed(nn.Module):
+    """A weight in oneDNN's layout. It is a buffer, so that whoever adds up a model's bytes finds it."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
-        self.bias = None if bias is None else bias.detach().clone()
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
+        self.register_buffer("weight", packed, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return out
 
@@ -85,13 +90,15 @@ class PackedLinear(nn.Module):
         return self._packed.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self._packed(inputs)
+        out: Tensor = self._packed(inputs)
+        return out
 
 
-class _Product:
+class _Product(nn.Module):
     """Several linear layers as one; the last input's outputs are kept until each was asked for."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self._packed = _Packed(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
         self._widths = [linear.out_features for linear in linears]

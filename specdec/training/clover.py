@@ -51,6 +51,7 @@ class CloverMethod(HeadMethod):
 
     name = "clover"
     Options = CloverOptions
+    fitted = ("first.key_value.", "later.key_value.", "first_out.", "later_out.", "first_norm.", "later_norm.")
     features = ("pre_norm", "last")
     options: CloverOptions
     module: CloverHead

@@ -49,6 +49,7 @@ class EagleMethod(HeadMethod):
 
     name = "eagle"
     Options = EagleOptions
+    fitted = ("fc.", "mix.", "norm.")
     options: EagleOptions
     module: EagleHead
 

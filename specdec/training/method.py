@@ -69,6 +69,8 @@ class Method(ABC):
         features: hidden states of the target it learns from.
         module: what trains: its parameters with ``requires_grad``, in float32.
         learning_rate: what suits it where none is given.
+        fitted: beginnings of the names of parameters that ``fit`` sets: they are near where they belong, and learn at a
+            tenth of the rate.
 
     Args:
         target: the model that is drafted for; its weights are frozen.
@@ -79,6 +81,7 @@ class Method(ABC):
     Options: ClassVar[type[Any]]
     features: Sequence[Feature] = ()
     learning_rate: ClassVar[float] = 1e-3
+    fitted: ClassVar[tuple[str, ...]] = ()
     module: nn.Module
 
     @abstractmethod

@@ -78,13 +78,14 @@ class Reporter:
 def make_accelerator(device: str) -> Any:
     """``accelerate.Accelerator`` for this process: one of several under ``accelerate launch``, else alone.
 
-    Arithmetic is bfloat16 autocast on CUDA and where the CPU has AMX, float32 elsewhere.
+    Arithmetic is bfloat16 autocast where CUDA or the CPU multiplies matrices in it, float32 elsewhere.
     """
     from accelerate import Accelerator  # type: ignore[import-untyped]
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs  # type: ignore[import-untyped]
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    bfloat16 = "amx_bf16" in machine(torch.device("cpu"))["flags"] if on_cpu else torch.cuda.is_bf16_supported()
+    flags = set(machine(torch.device("cpu"))["flags"])
+    bfloat16 = bool({"amx_bf16", "avx512_bf16"} & flags) if on_cpu else torch.cuda.is_bf16_supported()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if bfloat16 else "no",

@@ -21,6 +21,8 @@ from specdec.training.dataset import TrainingSet
 from specdec.training.method import Method, TrainingBatch, expected_tau
 from specdec.training.storage import writing
 
+FITTED_SHARE = 0.1
+"""Of the learning rate, for parameters that start from a closed form."""
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient may be no number before training stops."""
 
@@ -158,13 +160,8 @@ class Trainer:
         self._checkpoints = CheckpointFolder(out / "checkpoints", json.loads(json.dumps(identity)))
         method.module.to(device)
         self._wrapped = accelerator.prepare(_Loss(method), device_placement=[False])
-        matrices = [p for p in method.module.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in method.module.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
+            make_groups(method, settings), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2)
         )
         batches_per_step: int = settings.accumulate * accelerator.num_processes
         self.total = max(1, data.total_batches(settings.epochs) // batches_per_step)
@@ -256,7 +253,7 @@ class Trainer:
         """One optimizer step over ``accumulate`` batches a process; the loss, NaN where the step was skipped."""
         settings, accelerator = self.settings, self._accelerator
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.rate(self.step, self.total)
+            group["lr"] = group["share"] * settings.rate(self.step, self.total)
         self._optimizer.zero_grad(set_to_none=True)
         self.method.module.train()
         losses = []
@@ -384,3 +381,19 @@ def _evaluation_of(stored: Mapping[str, Any] | None) -> Evaluation | None:
 
 def _rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
+
+
+def make_groups(method: Method, settings: TrainerSettings) -> list[dict[str, Any]]:
+    """Parameters by what they have in common: weight decay, for matrices alone, and their share of the rate."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in method.module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim > 1, name.startswith(method.fitted)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if matrix else 0.0,
+            "share": FITTED_SHARE if fitted else 1.0,
+        }
+        for (matrix, fitted), parameters in groups.items()
+    ]

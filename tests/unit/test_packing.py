@@ -84,6 +84,15 @@ def test_the_dense_weight_comes_back(blocks: tuple[Block, Block]) -> None:
     assert torch.equal(packed.o_proj.weight, dense.o_proj.weight)
 
 
+def test_packed_weights_are_counted_as_bytes_a_pass_reads(blocks: tuple[Block, Block]) -> None:
+    dense, packed = blocks
+
+    def num_bytes(module: nn.Module) -> int:
+        return sum(tensor.numel() * 2 for tensor in (*module.parameters(), *module.buffers()))
+
+    assert num_bytes(packed) == num_bytes(dense)
+
+
 def test_tied_weights_stay_in_the_embedding() -> None:
     model = nn.Module()
     model.embedding, model.head = nn.Embedding(64, 48), nn.Linear(48, 64, bias=False)
