@@ -162,7 +162,7 @@ def _filter_top_p(scores: Tensor, top_p: float) -> Tensor:
         pending = pending[(number == count).squeeze(-1)]
         if count == size or len(pending) == 0:
             break
-    return scores.masked_fill(~kept, -torch.inf)
+    return scores.masked_fill(~(kept | scores.isnan()), -torch.inf)  # NaN stays, for whoever looks out for it
 
 
 def log_probs(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:

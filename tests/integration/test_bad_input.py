@@ -96,8 +96,11 @@ def test_sampling_parameters_outside_their_range_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"drafter": "ngrm"}, r"unknown drafter 'ngrm'; did you mean 'ngram'\? \(choices: model, ngram"),
-        ({"drafter": "zzz"}, r"unknown drafter 'zzz' \(choices: model, ngram, none, recycling, suffix\)"),
+        ({"drafter": "ngrm"}, r"unknown drafter 'ngrm'; did you mean 'ngram'\? \(choices: clover, eagle, medusa"),
+        (
+            {"drafter": "zzz"},
+            r"unknown drafter 'zzz' \(choices: clover, eagle, medusa, model, ngram, none, ppd, recycling, suffix\)",
+        ),
         (
             {"drafter": "ngram", "drafter_options": {"max_node": 3}},
             "unknown option of drafter 'ngram' 'max_node'; did you mean 'max_nodes'",
