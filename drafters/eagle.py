@@ -1,10 +1,10 @@
-"""EAGLE in its third form (Li et al. 2025): one decoder layer that runs ahead on its own hidden states.
+"""EAGLE (Li et al. 2024, 2025): one decoder layer that runs ahead on its own hidden states.
 
-Entry j of a row pairs what the target made of token j with the embedding of token j + 1. States of a low, a middle and
-a high layer of the target are fused into one; from the second drafted token on, the layer's own output takes its place.
-The layer attends to all entries and, while a tree is drafted, to the nodes above.
+Entry j of a row pairs what the target made of token j with the embedding of token j + 1. In EAGLE-3's form, states of
+a low, a middle and a high layer of the target are fused into one; from the second drafted token on, the layer's own
+output takes its place. The layer attends to all entries and, while a tree is drafted, to the nodes above.
 
-The paper fuses the target's states as they are, and lets the layer add to the fused state. Here each state is brought
+EAGLE-3 fuses the target's states as they are, and lets the layer add to the fused state. Here each state is brought
 to unit length per channel first: their sizes differ by orders of magnitude between layers, which a short training does
 not unlearn. And the layer adds to a linear mix of embedding and state, as the first EAGLE had one (Li et al. 2024): it
 can be fitted in closed form before training begins. Published weights are run as they were trained.
@@ -103,15 +103,49 @@ class EagleHead(HeadModule):
         return out
 
 
+class FirstEagleHead(HeadModule):
+    """EAGLE's first form, which EAGLE-2 drafts its trees with; only published weights have it.
+
+    Embedding and last state are mixed into what the layer both reads and adds to. Nothing is normed before it or after,
+    and the output head is the target's.
+
+    Args:
+        layer: sizes of the decoder layer.
+        fc_bias: whether the mix has a bias.
+    """
+
+    features = ("last",)
+
+    def __init__(self, layer: LayerShape, fc_bias: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2 * layer.hidden_size, layer.hidden_size, bias=fc_bias)
+        self.layer = DraftLayer(layer)
+        self.register_buffer("vocabulary", None)
+
+    def fuse(self, features: Mapping[Feature, Tensor]) -> Tensor:
+        """The last state ``[..., d]``."""
+        return features["last"].to(self.fc.weight.dtype)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """As ``EagleHead``'s."""
+        mixed = self.fc(torch.cat([embedded, hidden], dim=-1))
+        out: Tensor = self.layer(mixed, mixed, positions, attend)
+        return out
+
+    def read(self, states: Tensor) -> Tensor:
+        """As ``EagleHead``'s."""
+        return states
+
+
 class EagleDrafter(HeadDrafter):
     """Keeps the layer's keys and values of every committed entry; what is drafted stands behind them until the pass."""
 
     name = "eagle"
     Config = EagleConfig
-    module: EagleHead
+    module: EagleHead | FirstEagleHead
 
-    def make_module(self, shape: Mapping[str, Any]) -> EagleHead:
-        return make_eagle(shape)
+    def make_module(self, shape: Mapping[str, Any]) -> EagleHead | FirstEagleHead:
+        return make_eagle(shape) if "states" in shape else make_first_eagle(shape)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         super().bind(target, tokenizer)
@@ -168,3 +202,8 @@ class EagleDrafter(HeadDrafter):
 def make_eagle(shape: Mapping[str, Any]) -> EagleHead:
     """The module that weights of this shape belong to."""
     return EagleHead(**{**shape, "layer": LayerShape(**shape["layer"])})
+
+
+def make_first_eagle(shape: Mapping[str, Any]) -> FirstEagleHead:
+    """The same for the first form."""
+    return FirstEagleHead(**{**shape, "layer": LayerShape(**shape["layer"])})

@@ -189,7 +189,7 @@ class HeadDrafter(Drafter):
         self.module = self.make_module(weights.shape)
         weights.load_into(self.module)
         self.module = self.module.to(target.device, target.dtype).eval().requires_grad_(False)
-        self.features = tuple(self.module.features)
+        self.features = tuple(dict.fromkeys(self.module.features))
         if can_pack(self.module):
             pack_linears(self.module)
         self._head = self.module.output or drafting_head(target, self.module.vocabulary)

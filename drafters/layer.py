@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of rotated queries ``[B, H, n, d_h]`` over keys and values ``[B, H_kv, n, d_h]``: ``[B, H, n, d_h]``."""
 
 
+ROPE_TYPES = ("linear", "llama3")
+"""Scalings of the rotary angles that are known."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes of a decoder layer.
@@ -35,6 +40,9 @@ class LayerShape:
         intermediate_size: width of the MLP.
         rope_theta: base of the rotary angles.
         norm_eps: of the RMSNorms.
+        qkv_bias: whether the projections of query, key and value have a bias.
+        rope_scaling: how the rotary angles of a longer context are made, in transformers' terms; None for plain ones.
+            Its ``rope_type`` is one of ``ROPE_TYPES``.
     """
 
     hidden_size: int
@@ -44,6 +52,8 @@ class LayerShape:
     intermediate_size: int
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    rope_scaling: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, target: HFTarget) -> LayerShape:
@@ -79,9 +89,9 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.shape = shape
         width, wide = shape.hidden_size, input_width or shape.hidden_size
-        self.q_proj = nn.Linear(wide, shape.num_heads * shape.head_dim, bias=False)
-        self.k_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=False)
-        self.v_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=False)
+        self.q_proj = nn.Linear(wide, shape.num_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(wide, shape.num_kv_heads * shape.head_dim, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, width, bias=False)
         self.gate_proj = nn.Linear(width, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(width, shape.intermediate_size, bias=False)
@@ -101,7 +111,7 @@ class DraftLayer(nn.Module):
         query = self.q_proj(inputs).unflatten(-1, (shape.num_heads, shape.head_dim)).transpose(1, 2)
         key = self.k_proj(inputs).unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
         value = self.v_proj(inputs).unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
-        cos, sin = rotary(positions, shape.head_dim, shape.rope_theta, inputs.dtype)
+        cos, sin = rotary(positions, shape, inputs.dtype)
         attended = attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
         hidden = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(hidden)
@@ -109,12 +119,27 @@ class DraftLayer(nn.Module):
         return mixed
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[B, 1, n, d_h]`` of rotary embeddings (Su et al. 2021), halves rotated as Llama's are."""
-    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.unsqueeze(-1).float() * theta**-half  # [B, n, d_h / 2]
+    half = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32) / shape.head_dim
+    frequencies = shape.rope_theta**-half
+    if shape.rope_scaling is not None:
+        frequencies = _scaled(frequencies, shape.rope_scaling)
+    angles = positions.unsqueeze(-1).float() * frequencies  # [B, n, d_h / 2]
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies for a longer context: slowed by a factor, in Llama 3.1's form only where waves are long."""
+    slowed = frequencies / float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return slowed
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    context = float(scaling["original_max_position_embeddings"])
+    waves = context * frequencies / (2 * math.pi)  # that fit into the first context
+    kept = ((waves - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * slowed
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

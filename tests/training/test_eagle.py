@@ -1,4 +1,4 @@
-"""EAGLE: the unrolled head of training and the one that drafts a tree are the same, and text is unchanged."""
+"""EAGLE's training: the unrolled head is the one that drafts, and learning raises what is accepted."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import pytest
 import torch
 from integration.architectures import tiny_model
 from torch import Tensor
-from torch.nn import functional as F
 
 from specdec import SpecDecoder
 from specdec.drafters.eagle import EagleConfig, EagleDrafter
 from specdec.drafters.heads import OutputHead
-from specdec.drafters.layer import Attend
 from specdec.drafters.weights import DrafterWeights, TargetFacts, load_weights
 from specdec.sampling import SamplingParams
-from specdec.target import Feature, HFTarget
+from specdec.target import HFTarget
 from specdec.training.distillation import Anchors
 from specdec.training.eagle import EagleMethod, EagleOptions
 from specdec.training.method import TrainingBatch
-from specdec.tree import TokenTree
 from training.distilled import VOCAB, acceptance, batch_of, generated_batch, prepared, train
+from training.eagle_reference import from_scratch
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9], [40, 41, 42, 40, 41] * 3]
 WIDE = EagleConfig(depth=4, width=4, branching=6, max_nodes=40)
@@ -62,73 +60,6 @@ def bound(target: HFTarget, weights: DrafterWeights) -> EagleDrafter:
     drafter = EagleDrafter(WIDE, weights)
     drafter.bind(target, None)
     return drafter
-
-
-def growing_attention() -> Attend:
-    """Attention over everything seen so far: causal within a call, all of the calls before it."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        before = sum(keys.shape[2] for keys, _ in seen)
-        seen.append((key, value))
-        keys, values = (torch.cat(parts, dim=2) for parts in zip(*seen, strict=True))
-        visible = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril(before)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
-
-    return attend
-
-
-@torch.no_grad()
-def from_scratch(drafter: EagleDrafter, target: HFTarget, text: list[int], path: list[int]) -> Tensor:
-    """``[V']`` logits after a draft ``path`` that follows ``text``, token by token."""
-    module, table = drafter.module, target.model.get_input_embeddings().weight
-    features = target.extend([text[:-1]], target.new_cache(1, len(text)), drafter.features).features
-    attend = growing_attention()
-    positions = torch.arange(len(text) - 1).unsqueeze(0)
-    state = module(module.fuse(features), table[torch.tensor([text[1:]])], positions, attend)[:, -1:]
-    for place, token in enumerate(path, len(text) - 1):
-        state = module(state, table[torch.tensor([[token]])], torch.tensor([[place]]), attend)
-    logits: Tensor = OutputHead(target, module.vocabulary)(module.read(state))[0, 0]
-    return logits
-
-
-TREE = TokenTree(
-    torch.tensor([[0, 11, 12, 13, 14, 15, 16, 17]]).repeat(2, 1),
-    torch.tensor([[-1, 0, 0, 2, 1, 2, 5, 3], [-1, 0, 0, 1, 1, 2, 3, 4]]),
-)
-LEVELS = [(0, 1), (1, 3), (3, 6), (6, 8)]
-
-
-@pytest.mark.parametrize("chunk", [512, 4])
-def test_a_tree_is_drafted_as_token_by_token(exact: HFTarget, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.drafters.eagle.PREFILL_CHUNK", chunk)
-    drafter = bound(exact, random_weights(exact))
-    texts = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 1], [9, 12, 40, 3]]
-    with torch.no_grad():
-        width = max(map(len, texts)) - 1
-        features: dict[Feature, Tensor] = exact.extend(
-            [text[:-1] for text in texts], exact.new_cache(2, width), drafter.features
-        ).features
-        following = torch.tensor([text[1:] + [0] * (width + 1 - len(text)) for text in texts])
-        drafter.begin(2)
-        first = [4, 0]  # in two pieces, of which one row's first is empty
-        drafter.absorb({k: v[:, :4] for k, v in features.items()}, following[:, :4], first)
-        rest = {k: torch.stack([v[0, 4:], F.pad(v[1, : width - 4], (0, 0))]) for k, v in features.items()}
-        drafter.absorb(rest, torch.stack([following[0, 4:], following[1, : width - 4]]), [width - 4, 3])
-        for twice in range(2):  # a second draft from the same state is the same: nothing drafted stays
-            for level, (start, end) in enumerate(LEVELS, 1):
-                tree = TokenTree(TREE.tokens[:, :end], TREE.parents[:, :end])
-                logits = drafter.logits(tree, start, level)
-                for row in range(2):
-                    for column in range(start, end):
-                        node, path = column, []
-                        while node > 0:
-                            path.append(int(tree.tokens[row, node]))
-                            node = int(tree.parents[row, node])
-                        expected = from_scratch(drafter, exact, texts[row], path[::-1])
-                        torch.testing.assert_close(
-                            logits[row, column - start], expected, rtol=1e-9, atol=1e-9, msg=f"{twice} {level} {column}"
-                        )
 
 
 def test_training_unrolls_the_head_as_it_drafts(exact: HFTarget) -> None:

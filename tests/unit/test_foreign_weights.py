@@ -18,6 +18,7 @@ from specdec.drafters.foreign import read_foreign
 from specdec.drafters.medusa import MedusaConfig, MedusaDrafter
 from specdec.drafters.weights import TargetFacts
 from specdec.target import HFTarget
+from specdec.tree import TokenTree
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, WIDE, DRAFT_VOCAB = 64, 4, 2, 16, 96, 40
 LAYER = {
@@ -113,7 +114,7 @@ def test_eagle3_is_read_in_both_layouts(target: HFTarget, tmp_path: Path, publis
     folder = write(tmp_path / "e", config, tensors)
     drafter = EagleDrafter(EagleConfig(weights=str(folder)))
     drafter.bind(target, None)
-    module = drafter.module
+    module: Any = drafter.module
     assert module.features == (2, 2, 1)
     assert module.norm_before_residual is (published == "speculators")
     assert module.layer.shape.rope_theta == 5e5
@@ -126,6 +127,97 @@ def test_eagle3_is_read_in_both_layouts(target: HFTarget, tmp_path: Path, publis
     logits = drafter.output_logits(module.read(fused))
     assert logits.shape == (1, 2, DRAFT_VOCAB)
     check_text(target, EagleDrafter(EagleConfig(weights=str(folder))))
+
+
+def first_eagle_tensors(prefix: str, fc: str, bias: bool) -> dict[str, Tensor]:
+    """EAGLE-1's, or what speculators makes of them."""
+    full = eagle_tensors(prefix)
+    found = {name: tensor for name, tensor in full.items() if name.startswith(prefix)}
+    found = {name: tensor for name, tensor in found.items() if "input_layernorm" not in name and "hidden" not in name}
+    for name in "qkv":
+        weight = f"{prefix}self_attn.{name}_proj.weight"
+        found[weight] = found[weight][:, :WIDTH]
+        if bias:
+            found[f"{prefix}self_attn.{name}_proj.bias"] = torch.randn(len(found[weight]))
+    found[f"{fc}.weight"] = torch.randn(WIDTH, 2 * WIDTH) / 8
+    return found | ({f"{fc}.bias": torch.randn(WIDTH)} if bias else {})
+
+
+@pytest.mark.parametrize("published", ["SafeAILab", "SafeAILab, with biases", "speculators"])
+def test_the_first_eagle_is_read_in_both_layouts(target: HFTarget, tmp_path: Path, published: str) -> None:
+    bias = "bias" in published
+    if published == "speculators":
+        config: dict[str, Any] = {
+            "speculators_model_type": "eagle", "speculators_config": {"algorithm": "eagle"}, "layernorms": False,
+            "transformer_layer_config": LAYER, "fusion_bias": bias,
+        }  # fmt: skip
+        tensors = first_eagle_tensors("transformer.", "fusion_fc", bias)
+        folder = write(tmp_path / "e", config, tensors)
+    else:
+        config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, **LAYER}
+        tensors = first_eagle_tensors("layers.0.", "fc", bias)
+        tensors["embed_tokens.weight"] = torch.randn(VOCAB, WIDTH)
+        folder = write(tmp_path / "e", config, tensors, "pytorch_model.bin")
+    drafter = EagleDrafter(EagleConfig(weights=str(folder), allow_pickle=True))
+    drafter.bind(target, None)
+    module: Any = drafter.module
+    assert tuple(module.features) == ("last",)
+    assert module.layer.shape.rope_theta == 5e5
+    # A text of one entry attends to itself alone: what is added is its value, however queries and keys are turned.
+    prefix, fc = ("transformer.", "fusion_fc.") if published == "speculators" else ("layers.0.", "fc.")
+    t = {name.removeprefix(prefix).replace(fc, "fc."): tensor for name, tensor in tensors.items()}
+    hidden, none = torch.randn(1, 1, WIDTH), torch.zeros(1)
+    drafter.begin(1)
+    drafter.absorb({"last": hidden}, torch.tensor([[7]]), [1])
+    embedded = target.model.get_input_embeddings().weight[7]
+    mixed = t["fc.weight"] @ torch.cat([embedded, hidden[0, 0]]) + t.get("fc.bias", none)
+    value = t["self_attn.v_proj.weight"] @ mixed + t.get("self_attn.v_proj.bias", none)
+    value = value.view(KV_HEADS, HEAD_DIM).repeat_interleave(HEADS // KV_HEADS, dim=0).flatten()
+    state = mixed + t["self_attn.o_proj.weight"] @ value
+    normed = torch.nn.functional.rms_norm(state, (WIDTH,), t["post_attention_layernorm.weight"], 1e-6)
+    gate = torch.nn.functional.silu(t["mlp.gate_proj.weight"] @ normed)
+    state = state + t["mlp.down_proj.weight"] @ (gate * (t["mlp.up_proj.weight"] @ normed))
+    expected = target.model.get_output_embeddings().weight @ state
+    got = drafter.logits(TokenTree.from_pending(torch.tensor([7])), 0, 1)[0, 0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    check_text(target, EagleDrafter(EagleConfig(weights=str(folder), allow_pickle=True)))
+
+
+def test_all_medusa_heads_are_read_where_the_configuration_names_fewer(target: HFTarget, tmp_path: Path) -> None:
+    """FasterDecoding's own say 2 beside files of 5."""
+    folder = write(tmp_path / "m", {"medusa_num_heads": 2, "medusa_num_layers": 1}, medusa_tensors(5, 1))
+    weights = read_foreign(folder, TargetFacts.of(target))
+    assert weights is not None
+    assert weights.shape["num_heads"] == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({}, [2, 2, 1]),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}, [2, 3, 4]),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 3, 4, 5]}, [2, 3, 4]),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, [2, 3, 4]),
+    ],
+)
+def test_layers_are_counted_as_the_configuration_does(
+    target: HFTarget, tmp_path: Path, config: dict[str, Any], layers: list[int]
+) -> None:
+    folder = write(tmp_path / "e", {**LAYER, "draft_vocab_size": DRAFT_VOCAB, **config}, eagle_tensors("midlayer."))
+    weights = read_foreign(folder, TargetFacts.of(target))
+    assert weights is not None
+    assert weights.shape["states"] == layers
+
+
+def test_a_configuration_may_leave_out_llamas_defaults(target: HFTarget, tmp_path: Path) -> None:
+    config = {"transformer_layer_config": {k: v for k, v in LAYER.items() if k != "rms_norm_eps"}}
+    config |= {"speculators_model_type": "eagle3", "draft_vocab_size": DRAFT_VOCAB}
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    config["transformer_layer_config"]["rope_scaling"] = scaling
+    weights = read_foreign(write(tmp_path / "e", config, eagle_tensors("layers.0.")), TargetFacts.of(target))
+    assert weights is not None
+    assert weights.shape["layer"]["norm_eps"] == 1e-6
+    assert weights.shape["layer"]["rope_scaling"] == scaling
 
 
 def test_pickles_are_refused_unless_allowed(target: HFTarget, tmp_path: Path) -> None:
@@ -153,7 +245,33 @@ def test_nothing_in_a_pickle_is_run(target: HFTarget, tmp_path: Path, capsys: py
         ({"medusa_num_heads": 3, "medusa_num_layers": 2}, medusa_tensors(vocab=50), f"vocabulary 50, not {VOCAB}"),
         ({"medusa_num_heads": 4, "medusa_num_layers": 2}, medusa_tensors(), "lacks '3.0.linear.weight'"),
         ({**LAYER, "hidden_size": 32, "draft_vocab_size": 40}, eagle_tensors("midlayer."), "hidden size 32, not 64"),
-        ({"architectures": ["LlamaForCausalLM"]}, medusa_tensors(), "is of no known layout"),
+        ({"architectures": ["LlamaForCausalLM"]}, medusa_tensors(), r"config\.json is of no known layout"),
+        ({"speculators_model_type": "dflash", "draft_vocab_size": 40}, eagle_tensors("layers.0."), "no known layout"),
+        (
+            {**LAYER, "num_hidden_layers": 1, "vocab_size": 50},
+            first_eagle_tensors("layers.0.", "fc", bias=False),
+            f"vocabulary 50, not {VOCAB}",
+        ),
+        (
+            {**LAYER, "draft_vocab_size": 40},
+            {**eagle_tensors("midlayer."), "midlayer.self_attn.q_norm.weight": torch.ones(16)},
+            r"'midlayer\.self_attn\.q_norm\.weight' is of a variant that is not supported",
+        ),
+        (
+            {**LAYER, "draft_vocab_size": 40, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            eagle_tensors("midlayer."),
+            "its rope_type 'yarn' is not supported; linear, llama3 are",
+        ),
+        (
+            {**LAYER, "draft_vocab_size": 40, "embed_requires_grad": True},
+            eagle_tensors("midlayer."),
+            "embeddings of its own",
+        ),
+        (
+            {**LAYER, "draft_vocab_size": 40},
+            {**eagle_tensors("midlayer."), "d2t": torch.full((DRAFT_VOCAB,), VOCAB)},
+            f"names token {VOCAB + DRAFT_VOCAB - 1}, the target has {VOCAB} tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
