@@ -45,6 +45,8 @@ class PeerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not self.precisions:
             raise ValueError("specdec needs at least one precision to run in, got none")
         labels = (PLAIN, *(spec.label for spec in self.drafters))

@@ -139,6 +139,8 @@ def _parse_line(raw: bytes) -> Question:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(entry, dict):
         raise ValueError(f"an object is needed, got {type(entry).__name__}")
     for name in ("question_id", "category", "turns"):
@@ -154,6 +156,9 @@ def _parse_line(raw: bytes) -> Question:
     for index, turn in enumerate(turns, start=1):
         if not isinstance(turn, str) or not turn.strip():
             raise ValueError(f"turn {index} must be a text that is not blank, got {turn!r}")
+    for text in (category, *turns):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("a lone surrogate (\\ud800 to \\udfff) is no character, and no file could hold it")
     return Question(question_id, category, tuple(turns))
 
 

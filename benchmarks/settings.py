@@ -59,6 +59,8 @@ class Settings:
         for name in ("batch_size", "repeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         labels = [PLAIN, *(spec.label for spec in self.drafters)]
         doubled = sorted({label for label in labels if labels.count(label) > 1})
         if doubled:
@@ -77,6 +79,11 @@ class Settings:
         verifier = create_verifier(self.verifier)
         return self.params.greedy or (verifier.lossless and verifier.coupled)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the drafters' policy leaves the target's distribution as it is."""
+        return self.verifier == "auto" or create_verifier(self.verifier).lossless
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"drafters": [asdict(spec) for spec in self.drafters]}
+        return asdict(self) | {"drafters": [asdict(spec) for spec in self.drafters], "lossless": self.lossless}

@@ -182,6 +182,7 @@ def _origin(result: Mapping[str, Any], precision: str = "") -> str:
         f"{questions['count']} questions of {questions['name']} (sha256 {questions['sha256'][:12]})",
         "both turns" if settings.get("turns") == 2 else "",
         f"temperature {temperature:g}" if temperature else "",
+        "" if settings.get("lossless", True) else f"LOSSY policy {settings['verifier']}",
         f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
         machine.get("gpu") or "",
         machine["cpu"] or "unknown processor",

@@ -93,8 +93,11 @@ def _make(target: Path, make: Callable[[Path], None]) -> Path:
     """Have `make` write a file or folder to a temporary path, then move it to `target`; what exists is left alone."""
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write to {target.parent}: {error.strerror}; give another cache folder") from error
     try:
         part = workshop / target.name
         make(part)

@@ -98,3 +98,18 @@ def test_groups_never_mix_categories() -> None:
     found = [Question(i, c, ("t",)) for i, c in enumerate("ababa")]
     groups = group_questions(found, 2)
     assert [[q.question_id for q in group] for group in groups] == [[0, 2], [1, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question_id": 1, "category": "\\ud800", "turns": ["a"]}', "line 1: a lone surrogate"),
+        (b'{"question_id": 1, "category": "c", "turns": ["a \\udfff"]}', "line 1: a lone surrogate"),
+        (b"[" * 100_000, "line 1: nested too deeply"),
+    ],
+)
+def test_what_no_result_could_hold_is_named_before_anything_runs(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        load_questions(path)

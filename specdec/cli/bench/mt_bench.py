@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Times to run everything.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and of the intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of sampling and the intervals.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
 @click.option("--verifier", default="auto", show_default=True, help="Acceptance policy; see `specdec list`.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
@@ -72,7 +72,8 @@ def mt_bench(
     for path in (json_path, html_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} to")
-    make_specs(drafters, options)  # before the model loads: a mistake shows at once
+    if "auto" not in drafters:  # else which options there are depends on the model
+        make_specs(drafters, options)
     found = load_questions(questions)
     found = found if limit is None else found.limit(limit)
     if threads is not None:
@@ -83,7 +84,7 @@ def mt_bench(
 
         loaded = load_model(model, dtype=dtype, device=device, packed=True, progress=say)
         target = HFTarget(loaded.model)
-    specs = make_specs([resolve_drafter(name, target) for name in drafters], options)
+    specs = make_specs(drafters, options, resolve_drafter("auto", target))
     if loaded.tokenizer is None:
         raise ValueError(f"{model!r} has no tokenizer: questions are text")
     settings = Settings(
@@ -116,8 +117,13 @@ def mt_bench(
         note(f"wrote {html_path}")
 
 
-def make_specs(drafters: Sequence[str], options: Sequence[str]) -> tuple[DrafterSpec, ...]:
+def make_specs(drafters: Sequence[str], options: Sequence[str], auto: str = "auto") -> tuple[DrafterSpec, ...]:
     """Drafters from names and ``drafter.option=value`` texts; "none" is left out, as plain decoding always runs.
+
+    Args:
+        drafters: names.
+        options: texts.
+        auto: what "auto" stands for; its options go by either name.
 
     Raises:
         ValueError: for an unknown drafter, an option of a drafter that does not run, or one the drafter refuses.
@@ -125,19 +131,19 @@ def make_specs(drafters: Sequence[str], options: Sequence[str]) -> tuple[Drafter
     from specdec.benchmarks.schema import PLAIN
     from specdec.benchmarks.settings import DrafterSpec
     from specdec.cli.options import split_assignments
-    from specdec.registry import AUTO_DRAFTER, create_drafter, unknown
+    from specdec.registry import create_drafter, unknown
 
-    chosen: dict[str, dict[str, str]] = {name: {} for name in drafters if name != PLAIN}
+    chosen: dict[str, dict[str, str]] = {auto if name == "auto" else name: {} for name in drafters if name != PLAIN}
     for key, value in split_assignments(tuple(options)).items():
         drafter, dot, option = key.partition(".")
         if not dot:
             raise ValueError(f"-o takes DRAFTER.NAME=VALUE here, got {key}={value!s}")
+        drafter = auto if drafter == "auto" else drafter
         if drafter not in chosen:
             raise ValueError(unknown("drafter of -o", drafter, chosen))
         chosen[drafter][option] = value
     specs = []
     for name, values in chosen.items():
-        name = AUTO_DRAFTER if name == "auto" else name
         create_drafter(name, values)
         specs.append(DrafterSpec(name, name, dict(values)))
     return tuple(specs)

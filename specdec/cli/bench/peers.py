@@ -36,7 +36,7 @@ CACHE_DIR = "~/.cache/specdec/peers"
 @click.option("--cache-dir", default=CACHE_DIR, show_default=True, help="Folder for converted weights and logs.")
 @click.option("--draft-model", type=click.Path(path_type=Path), help="Folder of a draft model, for assisted peers.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The model as a GGUF file, for llama.cpp.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same --json.")
 @click.option("--list", "only_list", is_flag=True, help="Show all peers, and how to install those that are missing.")
@@ -93,7 +93,8 @@ def peers(
 
     names = tuple(get_peer(name).name for name in names) or DEFAULT_PEERS
     precisions = {precision_of(dtype): dtype for dtype in dtypes}
-    make_specs(drafters, options)  # before the model loads: a mistake shows at once
+    if "auto" not in drafters:  # else which options there are depends on the model
+        make_specs(drafters, options)
     found = load_questions(questions)
     found = found if limit is None else found.limit(limit)
     if threads is not None:
@@ -108,7 +109,7 @@ def peers(
         raise ValueError(f"{model!r} has no tokenizer: questions are text")
     settings = PeerSettings(
         model=model, precisions=tuple(precisions),
-        drafters=make_specs([resolve_drafter(name, target) for name in drafters], options), peers=names,
+        drafters=make_specs(drafters, options, resolve_drafter("auto", target)), peers=names,
         max_new_tokens=max_new_tokens, threads=torch.get_num_threads(), block=block, loaded=loaded,
         reference=reference, seed=seed,
     )  # fmt: skip

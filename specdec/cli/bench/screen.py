@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -100,6 +100,7 @@ def report(result: BenchResult) -> str:
         f"model: {settings['model']} {settings['dtype']} on {machine['gpu'] or machine['cpu']}, {machine['threads']} "
         f"threads; {settings['turns']} turn(s) of {settings['max_new_tokens']} tokens, temperature "
         f"{settings['temperature']:g}, batch {settings['batch_size']}, {settings['repeat']} repeat(s)",
+        *lossy_lines(settings),
         f"a pass reads {result.weight_bytes / 1e6:.0f} MB of weights; measured {result.bandwidth_gb_s:.1f} GB/s; peak "
         f"memory {result.summary.peak_memory_bytes / 2**30:.2f} GiB",
         f"milliseconds of a pass by tree nodes: {curve}",
@@ -109,8 +110,17 @@ def report(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
+def lossy_lines(settings: Mapping[str, Any]) -> list[str]:
+    """A line that marks a lossy policy; none for the others."""
+    if settings.get("lossless", True):
+        return []
+    return [f"LOSSY: policy {settings['verifier']!r} writes other texts than the target would"]
+
+
 def _rounding(runs: Sequence[Run]) -> str:
     found = [run.difference for run in runs if run.difference is not None]
+    if not any(run.equal is not None for run in runs):
+        return "none was compared, as the policy draws tokens of its own"
     if not found:
         return "none differs"
     gap = max(difference.gap or 0.0 for difference in found)
