@@ -25,22 +25,33 @@ class MedusaConfig(HeadConfig):
 class MedusaHeads(HeadModule):
     """K heads of L residual blocks ``x + SiLU(W x + b)`` each (section 2.1.1), W zero at first.
 
+    Mixed, the first block of head k adds to ``M_k x`` in place of x: a linear map can be fitted in closed form before
+    training begins, where the identity guesses the token that is known already.
+
     Args:
         hidden_size: d.
         num_heads: K.
         num_layers: L.
         vocab_size: V', size of the reduced vocabulary; 0 for the target's whole.
         own_output: width of the heads' own output layers, as published checkpoints have them; 0 for none.
+        mixed: whether there is a linear map per head; published checkpoints have none.
     """
 
     features = ("last",)
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_layers: int = 1, vocab_size: int = 0, own_output: int = 0
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_layers: int = 1,
+        vocab_size: int = 0,
+        own_output: int = 0,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, hidden_size))
+        self.mix = nn.Parameter(torch.eye(hidden_size).repeat(num_heads, 1, 1)) if mixed else None  # [K, d, d]
         vocabulary = torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None
         self.register_buffer("vocabulary", vocabulary)
         if own_output:
@@ -56,7 +67,11 @@ class MedusaHeads(HeadModule):
         shape = self.weight.shape[1:3]  # K, d
         # The first block reads the same state in every head: one product, whatever the batch.
         first = F.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
-        states = hidden.unsqueeze(-2) + F.silu(first).view(*hidden.shape[:-1], *shape)
+        first = F.silu(first).view(*hidden.shape[:-1], *shape)
+        if self.mix is None:
+            states = hidden.unsqueeze(-2) + first
+        else:
+            states = F.linear(hidden, self.mix.flatten(0, 1)).view_as(first) + first
         for weight, bias in zip(self.weight[1:], self.bias[1:], strict=True):
             flat = states.reshape(-1, *shape).transpose(0, 1)  # [K, N, d]
             mixed = torch.baddbmm(bias.unsqueeze(1), flat, weight.transpose(1, 2))

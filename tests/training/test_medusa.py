@@ -260,3 +260,31 @@ def test_counts_may_lack_tokens(target: HFTarget) -> None:
 def test_impossible_options_are_refused_with_their_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MedusaOptions(**options)
+
+
+def test_the_linear_maps_start_as_the_least_squares_solution(target: HFTarget) -> None:
+    batch = generated_batch(target)
+    method = prepared(MedusaMethod(target, MedusaOptions(vocab_size=0)), batch)
+    before = acceptance(method, batch)
+    method.fit([batch])
+
+    assert method.module.mix is not None
+    last, known, wanted = batch.features["last"].float(), [], []
+    for row, (length, prompt) in enumerate(zip(batch.lengths.tolist(), batch.prompt_lengths.tolist(), strict=True)):
+        for position in range(max(prompt - 2, 0), length - 3):  # the second head's goal is three tokens on
+            known.append(last[row, position])
+            wanted.append(last[row, position + 2])
+    inputs, outputs = torch.stack(known).double(), torch.stack(wanted).double()
+    ridge = 1e-2 * (inputs.T @ inputs).diagonal().mean() + 1e-9
+    gram = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.float64)
+    expected = torch.linalg.solve(gram, inputs.T @ outputs).T.float()
+    torch.testing.assert_close(method.module.mix[1], expected, rtol=1e-3, atol=1e-4)
+    assert acceptance(method, batch)[0] > before[0]
+
+
+def test_the_published_form_has_no_linear_maps(target: HFTarget) -> None:
+    method = prepared(MedusaMethod(target, MedusaOptions(vocab_size=0, mixed=False)), generated_batch(target))
+    method.fit([generated_batch(target)])
+    assert method.module.mix is None
+    hidden = torch.randn(2, method.shape["hidden_size"])
+    torch.testing.assert_close(method.module(hidden), hidden.unsqueeze(1).expand(-1, method.num_drafts, -1))
