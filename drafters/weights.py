@@ -26,6 +26,9 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 _CONFIG, _TENSORS, _CARD = "config.json", "model.safetensors", "README.md"
 _SCALE = "::scale"
 _SMALLEST_QUANTIZED = 4096
+_MOST_QUANTIZATION_ERROR = 0.02
+"""Of a matrix in int8, as a share of its norm. Where one large entry sets the scale of its row, as in an identity that
+has learnt, all the small ones would be rounded away; such a matrix stays bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def save_weights(folder: Path, weights: DrafterWeights, card: str, quantize: boo
         folder: made where it is missing.
         weights: what to write.
         card: text of the model card, Markdown.
-        quantize: store matrices as int8 with a scale per output row, a quarter of float32; vectors stay bfloat16.
+        quantize: store matrices as int8 with a scale per output row, a quarter of float32, where that keeps them within
+            2 % of their norm; other matrices and vectors are bfloat16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Tensor] = {}
@@ -243,8 +247,12 @@ def _pack(name: str, tensor: Tensor, quantize: bool) -> dict[str, Tensor]:
         return {name: tensor}
     if not quantize or tensor.ndim < 2 or tensor.numel() < _SMALLEST_QUANTIZED:
         return {name: tensor.to(torch.bfloat16)}
-    scale = tensor.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
-    return {name: (tensor.float() / scale).round().to(torch.int8), name + _SCALE: scale.squeeze(-1)}
+    exact = tensor.float()
+    scale = exact.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
+    rounded = (exact / scale).round()
+    if float((rounded * scale - exact).norm()) > _MOST_QUANTIZATION_ERROR * float(exact.norm()):
+        return {name: tensor.to(torch.bfloat16)}
+    return {name: rounded.to(torch.int8), name + _SCALE: scale.squeeze(-1)}
 
 
 def _unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

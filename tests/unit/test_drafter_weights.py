@@ -222,3 +222,14 @@ def test_vocabulary_of_the_facts_is_the_models(target: HFTarget) -> None:
     facts = TargetFacts.of(target)
 
     assert (facts.hidden_size, facts.vocab_size, facts.num_layers) == (WIDTH, VOCAB, 2)
+
+
+def test_a_matrix_that_int8_would_ruin_stays_bfloat16(target: HFTarget, tmp_path: Path) -> None:
+    expected = medusa_weights(target)
+    small = expected.tensors["weight"]
+    large = torch.eye(small.shape[-1])
+    expected.tensors["weight"] = large + 3e-3 * small.sign()  # below half a step of int8, whose rows reach 1
+    save_weights(tmp_path, expected, "", quantize=True)
+    got = load_weights(tmp_path).tensors["weight"].float()
+
+    assert torch.equal(got, expected.tensors["weight"].bfloat16().float())
