@@ -13,11 +13,13 @@ from integration.architectures import describe_difference, generate_alone
 from specdec import SpecDecoder
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
+from specdec.drafters.weights import TargetFacts, find_weights, load_weights
 from specdec.registry import create_drafter
 from specdec.target import HFTarget
 
 MT_BENCH = Path(__file__).parents[2] / ".." / "shared" / "data" / "mt_bench.jsonl"
-DRAFTERS = ("none", "ngram", "suffix", "recycling", "model")
+TRAINED = ("medusa", "clover", "eagle", "ppd")
+DRAFTERS = ("none", "ngram", "suffix", "recycling", "model", *TRAINED)
 PROMPTS = [
     "The capital of France is",
     "Numbers: one, two, three, four, one, two, three, four, one, two, three,",
@@ -90,3 +92,14 @@ def test_mt_bench_first_turns_equal_generate(name: str, request: pytest.FixtureR
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompt = list(tokenizer(text, add_special_tokens=False).input_ids)
         assert_equal_texts(name, [prompt], [decoder.chat(chat, max_new_tokens=max_new_tokens)], max_new_tokens)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_weights_that_ship_were_calibrated_and_draft(name: str) -> None:
+    decoder = decoder_with(name)
+    decoder.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
+
+    assert decoder.stats.accepted > 0
+    rates = load_weights(find_weights(name, "", TargetFacts.of(target()))).hit_rates
+    assert all(all(0.0 <= rate <= 1.0 for rate in depth) and depth[0] == max(depth) for depth in rates)
+    assert rates[0][0] > 0.15  # far above chance, which is about the share of the most frequent token
