@@ -69,15 +69,19 @@ class OurRow(Contender):
         target: the model; rows of one precision share it.
         tokenizer: its tokenizer, for drafters that need one.
         spec: the drafter; None for plain decoding.
+        adaptive: draft no more than pays.
     """
 
-    def __init__(self, precision: str, target: HFTarget, tokenizer: Any, spec: DrafterSpec | None) -> None:
+    def __init__(
+        self, precision: str, target: HFTarget, tokenizer: Any, spec: DrafterSpec | None, adaptive: bool = True
+    ) -> None:
         name = f"specdec-{precision}" + (f"-{spec.label}" if spec else "")
         speculation = spec.label if spec else PLAIN
         self.entrant = Entrant(name=name, engine="specdec", precision=precision, speculation=speculation, ours=True)
         self.target = target
         self._tokenizer = tokenizer
         self._spec = spec
+        self._adaptive = adaptive
         self._decoder: SpecDecoder | None = None
 
     @property
@@ -91,7 +95,9 @@ class OurRow(Contender):
 
         start = perf_counter()
         drafter = create_drafter(self._spec.name, self._spec.options) if self._spec else PLAIN
-        self._decoder = SpecDecoder(self.target, drafter, tokenizer=self._tokenizer, on_drafter_error="raise")
+        self._decoder = SpecDecoder(
+            self.target, drafter, tokenizer=self._tokenizer, adaptive=self._adaptive, on_drafter_error="raise"
+        )
         self._decoder.tokenizer = None
         return PeerHello(__version__, 1000.0 * (perf_counter() - start))
 

@@ -211,6 +211,7 @@ class _Bench:
                 create_drafter(spec.name, spec.options),
                 verifier=self._settings.verifier,
                 tokenizer=self._tokenizer,
+                adaptive=self._settings.adaptive,
                 on_drafter_error="raise",
             )
         prompt = encode_prompt(WARM_UP, self._tokenizer, self._target.vocab_size)

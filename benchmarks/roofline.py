@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.latency import measure_curve
+from specdec.memory_plan import storage_key, storages
 from specdec.target import HFTarget
-from specdec.tree import ROOT, TokenTree
 
 CURVE_NODES = (1, 4, 8, 16, 32, 64)
 CURVE_CONTEXT = 512
@@ -75,25 +76,10 @@ def weight_bytes(model: Any) -> int:
     experts all experts count, so that its fraction of the roofline is an upper bound.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    sizes = _storages([*model.parameters(), *model.buffers()])
-    if _storage_key(embedding) != _storage_key(head):
-        sizes.pop(_storage_key(embedding), None)
+    sizes = storages([*model.parameters(), *model.buffers()])
+    if storage_key(embedding) != storage_key(head):
+        sizes.pop(storage_key(embedding), None)
     return sum(sizes.values())
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[Any, int]:
-    return {_storage_key(tensor): _num_bytes(tensor) for tensor in tensors if tensor.device.type != "meta"}
-
-
-def _storage_key(tensor: Tensor) -> Any:
-    # Packed layouts (oneDNN) have no storage to ask for.
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    if tensor.layout == torch.strided:
-        return tensor.untyped_storage().nbytes()
-    return tensor.numel() * tensor.element_size()
 
 
 @torch.inference_mode()
@@ -104,23 +90,7 @@ def kv_bytes_per_token(target: HFTarget) -> int:
     return cache.num_bytes
 
 
-@torch.inference_mode()
 def latency_curve(target: HFTarget, repeats: int = 5) -> list[tuple[int, float]]:
     """Pairs of tree nodes and median milliseconds of a pass, over 512 cached tokens or what the model's context has."""
-    nodes_list = [n for n in CURVE_NODES if target.max_context is None or n < target.max_context]
-    context = CURVE_CONTEXT
-    if target.max_context is not None:
-        context = max(1, min(context, target.max_context - nodes_list[-1]))
-    cache = target.new_cache(1, context + nodes_list[-1])
-    target.extend([[index % target.vocab_size for index in range(context)]], cache)
-    curve = []
-    for nodes in nodes_list:
-        tokens = torch.arange(nodes, device=target.device).unsqueeze(0) % target.vocab_size
-        parents = torch.zeros_like(tokens)
-        parents[:, 0] = ROOT
-        tree = TokenTree(tokens, parents)
-        target.forward(tree, cache)
-        times = sorted(_seconds(lambda tree=tree: target.forward(tree, cache).logits, target.device)  # type: ignore[misc]
-                       for _ in range(repeats))  # fmt: skip
-        curve.append((nodes, 1000.0 * times[len(times) // 2]))
-    return curve
+    curve = measure_curve(target, CURVE_NODES, (CURVE_CONTEXT,), (1,), rounds=repeats)
+    return [(nodes, curve.at(nodes, length=CURVE_CONTEXT)) for nodes in curve.nodes]

@@ -37,6 +37,7 @@ class Settings:
         repeat: how often everything runs, each time with new drafters.
         seed: of sampling and of the bootstrap.
         verifier: acceptance policy of the drafters; plain decoding always has the automatic one.
+        adaptive: draft no more than pays, as decoders do by default; otherwise trees are as the drafters make them.
         threads: CPU threads.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     repeat: int = 1
     seed: int = 0
     verifier: str = "auto"
+    adaptive: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
 
     def __post_init__(self) -> None:

@@ -43,15 +43,19 @@ class Drafter(ABC):
     def propose(self, batch: Batch) -> TokenTree:
         """A tree per row, rooted at ``batch.pending``, on any device.
 
-        Nodes deeper than ``batch.max_depth`` are cut by the caller; drafting fewer saves time. Children of a node must
-        be chosen as ``batch.siblings`` says, or deterministically. Only where ``batch.coupled`` is set may the choice
-        depend on the rows' Gumbel noise.
+        Nodes deeper than ``batch.max_depth`` and columns from ``batch.max_nodes`` on are cut by the caller; drafting
+        fewer saves time. So the most promising nodes should stand first. Children of a node must be chosen as
+        ``batch.siblings`` says, or deterministically. Only where ``batch.coupled`` is set may the choice depend on the
+        rows' Gumbel noise.
+
+        It is not called before every pass: where drafts do not pay, tokens are decoded without them.
         """
 
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """See the pass: the target's logits and features at the tree's nodes, and the verdict.
 
-        Called before the accepted tokens are appended to the rows.
+        Called before the accepted tokens are appended to the rows. Tokens decoded without a draft are shown later, at
+        the latest before the next ``propose``, as one chain that was accepted; the rows hold them by then.
         """
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:

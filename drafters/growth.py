@@ -63,10 +63,10 @@ def grow(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand
 
 
 def _best(tree: TokenTree, joint: Tensor, max_nodes: int) -> TokenTree:
-    """The ``max_nodes`` nodes of highest joint confidence."""
+    """The ``max_nodes`` nodes of highest joint confidence, the best first."""
     count = min(max_nodes, tree.num_nodes)
     # Ties go to the earlier column, so that a parent never loses to its child.
-    order = joint.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    order = joint.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return tree.select(order, tree.valid.gather(1, order)).compact()
 
 

@@ -228,7 +228,8 @@ class HeadDrafter(Drafter):
 
     def propose(self, batch: Batch) -> TokenTree:
         depth = min(self.max_depth, max(row.max_depth for row in batch.rows))
-        if depth < 1 or self.config.max_nodes < 2:
+        max_nodes = min(self.config.max_nodes, batch.max_nodes)
+        if depth < 1 or max_nodes < 2:
             return TokenTree.from_pending(batch.pending)
 
         def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ class HeadDrafter(Drafter):
             num_nodes = tree.num_nodes - first
             return confidence.expand(-1, num_nodes, -1), tokens.expand(-1, num_nodes, -1)
 
-        return grow(batch.pending, depth, self.config.width, self.config.max_nodes, expand)
+        return grow(batch.pending, depth, self.config.width, max_nodes, expand)
 
     def _calibrated(self, confidence: Tensor, level: int) -> Tensor:
         """The hit rates of this depth in place of the head's own confidence; ranks beyond them are as the last."""

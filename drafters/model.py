@@ -160,7 +160,7 @@ class ModelDrafter(Drafter):
             return rank(batch, level_logits(tree, first, level), self.config.beams, tree, first, level)
 
         pending = batch.pending.to(self.draft_model.device)
-        return grow(pending, depth, self.config.beams, self.config.max_nodes, expand)
+        return grow(pending, depth, self.config.beams, min(self.config.max_nodes, batch.max_nodes), expand)
 
     def _levels(self, batch: Batch) -> Callable[[TokenTree, int, int], Tensor]:
         """Says, after catching up, the logits ``[B, n, V]`` for a level's nodes, from those of the one above."""

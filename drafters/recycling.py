@@ -64,6 +64,17 @@ def tree_template(max_nodes: int, depth: int, candidates: int) -> tuple[tuple[in
     return tuple((place.get(chosen[n][0], ROOT), chosen[n][1], chosen[n][2]) for n in order)
 
 
+@cache
+def by_promise(template: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The template's nodes, the most promising first, and each one's parent in that order."""
+    promise: list[float] = []
+    for parent, rank, level in template:
+        promise.append(promise[parent] * _RANK_WEIGHTS[rank] if level else 1.0)
+    order = sorted(range(len(template)), key=lambda node: -promise[node])
+    place = {node: index for index, node in enumerate(order)}
+    return tuple(order), tuple(place.get(template[node][0], ROOT) for node in order)
+
+
 class RecyclingDrafter(Drafter):
     """Token Recycling (Luo et al. 2024): an adjacency table ``[V, k]`` refreshed by every node of every pass.
 
@@ -103,8 +114,8 @@ class RecyclingDrafter(Drafter):
             parents = tokens[-1][:, index]
             children = self._table[parents.clamp(min=0), ranks]
             tokens.append(torch.where(parents >= 0, children, -1))
-        nodes = torch.cat(tokens, dim=1)
-        layout = [parent for parent, _, _ in template[: nodes.shape[1]]] or [ROOT]
+        order, layout = by_promise(template) if template else ((0,), (ROOT,))
+        nodes = torch.cat(tokens, dim=1)[:, list(order)]
         parents = torch.tensor(layout, device=nodes.device).expand_as(nodes)
         return TokenTree(nodes.clamp(min=0), parents.masked_fill(nodes < 0, PADDING)).compact()
 

@@ -124,6 +124,8 @@ class Batch:
         self.device = torch.device(device)
         self.coupled = coupled
         self.siblings: SiblingSampling = siblings
+        self.max_nodes = 1 << 30
+        """Most nodes the next trees are used for; what is beyond is cut, making fewer saves time."""
         self.seen: Tensor | None = None
         if self.params.repetition_penalty != 1.0:
             self.seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)

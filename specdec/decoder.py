@@ -10,9 +10,23 @@ from typing import Any, Literal
 
 import torch
 
+from specdec.adaptive import NO_LIMIT, AdaptiveTrees, FixedTrees, TreePolicy
 from specdec.batch import Row
 from specdec.drafters.base import Drafter
+from specdec.drafters.none import NoneDrafter
 from specdec.generation import Generation, KeptPrefix
+from specdec.latency import LatencyCurve, LatencyKey, load_curve
+from specdec.memory_plan import (
+    MemoryPlan,
+    ModelShape,
+    Workload,
+    drafter_bytes,
+    free_bytes,
+    parse_size,
+    plan_memory,
+    tree_size,
+)
+from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream
@@ -38,6 +52,12 @@ class SpecDecoder:
         tokenizer: needed for text with a model that was passed in loaded.
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
         device: where to load: "auto" or a torch device.
+        adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
+            text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
+            as the drafter makes them, since a clock must not choose the text.
+        latency: what passes cost, instead of what is measured while decoding.
+        memory_budget: bytes in all, weights included, as a number or "2GiB"; None is what is free. A call that does not
+            fit gets smaller trees, then fewer rows at a time; where even one row without drafts does not, it raises.
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
@@ -53,12 +73,16 @@ class SpecDecoder:
         tokenizer: Any | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        adaptive: bool = True,
+        latency: LatencyCurve | None = None,
+        memory_budget: int | str | None = None,
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
+        self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
         if isinstance(verifier, str):
@@ -80,10 +104,15 @@ class SpecDecoder:
         self.tokenizer = tokenizer
         self._verifier = verifier
         self._on_drafter_error = on_drafter_error
+        self._adaptive = adaptive and not isinstance(drafter, NoneDrafter)
+        self._times = None if latency is None else PassTimes(latency, learn=False)
+        self._shape: ModelShape | None = None
         self._calls = 0
         self._running: weakref.ref[GenerationStream] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
+        self.memory_plan: MemoryPlan | None = None
+        """What the last call was planned to take, None before the first."""
         self.stats = DecodeStats()
         """Counts and times of the last call, all rows together."""
 
@@ -135,7 +164,12 @@ class SpecDecoder:
         rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
-        generation = Generation(self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise")
+        plan = self.memory_plan = self._plan_memory(rows, params)
+        generation = Generation(
+            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
+            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
+            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, plan.rows,
+        )  # fmt: skip
         running = None if self._running is None else self._running()
         if running is not None:
             running.close()  # a drafter keeps the state of one generation
@@ -152,6 +186,34 @@ class SpecDecoder:
         if params.greedy:
             return create_verifier("greedy")
         return create_verifier("coupled" if self._verifier == "auto" else self._verifier)
+
+    def _plan_memory(self, rows: Sequence[Row], params: SamplingParams) -> MemoryPlan:
+        """The most this call can have. Raises ValueError where it cannot run."""
+        length = max(row.max_len for row in rows)
+        work = Workload(
+            rows=len(rows),
+            prompt_len=max(row.prompt_len for row in rows),
+            max_len=length,
+            nodes=tree_size(self.drafter),
+            features=len(self.drafter.features),
+            sampled=not params.greedy,
+        )
+        if self._shape is None:
+            self._shape = ModelShape.of(self.target)
+        drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
+        if budget is None:
+            free = free_bytes(self.target.device)
+            budget = None if free is None else free + self._shape.weights + drafter  # these are there already
+        return plan_memory(self._shape, drafter, work, budget)
+
+    def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
+        free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again
+        if not (self._adaptive and free):
+            return FixedTrees()
+        if self._times is None:
+            cautious = CAUTIOUS_CPU if self.target.device.type == "cpu" else CAUTIOUS_GPU
+            self._times = PassTimes(load_curve(LatencyKey.of(self.target)) or cautious)
+        return AdaptiveTrees(self._times)
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
         """Rows with their noise.

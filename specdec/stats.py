@@ -21,6 +21,7 @@ class DecodeStats:
 
     Attributes:
         passes: target passes over trees the row took part in, prefill not counted.
+        plain_passes: those of them whose trees were roots alone.
         drafted: draft nodes proposed.
         accepted: draft nodes accepted.
         emitted: tokens emitted, bonus tokens included.
@@ -30,10 +31,12 @@ class DecodeStats:
         verifier: name of the acceptance policy.
         lossless: whether that policy keeps the target's distribution.
         drafter: name of the drafter.
-        speculation_off: why drafting stopped, None while it is on.
+        speculation_off: why drafting stopped for good, None while it is on.
+        plain_reason: why the planner last chose a plain pass, None where it never did.
     """
 
     passes: int = 0
+    plain_passes: int = 0
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
@@ -44,6 +47,7 @@ class DecodeStats:
     lossless: bool = True
     drafter: str = ""
     speculation_off: str | None = None
+    plain_reason: str | None = None
 
     @property
     def tau(self) -> float:
@@ -70,9 +74,10 @@ class DecodeStats:
         """Emitted tokens over decode time; 0 before the first."""
         return 1000.0 * self.emitted / self.decode_ms if self.decode_ms else 0.0
 
-    def count_pass(self, depth: int, drafted: int, accepted: int) -> None:
-        """Record one pass over a tree of ``drafted`` nodes reaching ``depth``."""
+    def count_pass(self, depth: int, drafted: int, accepted: int, plain: bool = False) -> None:
+        """Record one pass over a tree of ``drafted`` nodes reaching ``depth``; ``plain`` if it was a root alone."""
         self.passes += 1
+        self.plain_passes += plain
         self.drafted += drafted
         self.accepted += accepted
         self.accepted_per_pass[accepted] += 1
@@ -81,6 +86,7 @@ class DecodeStats:
     def add(self, other: DecodeStats) -> None:
         """Add another row's or call's counts and times to this one."""
         self.passes += other.passes
+        self.plain_passes += other.plain_passes
         self.drafted += other.drafted
         self.accepted += other.accepted
         self.emitted += other.emitted
@@ -100,7 +106,9 @@ class DecodeStats:
             "verifier": self.verifier,
             "lossless": self.lossless,
             "speculation_off": self.speculation_off,
+            "plain_reason": self.plain_reason,
             "passes": self.passes,
+            "plain_passes": self.plain_passes,
             "drafted": self.drafted,
             "accepted": self.accepted,
             "emitted": self.emitted,

@@ -25,7 +25,8 @@ class TokenTree:
     """A batch of token trees, one per row, each rooted at the row's pending token in column 0.
 
     The pending token is emitted already and not yet in the KV cache. Parents stand before their children; padding
-    nodes may stand anywhere but in column 0.
+    nodes may stand anywhere but in column 0. Columns stand in order of promise where a drafter knows one: of a tree
+    that is too large for a pass, the first ones are checked.
 
     Attributes:
         tokens: token ids, ``[B, N]`` int64. The value at padding and virtual nodes is ignored.
@@ -102,6 +103,21 @@ class TokenTree:
         """``[B]`` int64: draft nodes a verifier may accept."""
         return self.acceptable.sum(-1)
 
+    @property
+    def divisible(self) -> bool:
+        """Whether any first columns make a tree worth checking.
+
+        Not where virtual nodes at the end prepare the next draft, or where children were drawn: there a verdict's
+        distribution rests on the shape.
+        """
+        return self.virtual is None and self.siblings == "deterministic"
+
+    def first(self, count: int) -> TokenTree:
+        """The tree of the first ``count`` columns; the tree itself where it has no more or is not divisible."""
+        if count >= self.num_nodes or not self.divisible:
+            return self
+        return TokenTree(self.tokens[:, :count], self.parents[:, :count])
+
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError where the tree breaks one of its invariants, naming row and column."""
         if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
@@ -144,7 +160,7 @@ class TokenTree:
         """The tree reduced to some columns of each row.
 
         Args:
-            columns: ``[B, M]`` int64, ascending where kept; column 0 first. Kept nodes' parents are among them.
+            columns: ``[B, M]`` int64, column 0 first and kept nodes' parents, which must be kept, before them.
             keep: ``[B, M]`` bool; entries that are not kept become padding.
         """
         position = torch.full_like(self.parents, PADDING)

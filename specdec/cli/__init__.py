@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "specdec.cli.demo:demo",
     "generate": "specdec.cli.generate:generate",
     "list": "specdec.cli.list:list_",
+    "profile": "specdec.cli.profile:profile",
     "train": "specdec.cli.train:train",
 }
 """Command -> "module:function"."""

@@ -68,6 +68,8 @@ def summary(stats: DecodeStats) -> str:
     ]
     if not stats.lossless:
         parts.append(f"verifier {stats.verifier} is lossy")
+    if stats.plain_reason:
+        parts.append(f"{stats.plain_passes}/{stats.passes} passes plain ({stats.plain_reason})")
     if stats.speculation_off:
         parts.append(f"drafting stopped: {stats.speculation_off}")
     return ", ".join(parts)

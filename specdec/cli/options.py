@@ -30,6 +30,8 @@ class ModelOptions:
     allow_pickle: bool
     trust_remote_code: bool
     threads: int | None
+    adaptive: bool
+    memory_budget: str | None
 
 
 _MODEL = (
@@ -42,6 +44,10 @@ _MODEL = (
     click.option("--allow-pickle", is_flag=True, help="Load pickled weights, which can execute code."),
     click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the weights."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default."),
+    click.option("--adaptive/--fixed-trees", default=True, help="Draft what pays, or what the drafter makes."),
+    click.option(
+        "--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."
+    ),
 )
 
 # No defaults here: what is not given is left to SamplingParams, so the two cannot disagree.
@@ -119,6 +125,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         import torch
 
         from specdec.decoder import SpecDecoder
+        from specdec.memory_plan import parse_size
         from specdec.models import load_model
         from specdec.registry import check_verifier, create_drafter, resolve_drafter
         from specdec.target import HFTarget
@@ -126,6 +133,8 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         check_verifier(options.verifier)
+        if options.memory_budget is not None:
+            parse_size(options.memory_budget)
         drafter_options = split_assignments(options.drafter_options)
         drafter = create_drafter(options.drafter, drafter_options)  # before the model loads: a mistake shows at once
         loaded = load_model(
@@ -140,4 +149,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         target = HFTarget(loaded.model)
         if options.drafter == "auto":
             drafter = create_drafter(resolve_drafter("auto", target), drafter_options)
-        return SpecDecoder(target, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer)
+        return SpecDecoder(
+            target, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer, adaptive=options.adaptive,
+            memory_budget=options.memory_budget,
+        )  # fmt: skip

@@ -47,7 +47,7 @@ SUFFIX = DrafterSpec("suffix", "suffix")
 
 
 def settings(*drafters: DrafterSpec, **fields: Any) -> Settings:
-    values = {"model": "tiny", "dtype": "float32", "device": "cpu", "max_new_tokens": 12} | fields
+    values = {"model": "tiny", "dtype": "float32", "device": "cpu", "max_new_tokens": 12, "adaptive": False} | fields
     return Settings(drafters=drafters or (NGRAM,), **values)
 
 

@@ -56,7 +56,8 @@ def wholes(reference: list[int], other: list[int]) -> list[list[int]]:
 
 
 def decoder_for(target: HFTarget, propose: Propose, **options: Any) -> SpecDecoder:
-    return SpecDecoder(target, ScriptedDrafter(propose), on_drafter_error="raise", **options)
+    fixed: dict[str, Any] = {"on_drafter_error": "raise", "adaptive": False}  # every tree counts here
+    return SpecDecoder(target, ScriptedDrafter(propose), **fixed, **options)
 
 
 def run(target: HFTarget, propose: Propose, **fields: Any) -> Any:

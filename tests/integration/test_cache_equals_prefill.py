@@ -81,7 +81,7 @@ def test_the_cache_equals_a_fresh_prefill_after_every_commit(
         return cache
 
     monkeypatch.setattr(target, "new_cache", recorded)
-    results = SpecDecoder(target, drafter, on_drafter_error="raise").generate(
+    results = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False).generate(
         PROMPTS, max_new_tokens=NEW_TOKENS, ignore_eos=True
     )
     assert [prompt + r.token_ids for prompt, r in zip(PROMPTS, results, strict=True)] == wholes

@@ -102,7 +102,7 @@ def expected(settings: str) -> dict[Text, float]:
 
 def draw(drafter: Drafter, verifier: Verifier, settings: str, draws: int = DRAWS) -> tuple[Counter[Text], int]:
     """Texts by count, and how many drafted tokens were accepted."""
-    decoder = SpecDecoder(target(), drafter, verifier=verifier, on_drafter_error="raise")
+    decoder = SpecDecoder(target(), drafter, verifier=verifier, on_drafter_error="raise", adaptive=False)
     results = decoder.generate(PROMPT, n=draws, max_new_tokens=LENGTH, seed=11, ignore_eos=True, **SETTINGS[settings])
     return Counter(tuple(result.token_ids) for result in results), decoder.stats.accepted
 

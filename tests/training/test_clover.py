@@ -133,7 +133,9 @@ def test_saved_heads_draft_what_was_trained(target: HFTarget, tmp_path: Path, in
     weights = load_weights(tmp_path)
     assert (weights.drafter, weights.shape, weights.facts) == ("clover", method.shape, {"tokens": 5})
 
-    decoder = SpecDecoder(target, CloverDrafter(CloverConfig(weights=str(tmp_path))), on_drafter_error="raise")
+    decoder = SpecDecoder(
+        target, CloverDrafter(CloverConfig(weights=str(tmp_path))), on_drafter_error="raise", adaptive=False
+    )
     prompts = [row[:length].tolist() for row, length in zip(batch.tokens, batch.prompt_lengths, strict=True)]
     results = decoder.generate(prompts, max_new_tokens=24, ignore_eos=True)
     plain = SpecDecoder(target, "none").generate(prompts, max_new_tokens=24, ignore_eos=True)

@@ -104,7 +104,7 @@ def test_training_unrolls_the_head_as_it_drafts(exact: HFTarget) -> None:
 )
 def test_text_is_plain_decodings(target: HFTarget, params: SamplingParams) -> None:
     plain = SpecDecoder(target, "none").generate(PROMPTS, params)
-    decoder = SpecDecoder(target, EagleDrafter(WIDE, random_weights(target)), on_drafter_error="raise")
+    decoder = SpecDecoder(target, EagleDrafter(WIDE, random_weights(target)), on_drafter_error="raise", adaptive=False)
     for _ in range(2):
         assert [r.token_ids for r in decoder.generate(PROMPTS, params)] == [r.token_ids for r in plain]
     assert [decoder.generate(prompt, params).token_ids for prompt in PROMPTS[:1]] == [plain[0].token_ids]
@@ -121,7 +121,9 @@ def test_training_helps_and_the_saved_weights_draft(target: HFTarget, tmp_path: 
     assert acceptance(method, batch)[0] > before[0] + 0.2
     method.save(tmp_path, {})
     assert load_weights(tmp_path).shape["states"] == [2, 1, "pre_norm"]
-    decoder = SpecDecoder(target, "eagle", drafter_options={"weights": str(tmp_path)}, on_drafter_error="raise")
+    decoder = SpecDecoder(
+        target, "eagle", drafter_options={"weights": str(tmp_path)}, on_drafter_error="raise", adaptive=False
+    )
     result = decoder.generate([5, 6, 7], max_new_tokens=24, ignore_eos=True)
     assert result.stats.tau > 1.5
     plain = SpecDecoder(target, "none").generate([5, 6, 7], max_new_tokens=24, ignore_eos=True)

@@ -201,7 +201,9 @@ def test_saved_heads_draft_what_was_trained_and_more_than_before(target: HFTarge
 
     def drafted() -> float:
         method.save(tmp_path, {"tokens": 5})
-        decoder = SpecDecoder(target, MedusaDrafter(MedusaConfig(weights=str(tmp_path))), on_drafter_error="raise")
+        decoder = SpecDecoder(
+            target, MedusaDrafter(MedusaConfig(weights=str(tmp_path))), on_drafter_error="raise", adaptive=False
+        )
         prompts = [row[:length].tolist() for row, length in zip(batch.tokens, batch.prompt_lengths, strict=True)]
         results = decoder.generate(prompts, max_new_tokens=24, ignore_eos=True)
         plain = SpecDecoder(target, "none").generate(prompts, max_new_tokens=24, ignore_eos=True)

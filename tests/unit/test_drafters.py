@@ -390,7 +390,7 @@ def test_recycling_learns_the_best_tokens_after_every_node_accepted_or_not() -> 
     logits[0, 2, [5, 6]] = torch.tensor([8.0, 9.0])
     drafter.observe(batch, tree, TargetOutput(logits), UNUSED)
 
-    assert paths_of(drafter.propose(batch)) == [(1,), (2,), (1, 3), (1, 4), (2, 6), (2, 5)]
+    assert paths_of(drafter.propose(batch)) == [(1,), (1, 3), (2,), (1, 4), (2, 6), (2, 5)]  # best first
 
 
 def test_recycling_does_not_learn_from_padding_or_virtual_nodes() -> None:

@@ -142,7 +142,7 @@ def test_it_keeps_up_with_accepted_paths_and_ending_rows(exact: HFTarget, form: 
     """Hot coupled text is mostly noise, which the drafter knows: long paths are accepted."""
     drafter = CheckedEagle(WIDE, random_weights(exact, form))
     drafter.target, drafter.checked = exact, 0
-    decoder = SpecDecoder(exact, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(exact, drafter, on_drafter_error="raise", adaptive=False)
     lengths = set()
     for seed in (3, 5):
         results = decoder.generate(PROMPTS, max_new_tokens=40, temperature=8.0, seed=seed)
@@ -166,7 +166,9 @@ def test_it_keeps_up_with_accepted_paths_and_ending_rows(exact: HFTarget, form: 
 def test_text_is_that_of_plain_decoding(target: HFTarget, form: str, fields: dict[str, Any]) -> None:
     fields = {"max_new_tokens": 14, "seed": 7, **fields}
     expected = [r.token_ids for r in SpecDecoder(target, "none").generate(PROMPTS, **fields)]
-    decoder = SpecDecoder(target, EagleDrafter(WIDE, random_weights(target, form)), on_drafter_error="raise")
+    decoder = SpecDecoder(
+        target, EagleDrafter(WIDE, random_weights(target, form)), on_drafter_error="raise", adaptive=False
+    )
     for _ in range(2):
         assert [r.token_ids for r in decoder.generate(PROMPTS, **fields)] == expected
     assert decoder.stats.drafted > 0

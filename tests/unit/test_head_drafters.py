@@ -207,7 +207,9 @@ def test_text_is_that_of_plain_decoding(
     fields = {"max_new_tokens": 14, "seed": 7, **fields}
     expected = [r.token_ids for r in SpecDecoder(target, "none").generate(PROMPTS, **fields)]
     for options in ({}, WIDE, {"depth": 1, "width": 1}):
-        decoder = SpecDecoder(target, make_drafter(target, name, sizes, **options), on_drafter_error="raise")
+        decoder = SpecDecoder(
+            target, make_drafter(target, name, sizes, **options), on_drafter_error="raise", adaptive=False
+        )
         assert [r.token_ids for r in decoder.generate(PROMPTS, **fields)] == expected
         assert decoder.stats.drafted > 0
     assert [decoder.generate(prompt, **fields).token_ids for prompt in PROMPTS] == expected
@@ -233,7 +235,7 @@ def test_clover_keeps_up_with_accepted_paths_and_ending_rows(exact: HFTarget) ->
     """Hot coupled text is mostly noise, which the drafter knows: long paths are accepted."""
     drafter = CheckedClover(CloverConfig(**WIDE), random_weights(exact, "clover"))
     drafter.target, drafter.checked = exact, 0
-    decoder = SpecDecoder(exact, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(exact, drafter, on_drafter_error="raise", adaptive=False)
     lengths = set()
     for seed in (3, 5):
         results = decoder.generate(PROMPTS, max_new_tokens=40, temperature=8.0, seed=seed)
@@ -253,6 +255,6 @@ def test_prompts_of_one_token_have_no_state_to_draft_from(target: HFTarget, name
     tree.validate(VOCAB)
     drafter.stop()
 
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     expected = SpecDecoder(target, "none").generate([4], max_new_tokens=8).token_ids
     assert decoder.generate([4], max_new_tokens=8).token_ids == expected

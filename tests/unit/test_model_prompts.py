@@ -91,7 +91,7 @@ def test_levels_are_the_models_own_or_its_prompt_tokens(num_tokens: int, ensembl
     folder = write_prompts(tmp_path, draft, num_tokens, ensembles)
     drafter = Checked(ModelConfig(depth=5, beams=3, max_nodes=16, prompt_tokens=folder), draft)
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=10, ignore_eos=True)
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     found = decoder.generate(PROMPTS, max_new_tokens=10, ignore_eos=True)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
     assert drafter.exact > 10
@@ -106,7 +106,7 @@ def test_the_text_is_that_of_plain_decoding(rows: int, temperature: float, tmp_p
     fields: dict[str, Any] = {"max_new_tokens": 25, "temperature": temperature, "seed": 3}
     plain = SpecDecoder(target, "none").generate(PROMPTS[:rows], **fields)
     drafter = ModelDrafter(ModelConfig(prompt_tokens=write_prompts(tmp_path, draft), depth=7), draft)
-    found = SpecDecoder(target, drafter, on_drafter_error="raise").generate(PROMPTS[:rows], **fields)
+    found = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False).generate(PROMPTS[:rows], **fields)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
 
 
@@ -115,7 +115,7 @@ def test_drafting_takes_a_pass_for_k_plus_one_levels(tmp_path: Path) -> None:
     folder = write_prompts(tmp_path, draft, 3)
     drafter = Checked(ModelConfig(depth=8, beams=2, max_nodes=64, prompt_tokens=folder), draft)
     drafter._levels = lambda batch: ModelDrafter._levels(drafter, batch)  # type: ignore[method-assign]
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     decoder.generate([5] * (LONGEST_CHAIN + 3), max_new_tokens=12, ignore_eos=True)
     assert drafter.passes <= 2 * decoder.stats.passes
     assert decoder.stats.drafted > 0
@@ -124,7 +124,7 @@ def test_drafting_takes_a_pass_for_k_plus_one_levels(tmp_path: Path) -> None:
 def test_policies_that_want_drawn_children_do_without(tmp_path: Path) -> None:
     target, draft = tiny_model("llama", seed=0), tiny_model("llama", seed=0)
     drafter = ModelDrafter(ModelConfig(prompt_tokens=write_prompts(tmp_path, draft)), draft)
-    decoder = SpecDecoder(target, drafter, verifier="rejection", on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, verifier="rejection", on_drafter_error="raise", adaptive=False)
     decoder.generate(PROMPTS, max_new_tokens=12, temperature=1.0, seed=0)
     assert decoder.stats.accepted > 0
 

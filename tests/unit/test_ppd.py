@@ -131,7 +131,9 @@ def test_passes_guesses_and_cache_are_those_of_plain_sequences(
     config = PPDConfig(max_nodes=20)
     drafter = CheckedPPD(config, make_weights(target, 3, ensembles, rates), caches=caches)
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=16, ignore_eos=True)
-    found = SpecDecoder(target, drafter, on_drafter_error="raise").generate(PROMPTS, max_new_tokens=16, ignore_eos=True)
+    found = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False).generate(
+        PROMPTS, max_new_tokens=16, ignore_eos=True
+    )
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
     assert drafter.nodes > 100
     assert drafter.attached >= {1, 2, 3}
@@ -152,7 +154,7 @@ def test_the_text_is_that_of_plain_decoding(
     fields = {"max_new_tokens": 25, "temperature": temperature, "seed": 3}
     plain = SpecDecoder(target, "none").generate(PROMPTS[:rows], **fields)
     drafter = PPDDrafter(PPDConfig(tree=tree), make_weights(target, 3, ensembles, rates))
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     found = decoder.generate(PROMPTS[:rows], **fields)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
     assert decoder.stats.drafted > 0
@@ -163,7 +165,7 @@ def test_the_end_of_a_text_cuts_trees_short(max_new_tokens: int) -> None:
     target = HFTarget(tiny_model("llama", max_position_embeddings=len(PROMPTS[0]) + max_new_tokens))
     prompts = PROMPTS[:2]
     plain = SpecDecoder(target, "none").generate(prompts, max_new_tokens=max_new_tokens, ignore_eos=True)
-    decoder = SpecDecoder(target, PPDDrafter(weights=make_weights(target)), on_drafter_error="raise")
+    decoder = SpecDecoder(target, PPDDrafter(weights=make_weights(target)), on_drafter_error="raise", adaptive=False)
     found = decoder.generate(prompts, max_new_tokens=max_new_tokens, ignore_eos=True)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
 
@@ -175,7 +177,7 @@ def test_rows_that_end_early_take_their_guesses_with_them() -> None:
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=30, ignore_eos=True, stop_token_ids=stops)
     assert len({len(result.token_ids) for result in plain}) > 1
     drafter = PPDDrafter(PPDConfig(max_nodes=24), make_weights(target, 3, 1, RATES))
-    found = SpecDecoder(target, drafter, on_drafter_error="raise").generate(
+    found = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False).generate(
         PROMPTS, max_new_tokens=30, ignore_eos=True, stop_token_ids=stops
     )
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
@@ -185,7 +187,7 @@ def test_rows_that_end_early_take_their_guesses_with_them() -> None:
 def test_sampling_parameters_apply_to_guesses(fields: dict[str, Any]) -> None:
     target = HFTarget(tiny_model("llama").double())
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=20, seed=1, **fields)
-    decoder = SpecDecoder(target, PPDDrafter(weights=make_weights(target)), on_drafter_error="raise")
+    decoder = SpecDecoder(target, PPDDrafter(weights=make_weights(target)), on_drafter_error="raise", adaptive=False)
     found = decoder.generate(PROMPTS, max_new_tokens=20, seed=1, **fields)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
 
@@ -193,7 +195,7 @@ def test_sampling_parameters_apply_to_guesses(fields: dict[str, Any]) -> None:
 def test_the_rejection_policy_is_served() -> None:
     target = HFTarget(tiny_model("llama").double())
     decoder = SpecDecoder(
-        target, PPDDrafter(weights=make_weights(target)), verifier="rejection", on_drafter_error="raise"
+        target, PPDDrafter(weights=make_weights(target)), verifier="rejection", on_drafter_error="raise", adaptive=False
     )
     decoder.generate(PROMPTS, max_new_tokens=40, temperature=1.0, seed=0)
     assert decoder.stats.drafted > 0
@@ -210,7 +212,7 @@ def test_a_perfect_guess_is_accepted_at_every_distance(monkeypatch: pytest.Monke
         return [[[0.9, 0.05]] * len(following)], [[[token, 0] for token in following]]
 
     monkeypatch.setattr(drafter, "_guesses", oracle)
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     assert PROMPTS[0] + decoder.generate(PROMPTS[0], max_new_tokens=41, ignore_eos=True).token_ids == whole
     assert decoder.stats.passes == 11
 
@@ -224,7 +226,8 @@ def test_the_first_pass_is_the_root_and_its_prompt_tokens() -> None:
             seen.append(super().propose(batch))
             return seen[-1]
 
-    SpecDecoder(target, Watched(weights=make_weights(target, 3, 2))).generate(PROMPTS[0], max_new_tokens=8)
+    decoder = SpecDecoder(target, Watched(weights=make_weights(target, 3, 2)), adaptive=False)
+    decoder.generate(PROMPTS[0], max_new_tokens=8)
     first = seen[0]
     assert first.parents.tolist() == [[-1, 0, 1, 2, 0, 4, 5]]
     assert first.virtual is not None
@@ -242,7 +245,7 @@ def test_fewer_prompt_tokens_than_trained_and_a_budget_from_latency() -> None:
     assert drafter.plan is not None
     assert drafter.plan.budget == 12
     assert len(drafter.plan.trees) == 3
-    decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
+    decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=12)
     assert [r.token_ids for r in decoder.generate(PROMPTS, max_new_tokens=12)] == [r.token_ids for r in plain]
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of sampling and the intervals.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
 @click.option("--verifier", default="auto", show_default=True, help="Acceptance policy; see `specdec list`.")
+@click.option("--adaptive/--fixed-trees", default=True, help="Draft what pays, or what the drafter makes.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page there.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same --json.")
@@ -48,6 +49,7 @@ def mt_bench(
     seed: int,
     threads: int | None,
     verifier: str,
+    adaptive: bool,
     json_path: Path | None,
     html_path: Path | None,
     resume: bool,
@@ -90,7 +92,7 @@ def mt_bench(
     settings = Settings(
         model=model, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device), drafters=specs,
         turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, repeat=repeat,
-        seed=seed, verifier=verifier,
+        seed=seed, verifier=verifier, adaptive=adaptive,
     )  # fmt: skip
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
     try:

@@ -1,0 +1,284 @@
+"""Trees as large as they pay, down to plain decoding and back, from what is observed while decoding.
+
+Three parts decide the next tree's size:
+
+- *what a larger tree is worth*: columns of a tree stand in order of promise, so a pass also says what the verdict on
+  any smaller tree would have been. Per row and size, a running mean of accepted nodes gives tau(n);
+- *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
+- *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
+  not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
+  passes once per call.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from operator import truediv
+from typing import NamedTuple, Protocol
+
+from specdec.batch import Row
+from specdec.planner import RUNGS, PassTimes, best_budget
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
+
+NO_LIMIT = 1 << 30
+"""A budget no tree reaches."""
+
+SHARE = 0.015
+"""Of the time of plain decoding, what may be lost in trying."""
+
+CREDIT = 1.5
+"""Plain passes' time that may be lost before anything was gained."""
+
+_MEMORY = 0.9
+"""Weight of a pass relative to the next one."""
+
+_FADING = 0.98
+"""The same for what was seen before a pass that drafted nothing: texts change."""
+
+_HOPE_PER_DOUBLING = 0.6
+"""Accepted nodes per doubling of the tree, before anything was seen; weighs as much as one pass."""
+
+_FIRST_GAP, _LONGEST_GAP = 4, 64
+"""Passes between trials of larger trees; doubled after each that changed nothing."""
+
+_UNCHECKED = 8
+"""Passes that may speculate before one plain pass is run to compare with."""
+
+
+class TreePolicy(Protocol):
+    """Says how large trees may be. The loop asks before each pass and tells afterwards.
+
+    Attributes:
+        reason: why the last budget was 1; None where it was not.
+    """
+
+    reason: str | None
+
+    def budget(self, rows: Sequence[Row]) -> int:
+        """Most nodes per row of the next pass, root included; 1 is plain decoding, for which no drafter is asked."""
+
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+        """A pass was run over ``tree`` for the rows last asked about; ``ms`` is all of the step, by phase."""
+
+
+class FixedTrees:
+    """Trees as the drafter makes them."""
+
+    reason: str | None = None
+
+    def budget(self, rows: Sequence[Row]) -> int:
+        return NO_LIMIT
+
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+        pass
+
+
+class Acceptance:
+    """Expected accepted nodes of one row by size of the tree."""
+
+    def __init__(self) -> None:
+        hopes = [_HOPE_PER_DOUBLING * math.log2(size / below) for below, size in pairwise(RUNGS)]
+        self._sums = [0.0, *hopes]  # of the accepted nodes that a size has and the next smaller one has not
+        self._weights = [1.0] * len(RUNGS)
+
+    def see(self, columns: Sequence[int], known: int) -> None:
+        """A tree's accepted columns, and up to which size it says what would have been accepted.
+
+        Of larger sizes it is assumed that they had as much more, or less, than expected.
+        """
+        end = bisect_right(RUNGS, known)  # the first size that is not known
+        hits = [0.0] * len(RUNGS)
+        for column in columns:
+            hits[bisect_right(RUNGS, column)] += 1.0
+        if end < len(RUNGS):
+            expected = self.by_size()[end - 1]
+            surprise = min(sum(hits[:end]) / expected, 2.0) if expected > 0 else 1.0
+            hits[end:] = [surprise * s / w for s, w in zip(self._sums[end:], self._weights[end:], strict=True)]
+        self._sums = [_MEMORY * value + hit for value, hit in zip(self._sums, hits, strict=True)]
+        self._weights = [_MEMORY * value + 1.0 for value in self._weights]
+
+    def fade(self) -> None:
+        """Nothing was drafted: what was seen before counts less from now on."""
+        self._sums = [_FADING * value for value in self._sums]
+        self._weights = [_FADING * value for value in self._weights]
+
+    def by_size(self) -> list[float]:
+        """Expected accepted nodes of trees of each of ``RUNGS``."""
+        return list(accumulate(map(truediv, self._sums, self._weights)))
+
+
+class _Offer(NamedTuple):
+    """A budget's expected tokens, and what a pass takes: on average, as many trees are smaller, and at most."""
+
+    tokens: float
+    mean_ms: float
+    worst_ms: float
+
+
+class _Draft(NamedTuple):
+    """A pass that speculated, or what learning from plain ones cost (0 tokens, 0 nodes)."""
+
+    tokens: float
+    nodes: int
+    batch: int
+    length: int
+    ms: float
+
+
+class AdaptiveTrees:
+    """The policy of one call.
+
+    Args:
+        times: what passes cost; kept by the decoder from call to call.
+    """
+
+    def __init__(self, times: PassTimes) -> None:
+        self._times = times
+        self._rows: dict[int, Acceptance] = {}
+        self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
+        self._widest = RUNGS[-1]  # of these
+        self._whole = False  # trees come whole or not at all
+        self._asked = 1  # the last budget
+        self._trial_over: int | None = None  # the size that would have been chosen, while a larger one is tried
+        self._speculates = True
+        self._gap = self._wait = _FIRST_GAP
+        self._passes = self._drafts = 0
+        self._gained = 0.0  # in plain passes, as far as settled
+        self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
+        self._why_not = ""
+        self.reason: str | None = None
+
+    def budget(self, rows: Sequence[Row]) -> int:
+        self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)
+        self._trial_over = None
+        if not self._speculates and self._wait > 0:  # nothing is learnt meanwhile
+            self._wait -= 1
+            self._asked, self.reason = 1, self._why_not
+            return 1
+        self.reason = None
+        self._asked = self._decide(rows)
+        return self._asked
+
+    def _decide(self, rows: Sequence[Row]) -> int:
+        if self._drafts >= _UNCHECKED and not self._comparable:
+            self.reason = "one plain pass, to compare with"
+            return 1
+        offer = self._offers(rows)
+        sizes = self._affordable(offer)
+        best = self._best(offer, sizes)
+        if (best > 1) != self._speculates:
+            self._speculates = best > 1
+            self._gap = self._wait = _FIRST_GAP
+        if best == sizes[-1] > 1 or (best > 1 and self._whole):
+            return best
+        if self._wait == 0 and sizes[-1] > best:
+            self._trial_over = best
+            return sizes[-1]
+        self._wait = max(self._wait - 1, 0)
+        if best == 1:
+            self.reason = self._why_not = self._explain(offer, sizes)
+        return best
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether it is known what a plain pass takes, of about this batch or at least of another one."""
+        return self._times.knows(1, self._size) or self._passes > self._drafts
+
+    def _offers(self, rows: Sequence[Row]) -> dict[int, _Offer]:
+        """What can be had, by size, up to a little more than the largest trees that the drafter makes."""
+        sizes = [1, *(size for below, size in pairwise(RUNGS) if below <= self._widest)]
+        known = [self._acceptance(row).by_size() for row in rows]
+        tau = [1.0 + sum(values) / len(rows) for values in zip(*known, strict=True)]
+        if self._whole:
+            tau[1 : len(sizes)] = [tau[len(sizes) - 1]] * (len(sizes) - 1)
+        times = {float(n): self._times.estimate(n, self._size, self._length) for n in (*sizes, self._widest)}
+        usual = self._times.estimate(self._width, self._size, self._length) if self._width else 0.0
+        found = {1: _Offer(1.0, times[1], times[1])}
+        for size, tokens in zip(sizes[1:], tau[1:], strict=False):
+            worst = times[self._widest if self._whole else min(size, self._widest)]
+            mean = usual if usual and (self._whole or self._width < size) else worst
+            found[size] = _Offer(tokens, mean, worst)
+        return found
+
+    def _affordable(self, offers: dict[int, _Offer]) -> list[int]:
+        """Sizes of which a pass could accept nothing without overdrawing the account."""
+        draft_ms = self._times.draft_ms if self._drafts else 0.0  # the first draft of a call is always made
+        most = (1.0 + self.balance) * offers[1].worst_ms - draft_ms
+        return [size for size, offer in offers.items() if size == 1 or offer.worst_ms <= most]
+
+    def _best(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> int:
+        draft_ms = self._times.draft_ms if self._drafts else 0.0
+        best = best_budget(sizes, lambda n: offers[n].tokens, lambda n: offers[n].mean_ms, lambda _: draft_ms).nodes
+        # Where the drafter makes no larger trees as a rule, a limit would only cut those that promise more than usual.
+        return sizes[-1] if best > 1 and best >= self._width > 0 else best
+
+    def _acceptance(self, row: Row) -> Acceptance:
+        return self._rows.setdefault(row.row_id, Acceptance())
+
+    @property
+    def balance(self) -> float:
+        """What may still be lost, in plain passes."""
+        return self._gained + sum(map(self._gain, self._open)) + CREDIT + SHARE * self._passes
+
+    def _gain(self, draft: _Draft) -> float:
+        """Plain passes' time saved by a pass, by what such passes take as a rule: single times are too noisy."""
+        plain = self._times.estimate(1, draft.batch, draft.length)
+        taken = self._times.estimate(draft.nodes, draft.batch, draft.length) if draft.nodes else 0.0
+        return draft.tokens - (taken + draft.ms) / plain
+
+    def _explain(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> str:
+        size = sizes[1] if len(sizes) > 1 else RUNGS[1]
+        if size not in offers:
+            return "the drafter has nothing to propose"
+        cost = (offers[size].mean_ms + self._times.draft_ms) / offers[1].mean_ms - 1.0
+        if len(sizes) == 1:
+            return f"no more may be lost in trying: {self.balance:.1f} passes are left, a draft may cost {cost:.1f}"
+        accepted = offers[size].tokens - 1.0
+        return f"{accepted:.2f} tokens accepted per pass of late; drafting {size} nodes costs {cost:.2f} plain passes"
+
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+        drafting, nodes = ms["draft"], tree.num_nodes
+        self._passes += 1
+        self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
+        if self._asked == 1:
+            self._open.append(_Draft(0.0, 0, self._size, self._length, drafting))  # learning from plain passes
+            for row in rows:
+                self._acceptance(row).fade()
+        else:
+            self._times.observe_draft(drafting, at_most=self._drafts == 0)
+            if self._drafts == 0:
+                drafting = 0.0  # the first draft reads the prompt
+            self._drafts += 1
+            tokens = sum(verdict.num_accepted) / len(rows) + 1.0
+            self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting))
+            self._learn(rows, tree, verdict)
+        if self._comparable:
+            self._gained += sum(map(self._gain, self._open))
+            self._open = []
+
+    def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
+        width = tree.num_nodes
+        self._whole = self._whole or not tree.divisible
+        if width == 1:
+            return  # nothing to draft, which says nothing of what is drafted elsewhere
+        cut = tree.divisible and width >= self._asked
+        if cut and self._width:
+            self._width += (1 - _MEMORY) * max(width - self._width, 0.0)
+            self._widest = max(self._widest, width)
+        elif not cut:
+            self._width += (1 - _MEMORY) * (width - self._width) if self._width else width
+            self._widest = width if self._widest == RUNGS[-1] else max(self._widest, width)
+        if not bool(tree.acceptable.any()):
+            return  # only nodes that make later drafts possible
+        for row, path, count in zip(rows, verdict.path.tolist(), verdict.num_accepted, strict=True):
+            known = self._asked if cut else RUNGS[-1]
+            self._acceptance(row).see(path[1 : count + 1], known)
+        if self._trial_over is not None:
+            offers = self._offers(rows)
+            found = self._best(offers, list(offers)) > self._trial_over
+            self._gap = _FIRST_GAP if found else min(2 * self._gap, _LONGEST_GAP)
+            self._wait = 0 if found and self._trial_over == 1 else self._gap

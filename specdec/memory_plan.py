@@ -1,0 +1,298 @@
+"""What a call will take of memory, known before it starts: trees, then the batch, shrink to fit (SpecMemo, 2025).
+
+Only what grows with rows, length and nodes can be shrunk; weights and the drafter cannot. The plan adds up what is held
+at the worst moment: attention or the MLP of a layer, for a chunk of the prompt or for a tree, or a tree's logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.drafters.base import Drafter
+from specdec.planner import RUNGS
+from specdec.target import PREFILL_CHUNK, HFTarget
+
+SPARE_SLOTS = 64
+"""Slots a cache has behind the longest possible text; larger trees make it grow."""
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{middle}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for middle, base in (("i", 1024), ("", 1000))
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a call asks for.
+
+    Attributes:
+        rows: completions.
+        prompt_len: of the longest prompt, tokens.
+        max_len: of the longest text, prompt included.
+        nodes: most nodes of a row's tree.
+        features: hidden states a drafter reads.
+        sampled: whether tokens are drawn.
+    """
+
+    rows: int
+    prompt_len: int
+    max_len: int
+    nodes: int
+    features: int = 0
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides its memory; all sizes in elements but ``weights`` (bytes) and ``element`` (bytes each).
+
+    Attributes:
+        weights: parameters and buffers.
+        layers: number of decoder layers.
+        hidden: width of the hidden states.
+        inner: width of the MLP.
+        queries: width of all query heads together.
+        keys: width of all key heads together, and of the values.
+        group: query heads per key head.
+        vocab: width of the logits.
+        element: bytes of a number.
+        scores: whether attention holds its scores: with a soft-cap or sinks there is no fused kernel.
+    """
+
+    weights: int
+    layers: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    group: int
+    vocab: int
+    element: int
+    scores: bool = False
+
+    @classmethod
+    def of(cls, target: HFTarget) -> ModelShape:
+        """The shape of a loaded model."""
+        config = target.config
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        width = int(getattr(config, "head_dim", None) or hidden // heads)
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+        return cls(
+            weights=stored_bytes([*target.model.parameters(), *target.model.buffers()]),
+            layers=target.num_layers,
+            hidden=hidden,
+            inner=max(inner) if isinstance(inner, (list, tuple)) else int(inner),
+            queries=heads * width,
+            keys=kv_heads * width,
+            group=heads // kv_heads,
+            vocab=target.vocab_size,
+            element=target.dtype.itemsize,
+            scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of a token, all layers together."""
+        return 2 * self.layers * self.keys * self.element
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by use at the worst moment, and what was planned for.
+
+    Attributes:
+        rows: decoded at a time.
+        nodes: most nodes of a row's tree, 1 where there is no room for a draft.
+        weights: the target's.
+        drafter: weights and state.
+        kv: keys and values.
+        logits: of the nodes of a pass.
+        masks: what each node sees, as the attention kernel wants it.
+        activations: hidden states and what a layer holds besides.
+    """
+
+    rows: int
+    nodes: int
+    weights: int
+    drafter: int
+    kv: int
+    logits: int
+    masks: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.drafter + self.working
+
+    @property
+    def working(self) -> int:
+        """Bytes beside the weights and the drafter."""
+        return self.kv + self.logits + self.masks + self.activations
+
+    def describe(self) -> str:
+        """One line."""
+        parts = [f"{f.name} {size_text(getattr(self, f.name))}" for f in fields(self)[2:]]
+        return f"{', '.join(parts)}: {size_text(self.total)} for {self.rows} rows of {self.nodes} nodes"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for ``json.dumps``."""
+        return {**asdict(self), "total": self.total}
+
+
+def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: int) -> MemoryPlan:
+    """The plan for so many rows at a time with trees of so many nodes.
+
+    Args:
+        model: the target.
+        drafter: bytes of the drafter.
+        work: the call.
+        rows: decoded at a time.
+        nodes: of each row's tree.
+    """
+    capacity = work.max_len + max(SPARE_SLOTS, nodes)
+    kv = rows * capacity * model.kv_bytes_per_token
+    prompt = work.prompt_len - 1
+    held = 2 * work.features * rows * prompt * model.hidden * model.element  # in parts and put together
+    moments = [(0, *_layer(model, rows, nodes, work.max_len + nodes))]
+    if prompt > 0:
+        masks, activations = _layer(model, rows, min(prompt, PREFILL_CHUNK), prompt)
+        moments.append((0, masks, activations + held))
+    choices = (3 if work.sampled else 1) * rows * model.vocab * 4
+    if rows > 1:
+        choices = max(choices, kv // model.layers)  # as rows end, a layer after the other is copied
+    logits, visible = rows * nodes * model.vocab * model.element, rows * nodes * (work.max_len + nodes)
+    moments.append((logits + choices, visible, 3 * rows * nodes * model.hidden * model.element))
+    logits, masks, activations = max(moments, key=sum)
+    return MemoryPlan(rows, nodes, model.weights, drafter, kv, logits, masks, activations)
+
+
+def _layer(model: ModelShape, rows: int, nodes: int, slots: int) -> tuple[int, int]:
+    """Masks and activations of a pass over ``nodes`` nodes per row that attends to ``slots`` slots."""
+    pairs, count = rows * nodes * slots, rows * nodes
+    visible = pairs
+    masks = pairs * model.group * (1 + model.element) if not model.scores else 0  # repeated per query head, then added
+    scores = 3 * pairs * (model.queries // max(model.keys // model.group, 1)) * 4 if model.scores else 0
+    attention = count * (2 * model.hidden + 4 * model.queries + 2 * model.keys) * model.element
+    mlp = count * (4 * model.hidden + 3 * model.inner) * model.element
+    if masks + scores + attention >= mlp:
+        return visible + masks, attention + scores
+    return visible, mlp
+
+
+def plan_memory(model: ModelShape, drafter: int, work: Workload, budget: int | None) -> MemoryPlan:
+    """The largest plan within a budget: all rows and the whole tree, else smaller trees, else fewer rows.
+
+    Args:
+        model: the target.
+        drafter: bytes of the drafter.
+        work: the call.
+        budget: bytes in all, weights included; None is no limit.
+
+    Raises:
+        ValueError: where one row without drafts does not fit, with the numbers.
+    """
+    rows = work.rows
+    while True:
+        for nodes in sorted({work.nodes, *(size for size in RUNGS if size < work.nodes)}, reverse=True):
+            plan = estimate(model, drafter, work, rows, nodes)
+            if budget is None or plan.total <= budget:
+                return plan
+        if rows == 1:
+            raise ValueError(
+                f"{size_text(plan.total)} are needed and {size_text(budget)} may be used: {plan.describe()}. Give more "
+                "memory, shorten the prompt, or ask for fewer new tokens"
+            )
+        rows = (rows + 1) // 2
+
+
+def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:
+    """Bytes of a drafter's weights and tables, and of a draft model's keys and values."""
+    tensors: list[Tensor] = []
+    cached = 0
+    for value in vars(drafter).values():
+        if isinstance(value, HFTarget):
+            tensors += [*value.model.parameters(), *value.model.buffers()]
+            cached += rows * (length + SPARE_SLOTS) * ModelShape.of(value).kv_bytes_per_token
+        elif isinstance(value, nn.Module):
+            tensors += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+    return stored_bytes(tensors) + cached
+
+
+def tree_size(drafter: Drafter) -> int:
+    """Most nodes of a drafter's trees, as far as its options tell."""
+    return max(1, int(getattr(getattr(drafter, "config", None), "max_nodes", SPARE_SLOTS)))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device; None where that is not known."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+    except (OSError, StopIteration):
+        pass
+    try:  # a container's limit
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        found.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    return max(0, min(found)) if found else None
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "2GiB", "500 MB" or a number; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = None if match is None else next((u for u in _UNITS if u.lower() == match[2].lower()), None)
+    if match is None or unit is None or float(match[1]) == 0:
+        raise ValueError(f"a size is a number above 0 and a unit, such as 2GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def size_text(count: int | None) -> str:
+    """Bytes in binary units."""
+    if count is None:
+        return "any amount"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    return f"{count:.4g} GiB"
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[Any, int]:
+    """Bytes by storage, shared ones once."""
+    return {storage_key(tensor): _num_bytes(tensor) for tensor in tensors if tensor.device.type != "meta"}
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages."""
+    return sum(storages(tensors).values())
+
+
+def storage_key(tensor: Tensor) -> Any:
+    """What tensors that share their memory have in common."""
+    # Packed layouts (oneDNN) have no storage to ask for.
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.untyped_storage().nbytes()
+    return tensor.numel() * tensor.element_size()

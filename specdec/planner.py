@@ -1,0 +1,131 @@
+"""How many nodes the next tree should have: the arithmetic, and what a pass is known to cost."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from specdec.latency import LatencyCurve
+
+RUNGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Sizes of trees told apart."""
+
+CAUTIOUS_CPU = LatencyCurve.simple({1: 1.0, 4: 1.6, 8: 2.0, 16: 2.2, 32: 2.7, 64: 3.8})
+"""A pass by rows in units of a plain one, where nothing was measured yet: float32 in eager mode on two cores, the
+steepest seen. Other precisions are flatter, which the first passes show."""
+
+CAUTIOUS_GPU = LatencyCurve.simple({1: 1.0, 16: 1.1, 64: 1.3, 256: 2.0, 512: 3.2})
+"""The same for a device that waits for its memory, not for its arithmetic."""
+
+_SAMPLES = 5
+"""Passes of about the same width that are remembered."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The best size of a tree.
+
+    Attributes:
+        nodes: root included; 1 is plain decoding.
+        speedup: expected tokens per millisecond over plain decoding's, at least 1.
+    """
+
+    nodes: int
+    speedup: float
+
+
+def best_budget(
+    sizes: Iterable[int], tau: Callable[[int], float], latency: Callable[[int], float], draft: Callable[[int], float]
+) -> Budget:
+    """argmax over n of ``tau(n) / (latency(n) + draft(n))``; of equals the smallest.
+
+    Args:
+        sizes: numbers of nodes to choose among; 1, where drafting costs nothing and tau is 1, is always among them.
+        tau: expected tokens of a pass over n nodes, bonus token included.
+        latency: milliseconds of such a pass.
+        draft: milliseconds of drafting the tree.
+
+    Raises:
+        ValueError: where a size is below 1 or a time not positive.
+    """
+    plain = latency(1)
+    best = Budget(1, 1.0)
+    for nodes in sorted({*sizes} | {1}):
+        ms = latency(nodes) + (draft(nodes) if nodes > 1 else 0.0)
+        if nodes < 1 or not (math.isfinite(ms) and ms > 0):
+            raise ValueError(f"a tree of {nodes} nodes takes {ms} ms: sizes start at 1 and times are positive")
+        speedup = tau(nodes) * plain / ms if nodes > 1 else 1.0
+        if speedup > best.speedup:
+            best = Budget(nodes, speedup)
+    return best
+
+
+class PassTimes:
+    """What passes cost, from a curve's shape corrected by the passes that were run.
+
+    Rows are what counts: a batch of 4 with 2 nodes each is as wide as one row of 8. Each pass tells by how much the
+    curve is off at about its width; between the widths seen the correction is interpolated, so that one pass suffices
+    to give the curve its scale.
+
+    Args:
+        curve: milliseconds or any other unit; a profile of this machine, or a cautious guess.
+        learn: correct it; otherwise the curve is taken as it is.
+    """
+
+    def __init__(self, curve: LatencyCurve, learn: bool = True) -> None:
+        self._curve = curve
+        self._learn = learn
+        self._factors: dict[int, deque[float]] = {}  # by rung of the pass's rows: time over the curve's
+        self._drafts: deque[float] = deque(maxlen=_SAMPLES)
+
+    def observe(self, nodes: int, batch: int, length: int, ms: float) -> None:
+        """A pass over ``nodes`` nodes per row took so long."""
+        if self._learn:
+            factor = ms / self._curve.at(nodes, batch, length)
+            self._factors.setdefault(_rung(nodes * batch), deque(maxlen=_SAMPLES)).append(factor)
+
+    def observe_draft(self, ms: float, at_most: bool = False) -> None:
+        """Drafting a tree took so long; with ``at_most`` other work was part of it."""
+        if not at_most or (self._drafts and ms < self.draft_ms):
+            self._drafts.append(ms)
+
+    @property
+    def draft_ms(self) -> float:
+        """Milliseconds of drafting a tree; 0 before the first."""
+        return _low_median(self._drafts) if self._drafts else 0.0
+
+    def knows(self, nodes: int, batch: int) -> bool:
+        """Whether passes of about this width were run, or need not be."""
+        return not self._learn or _rung(nodes * batch) in self._factors
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a time in milliseconds at all."""
+        return not self._learn or bool(self._factors)
+
+    def estimate(self, nodes: float, batch: int, length: int) -> float:
+        """Milliseconds of a pass; in the curve's unit before the first one."""
+        return self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
+
+    def _factor(self, rows: float) -> float:
+        rungs = sorted(self._factors)
+        if not rungs:
+            return 1.0
+        right = bisect_left(rungs, rows)
+        if right == len(rungs) or right == 0 or rungs[right] == rows:
+            return _low_median(self._factors[rungs[min(right, len(rungs) - 1)]])
+        low, high = rungs[right - 1], rungs[right]
+        share = math.log(rows / low) / math.log(high / low)
+        return (1 - share) * _low_median(self._factors[low]) + share * _low_median(self._factors[high])
+
+
+def _rung(rows: int) -> int:
+    return RUNGS[min(bisect_left(RUNGS, rows), len(RUNGS) - 1)]
+
+
+def _low_median(values: deque[float]) -> float:
+    """The median, of two the lower: a pass that is run for the first time is slow."""
+    return sorted(values)[(len(values) - 1) // 2]

@@ -1,0 +1,69 @@
+"""``specdec profile`` measures once, and says what it measured in words, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from tiny_chat import Invoke
+
+from specdec import SpecDecoder, latency
+from specdec.latency import LatencyCurve, LatencyKey
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Few combinations, a cache of its own, and a count of measurements."""
+    measured: list[int] = []
+    measure = latency.measure_curve
+
+    def count(target: object) -> LatencyCurve:
+        measured.append(1)
+        return measure(target, nodes=(1, 4), lengths=(2, 9), batches=(1, 2), rounds=1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latency, "measure_curve", count)
+    monkeypatch.setattr(latency, "DEFAULT_FOLDER", tmp_path / "cache")
+    return measured
+
+
+def test_a_table_has_a_line_per_batch_and_length(invoke: Invoke, chat_folder: str) -> None:
+    result = invoke("profile", "-m", chat_folder)
+    assert result.exit_code == 0, result.output
+    assert "n=1" in result.output
+    assert "n=4" in result.output
+    starts = [line.split()[:2] for line in result.output.splitlines() if line.strip()[:2] in ("1 ", "2 ")]
+    assert starts == [["1", "2"], ["1", "9"], ["2", "2"], ["2", "9"]]
+    assert "kept in" in result.output
+
+
+def test_a_second_run_reads_what_the_first_one_kept(invoke: Invoke, chat_folder: str, small: list[int]) -> None:
+    first, second = (json.loads(invoke("profile", "-m", chat_folder, "--json").stdout) for _ in range(2))
+    assert first == second
+    assert len(small) == 1
+    invoke("profile", "-m", chat_folder, "--json", "--refresh")
+    assert len(small) == 2
+    invoke("profile", "-m", chat_folder, "--json", "--dtype", "bf16")
+    assert len(small) == 3
+
+
+def test_the_plot_is_an_svg_with_a_line_per_curve(invoke: Invoke, chat_folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "curve.svg"
+    assert invoke("profile", "-m", chat_folder, "--plot", str(path)).exit_code == 0
+    root = ElementTree.fromstring(path.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    words = "".join(root.itertext())
+    for batch in (1, 2):
+        for length in (2, 9):
+            assert f"batch {batch}, {length} cached tokens" in words
+
+
+def test_a_decoder_plans_by_the_profile_that_is_kept(invoke: Invoke, chat_folder: str) -> None:
+    invoke("profile", "-m", chat_folder)
+    decoder = SpecDecoder(chat_folder, "ngram", dtype="float32")
+    decoder.generate([1, 2, 1, 2], max_new_tokens=4)
+    assert decoder._times is not None
+    kept = latency.load_curve(LatencyKey.of(decoder.target))
+    assert kept is not None
+    assert decoder._times._curve == kept

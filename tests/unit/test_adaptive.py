@@ -1,0 +1,265 @@
+"""The policy of trees, on simulated machines and drafters: passes, nodes and simulated time count, no clock does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from unit_rows import make_row
+
+from specdec.adaptive import CREDIT, SHARE, AdaptiveTrees
+from specdec.batch import Row
+from specdec.latency import LatencyCurve
+from specdec.planner import CAUTIOUS_CPU, PassTimes
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
+
+FLAT = LatencyCurve.simple({1: 10.0, 8: 11.0, 16: 12.0, 32: 14.0, 64: 18.0})  # packed bfloat16: trees are cheap
+STEEP = LatencyCurve.simple({1: 10.0, 4: 16.0, 8: 20.0, 16: 22.0, 32: 27.0, 64: 38.0})  # float32
+LINEAR = LatencyCurve.simple({1: 10.0, 2: 20.0, 64: 640.0})  # every node is a pass: no tree pays
+MACHINES = {"flat": FLAT, "steep": STEEP, "linear": LINEAR}
+Accept = Callable[[int], int]  # pass number -> right tokens along the chain drafted
+
+
+class Machine:
+    """Runs a policy against a drafter whose chains are right as far as a function of the pass says.
+
+    Args:
+        curve: what passes take.
+        accept: accepted nodes of an endless chain, per row of each pass.
+        width: nodes the drafter makes.
+        draft_ms: time it takes for that.
+        known: whether the policy is told the curve; else it sees times only.
+        noise: share by which times vary.
+    """
+
+    def __init__(
+        self, curve: LatencyCurve, accept: Sequence[Accept], width: int = 16, draft_ms: float = 0.0,
+        known: bool = True, noise: float = 0.0, virtual: bool = False,
+    ) -> None:  # fmt: skip
+        self.curve, self.accept, self.width, self.draft_ms = curve, accept, width, draft_ms
+        self.rows: list[Row] = [make_row([1], 10) for _ in accept]
+        self.policy = AdaptiveTrees(PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU))
+        self.virtual, self.noise, self.random = virtual, noise, random.Random(0)
+        self.widths: list[int] = []
+        self.tokens = self.ms = 0.0
+
+    def run(self, tokens: int) -> Machine:
+        """Decode until each row has about that many tokens."""
+        while self.tokens < tokens:
+            self.step()
+        return self
+
+    def step(self) -> None:
+        budget = self.policy.budget(self.rows)
+        width = self.width if self.virtual and budget > 1 else min(budget, self.width)
+        size, columns = len(self.rows), torch.arange(width)
+        parents = (columns - 1).expand(size, -1)
+        virtual = (columns >= width - 1).expand(size, -1) if self.virtual and width > 1 else None
+        embeddings = None if virtual is None else torch.zeros(size, width, 2)
+        tree = TokenTree(torch.ones(size, width, dtype=torch.int64), parents, virtual=virtual, embeddings=embeddings)
+        limit = width - 1 - (virtual is not None)
+        accepted = [min(accept(len(self.widths)), limit) for accept in self.accept]
+        verdict = Verdict(columns.expand(size, -1), accepted, [[1] * (n + 1) for n in accepted], [False] * size)
+        target = self.curve.at(width, size) * (1 + self.noise * self.random.expovariate(1.0))
+        draft = self.draft_ms if budget > 1 else 0.0
+        self.policy.observe(self.rows, tree, verdict, {"draft": draft, "target": target})
+        self.widths.append(width)
+        self.tokens += 1 + sum(accepted) / size
+        self.ms += self.curve.at(width, size) + draft
+
+    @property
+    def slowdown(self) -> float:
+        """Simulated time over that of plain decoding."""
+        return self.ms / (self.tokens * self.curve.at(1, len(self.rows)))
+
+    @property
+    def speculating(self) -> list[bool]:
+        return [width > 1 for width in self.widths]
+
+
+def never(_: int) -> int:
+    return 0
+
+
+def always(_: int) -> int:
+    return 100
+
+
+def coin(seed: int, chance: float) -> Accept:
+    """Accepts each next node with the same chance."""
+    generator = random.Random(seed)
+
+    def accept(_: int) -> int:
+        count = 0
+        while generator.random() < chance and count < 50:
+            count += 1
+        return count
+
+    return accept
+
+
+# Hostile text
+
+
+@pytest.mark.parametrize(
+    ("machine", "known"), [("flat", True), ("flat", False), ("steep", True), ("steep", False), ("linear", True)]
+)
+@pytest.mark.parametrize("draft_ms", [0.0, 3.0])
+@pytest.mark.parametrize("width", [2, 16, 60])
+def test_hostile_text_costs_at_most_three_percent(machine: str, width: int, draft_ms: float, known: bool) -> None:
+    for tokens in (128, 1000):
+        run = Machine(MACHINES[machine], [never], width, draft_ms, known).run(tokens)
+        first = draft_ms / 10.0  # which reads the prompt, and is not charged
+        assert run.ms / 10.0 <= 1.03 * tokens + first + 1.0
+        assert sum(run.speculating) <= 20 + tokens // 50 or width == 2  # which costs next to nothing
+        assert run.policy.reason
+
+
+def test_a_machine_unlike_any_guess_is_found_out_in_one_pass() -> None:
+    run = Machine(LINEAR, [coin(0, 0.5)], known=False).run(500)
+    assert run.widths[0] == max(run.widths)
+    assert run.ms / 10.0 <= run.tokens + run.widths[0] + SHARE * len(run.widths) + CREDIT
+
+
+def test_trials_grow_rare() -> None:
+    run = Machine(FLAT, [never]).run(2000)
+    at = [index for index, on in enumerate(run.speculating) if on]
+    late = [index for index in at if index > 500]
+    assert len(late) <= 1500 // 64 + 1
+    assert at[-1] > 1900  # but it never gives up
+
+
+@pytest.mark.parametrize("machine", ["flat", "steep"])
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("known", [True, False])
+def test_no_text_takes_longer_than_its_allowance(machine: str, chance: float, known: bool) -> None:
+    for seed in range(5):
+        run = Machine(MACHINES[machine], [coin(seed, chance)], width=24, known=known).run(400)
+        allowed = SHARE * len(run.widths) + CREDIT + (0 if known else 1.5)  # the cautious guess may be off at first
+        assert run.ms / 10.0 <= run.tokens + allowed
+
+
+# Good text
+
+
+def test_good_text_is_never_decoded_plainly_where_trees_pay() -> None:
+    run = Machine(FLAT, [always]).run(1000)
+    assert all(run.speculating)
+    assert set(run.widths) == {16}
+    assert run.policy.reason is None
+
+
+def test_one_plain_pass_is_run_to_compare_with() -> None:
+    run = Machine(FLAT, [always], known=False).run(1000)
+    assert run.speculating.count(False) == 1
+    assert run.speculating[:8] == [True] * 8
+
+
+def test_no_tree_where_none_pays() -> None:
+    run = Machine(LINEAR, [coin(0, 0.5)], known=True).run(500)
+    assert sum(run.speculating) < 25
+
+
+def test_half_right_chains_pay_on_a_flat_machine_and_are_kept() -> None:
+    for known in (True, False):
+        run = Machine(FLAT, [coin(1, 0.5)], known=known, noise=0.05).run(1000)
+        assert sum(run.speculating) > 0.9 * len(run.widths)
+        assert run.slowdown < 0.65
+
+
+@pytest.mark.parametrize("machine", ["flat", "steep"])
+@pytest.mark.parametrize("chance", [0.2, 0.4, 0.6, 0.8])
+def test_budgets_found_are_near_the_best_fixed_one(machine: str, chance: float) -> None:
+    def fixed(nodes: int) -> float:
+        return MACHINES[machine].at(nodes) / 10.0 / sum(chance**depth for depth in range(nodes))
+
+    best = min(fixed(nodes) for nodes in range(1, 25))
+    runs = [Machine(MACHINES[machine], [coin(s, chance)], 24, known=False, noise=0.1).run(256) for s in range(9)]
+    assert sorted(run.slowdown for run in runs)[4] <= 1.25 * best
+
+
+def test_the_tree_is_as_large_as_pays() -> None:
+    chain_of_two = Machine(STEEP, [lambda _: 1], width=64).run(2000)
+    late = chain_of_two.widths[len(chain_of_two.widths) // 2 :]
+    assert sorted(late)[len(late) // 2] == 2  # one node is always right, and no more
+    assert chain_of_two.slowdown < 0.65  # 12 ms for two tokens
+
+
+# Changing text
+
+
+def test_speculation_comes_back_when_text_turns_good() -> None:
+    run = Machine(FLAT, [lambda step: 0 if step < 300 else 100]).run(300)
+    passes = len(run.widths)
+    run.run(2000)
+    after = run.speculating[passes:]
+    assert after.index(True) <= 65
+    assert after[after.index(True) + 10 :].count(False) <= len(after) // 50
+
+
+def test_speculation_stops_when_text_turns_hostile() -> None:
+    run = Machine(FLAT, [lambda step: 100 if step < 50 else 0]).run(5000)
+    hostile = run.speculating[50:]
+    assert sum(hostile) <= 0.1 * len(hostile)
+    assert not any(hostile[60:63])
+
+
+# Drafters of all kinds
+
+
+def test_a_drafter_with_nothing_to_say_is_asked_on() -> None:
+    run = Machine(FLAT, [never], width=1)
+    asked = []
+    for _ in range(50):
+        run.step()
+        asked.append(run.policy.reason is None)
+    assert all(asked)
+
+
+def test_trees_that_come_whole_are_all_or_nothing() -> None:
+    run = Machine(FLAT, [always], width=12, virtual=True).run(1000)
+    assert set(run.widths) == {12}
+    run = Machine(FLAT, [never], width=12, virtual=True).run(1000)
+    assert set(run.widths) == {1, 12}
+    assert sum(run.speculating) <= 0.05 * len(run.widths)
+
+
+def test_a_drafter_dearer_than_its_tokens_is_left_alone() -> None:
+    run = Machine(FLAT, [lambda _: 1], draft_ms=15.0).run(1000)
+    assert sum(run.speculating) <= 0.03 * len(run.widths)
+    assert "a draft may cost 1.5" in (run.policy.reason or "")
+
+
+def test_one_slow_draft_does_not_end_drafting_for_good() -> None:
+    run = Machine(FLAT, [always])
+    run.policy._times.observe_draft(500.0)  # of an earlier call
+    assert all(run.run(400).speculating)
+
+
+# Batches
+
+
+def test_a_batch_has_one_width_and_its_mean_decides() -> None:
+    mixed = Machine(FLAT, [always, never]).run(500)
+    assert all(mixed.speculating)
+    hostile = Machine(FLAT, [never] * 4).run(500)
+    assert sum(hostile.speculating) < 0.1 * len(hostile.widths)
+
+
+def test_wide_batches_get_smaller_trees() -> None:
+    curve = LatencyCurve.simple({1: 10.0, 32: 11.0, 64: 22.0, 128: 44.0, 512: 176.0})
+    accept = [lambda _, count=count: count for count in (1, 2, 3, 4) for _ in range(4)]  # type: ignore[misc]
+    small, large = (Machine(curve, accept[::step], width=32).run(600) for step in (8, 1))
+    typical = [sorted(run.widths)[len(run.widths) // 2] for run in (small, large)]
+    assert typical[1] < typical[0]
+
+
+def test_rows_that_end_take_their_acceptance_with_them() -> None:
+    run = Machine(FLAT, [always, never]).run(200)
+    run.rows, run.accept = run.rows[1:], run.accept[1:]
+    run.run(800)
+    tail = run.speculating[-200:]
+    assert sum(tail) < 0.1 * len(tail)
