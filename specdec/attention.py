@@ -33,24 +33,50 @@ class AttentionPass:
         self.cache = cache
         num_nodes = ancestors.shape[1]
         self.offset = depth.shape[1] - num_nodes
-        lengths = cache.lengths.unsqueeze(1)  # [B, 1]
-        slots = torch.arange(cache.max_length + depth.shape[1], device=depth.device)  # [S]
-        relative = slots - lengths  # [B, S]
-        node = relative.clamp(0, depth.shape[1] - 1)
-        in_tree = (relative >= 0) & (relative < depth.shape[1])
-        seen = ancestors.gather(2, node.unsqueeze(1).expand(-1, num_nodes, -1))
-        self._visible = (relative < 0).unsqueeze(1) | (in_tree.unsqueeze(1) & seen)  # [B, n, S]
-        self._key_positions = torch.where(in_tree, lengths + depth.gather(1, node), slots)  # [B, S]
-        self.positions = lengths + depth[:, self.offset :]  # [B, n]
-        self._masks: dict[int | None, Tensor] = {None: self._visible}
+        self.depth, self.ancestors = depth.contiguous(), ancestors.contiguous()
+        self.positions = cache.lengths.unsqueeze(1) + depth[:, self.offset :]  # [B, n]
         self.windows: dict[int, int | None] = {}  # layer -> the window it asked for
+        self._masks: dict[int | None, Tensor] = {}
+        self._key_positions: Tensor | None = None
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
+        if not self._masks:
+            self._masks[None], self._key_positions = self._visibility()
         if window is not None and window not in self._masks:
+            assert self._key_positions is not None
             distance = self.positions.unsqueeze(2) - self._key_positions.unsqueeze(1)
-            self._masks[window] = self._visible & (distance < window)
+            self._masks[window] = self._masks[None] & (distance < window)
         return self._masks[window]
+
+    def _visibility(self) -> tuple[Tensor, Tensor]:
+        """What each node sees of the slots, ``[B, n, S]`` bool, and the slots' positions ``[B, S]``."""
+        depth, num_nodes = self.depth, self.ancestors.shape[1]
+        lengths = self.cache.lengths.unsqueeze(1)  # [B, 1]
+        slots = torch.arange(self.cache.max_length + depth.shape[1], device=depth.device)  # [S]
+        relative = slots - lengths  # [B, S]
+        node = relative.clamp(0, depth.shape[1] - 1)
+        in_tree = (relative >= 0) & (relative < depth.shape[1])
+        seen = self.ancestors.gather(2, node.unsqueeze(1).expand(-1, num_nodes, -1))
+        visible = (relative < 0).unsqueeze(1) | (in_tree.unsqueeze(1) & seen)
+        return visible, torch.where(in_tree, lengths + depth.gather(1, node), slots)
+
+
+def attend(
+    specdec_pass: AttentionPass,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Write a layer's keys and values to the cache and attend over it: ``[B, H, n, d]`` to ``[B, H, n, d_v]``."""
+    specdec_pass.windows[layer] = window
+    keys, values = specdec_pass.cache.write(layer, key, value, specdec_pass.offset)
+    return tree_attention(query, keys, values, specdec_pass.mask(window), scale, softcap, sinks)
 
 
 def _attention(
@@ -76,10 +102,8 @@ def _attention(
         )
     if attention_mask is not None or position_bias is not None:
         raise RuntimeError(f"{type(module).__name__} adds a mask or bias of its own, which token trees cannot honour")
-    specdec_pass.windows[layer] = sliding_window
-    keys, values = specdec_pass.cache.write(layer, key, value, specdec_pass.offset)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = tree_attention(query, keys, values, specdec_pass.mask(sliding_window), scale, softcap, s_aux)
+    out = attend(specdec_pass, layer, query, key, value, scale, sliding_window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

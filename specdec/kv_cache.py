@@ -74,9 +74,7 @@ class KVCache:
             ValueError: when the nodes do not fit the capacity.
         """
         num_nodes = keys.shape[2]
-        end = self.max_length + offset + num_nodes
-        if end > self.capacity:
-            raise ValueError(f"{end} slots are needed, the cache has {self.capacity}: reserve more")
+        end = self._end(offset + num_nodes)
         if layer not in self.layers:
             self.layers[layer] = LayerBuffers(self._allocate(keys), self._allocate(values))
         buffers = self.layers[layer]
@@ -90,6 +88,32 @@ class KVCache:
             buffers.keys[rows, :, slots] = keys.transpose(1, 2)
             buffers.values[rows, :, slots] = values.transpose(1, 2)
         return buffers.keys[:, :, :end], buffers.values[:, :, :end]
+
+    def open(self, layer: int, num_nodes: int, num_heads: int, width: int, dtype: torch.dtype) -> LayerBuffers:
+        """The buffers of a layer, for a kernel that writes the nodes of a pass itself.
+
+        Args:
+            layer: layer index.
+            num_nodes: nodes of the tree, those of earlier passes included; they belong behind the committed tokens.
+            num_heads: H_kv.
+            width: of keys and of values.
+            dtype: of both.
+
+        Raises:
+            ValueError: when the nodes do not fit the capacity.
+        """
+        self._end(num_nodes)
+        if layer not in self.layers:
+            like = torch.empty(self.batch_size, num_heads, 0, width, dtype=dtype, device=self.lengths.device)
+            self.layers[layer] = LayerBuffers(self._allocate(like), self._allocate(like))
+        return self.layers[layer]
+
+    def _end(self, num_nodes: int) -> int:
+        """The first slot behind so many nodes."""
+        end = self.max_length + num_nodes
+        if end > self.capacity:
+            raise ValueError(f"{end} slots are needed, the cache has {self.capacity}: reserve more")
+        return end
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN would still poison the row.

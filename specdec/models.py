@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
+from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -101,6 +102,7 @@ def load_model(
     model = model.to(where).eval()
     if packed and can_pack(model):
         pack_linears(model)
+        make_lean(model)
     return LoadedModel(model, tokenizer, name)
 
 

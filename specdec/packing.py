@@ -11,12 +11,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
 
 PACKED_ROWS = 16
 """Rows the layout is chosen for; a tree has about as many nodes."""
+
+MOST_PADDED = 8
+"""Passes are padded to so many rows at most, for their results not to depend on how many there are."""
+
+_PROBED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64)
+"""Numbers of rows compared with each other; the last is the reference."""
+
+_LEAST_ROWS: dict[tuple[tuple[int, ...], int], int] = {}
+"""By shape and threads."""
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -41,7 +51,7 @@ def pack_linears(model: nn.Module) -> int:
         for names in SIBLINGS:
             linears = [linear for name in names for linear in _plain(children.get(name))]
             if len(linears) == len(names) and _fit(linears):
-                product = _Product(linears)
+                product = FusedLinear(linears)
                 for index, name in enumerate(names):
                     setattr(module, name, FusedPart(product, index))
                 count += len(names)
@@ -53,7 +63,7 @@ def pack_linears(model: nn.Module) -> int:
     return count
 
 
-class _Packed(nn.Module):
+class PackedWeight(nn.Module):
     """A weight in oneDNN's layout. It is a buffer, so that whoever adds up a model's bytes finds it."""
 
     weight: Tensor
@@ -64,10 +74,62 @@ class _Packed(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        self._least_rows: int | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        missing = self._missing(inputs)
+        if missing:
+            out = self._product(F.pad(inputs.flatten(0, -2), (0, 0, 0, missing)))
+            return out[:-missing].view(*inputs.shape[:-1], -1)
+        return self._product(inputs)
+
+    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """``residual`` plus the layer's output, rounded once."""
+        missing = self._missing(inputs)
+        if missing:
+            wide = [F.pad(states.flatten(0, -2), (0, 0, 0, missing)) for states in (residual, inputs)]
+            return self._sum(*wide)[:-missing].view(residual.shape)
+        return self._sum(residual, inputs)
+
+    def _product(self, inputs: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return out
+
+    def _sum(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self.weight, self.bias, "add")
+        return out
+
+    def _missing(self, inputs: Tensor) -> int:
+        """Rows to add, for a row's result to be what it is among many."""
+        width = inputs.shape[-1]
+        if inputs.numel() >= MOST_PADDED * width:
+            return 0
+        if self._least_rows is None:
+            key = tuple(self.weight.shape), torch.get_num_threads()
+            if key not in _LEAST_ROWS:
+                _LEAST_ROWS[key] = self._find_least_rows()
+            self._least_rows = _LEAST_ROWS[key]
+        return max(self._least_rows - inputs.numel() // width, 0)
+
+    @torch.inference_mode()
+    def _find_least_rows(self) -> int:
+        """The fewest rows whose results are those among many, to the bit; the library picks its kernel by their number.
+
+        A result is compared where it almost cancels against its own rounded value: what is left shows float32 sums of
+        another order, which rounding to bfloat16 hides nearly always, but not always.
+        """
+        generator = torch.Generator().manual_seed(0)
+        width = self.weight.shape[1]
+        inputs = torch.randn(_PROBED[-1], width, generator=generator).to(self.weight.dtype)
+        rounded = -self._product(inputs)
+        expected = self._sum(rounded, inputs)
+        least = 1
+        for rows in _PROBED[:-1]:
+            found = self._sum(rounded[:rows].contiguous(), inputs[:rows].contiguous())
+            if not torch.equal(found, expected[:rows]):
+                least = rows + 1
+        return least if least <= MOST_PADDED else 1
 
 
 class PackedLinear(nn.Module):
@@ -76,31 +138,32 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._packed = _Packed(linear.weight, linear.bias)
+        self.packed = PackedWeight(linear.weight, linear.bias)
 
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, a copy."""
-        dense: Tensor = self._packed.weight.to_dense()
+        dense: Tensor = self.packed.weight.to_dense()
         return dense
 
     @property
     def bias(self) -> Tensor | None:
         """``[out]``."""
-        return self._packed.bias
+        return self.packed.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        out: Tensor = self._packed(inputs)
+        out: Tensor = self.packed(inputs)
         return out
 
 
-class _Product(nn.Module):
+class FusedLinear(nn.Module):
     """Several linear layers as one; the last input's outputs are kept until each was asked for."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        self._packed = _Packed(torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None)
+        weight = torch.cat([linear.weight for linear in linears])
+        self.packed = PackedWeight(weight, torch.cat(biases) if biases else None)
         self._widths = [linear.out_features for linear in linears]
         self._inputs: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[int, Tensor] = {}
@@ -110,7 +173,7 @@ class _Product(nn.Module):
         known = self._inputs is not None and self._inputs[0] is inputs and self._inputs[1] == version
         if not known or index not in self._waiting:
             self._inputs = inputs, version
-            self._waiting = dict(enumerate(torch.split(self._packed(inputs), self._widths, dim=-1)))
+            self._waiting = dict(enumerate(torch.split(self.packed(inputs), self._widths, dim=-1)))
         found = self._waiting.pop(index)
         if not self._waiting:
             self._inputs = None
@@ -120,12 +183,12 @@ class _Product(nn.Module):
 class FusedPart(nn.Module):
     """One of several linear layers that read the same input; the first one called computes all."""
 
-    def __init__(self, product: _Product, index: int) -> None:
+    def __init__(self, product: FusedLinear, index: int) -> None:
         super().__init__()
-        self._product, self._index = product, index
+        self.product, self.index = product, index
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self._product.part(self._index, inputs)
+        return self.product.part(self.index, inputs)
 
 
 def _plain(module: nn.Module | None) -> list[nn.Linear]:

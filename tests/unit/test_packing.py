@@ -107,3 +107,21 @@ def test_tied_weights_stay_in_the_embedding() -> None:
 
 def test_float32_is_left_alone() -> None:
     assert not can_pack(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (96, 48)])
+def test_sums_of_one_row_are_those_among_many(shape: tuple[int, int]) -> None:
+    """For one row and a wide input the library takes another kernel, whose sums have another order."""
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0]).to(torch.bfloat16).requires_grad_(False)
+    if not can_pack(layer):
+        pytest.skip("this CPU does not compute in bfloat16")
+    packed = PackedLinear(layer).packed
+    inputs = torch.randn(40, shape[1], dtype=torch.bfloat16)
+    # Nearly all cancels against the rounded value: what is left are the last bits of the float32 sums.
+    rounded = -packed(inputs)
+    expected = packed.add_to(rounded, inputs)
+    for rows in range(1, 41):
+        assert torch.equal(packed(inputs[:rows].clone()), -rounded[:rows]), rows
+        assert torch.equal(packed.add_to(rounded[:rows].clone(), inputs[:rows].clone()), expected[:rows]), rows
+    assert packed(inputs[:1].view(1, 1, -1)).shape == (1, 1, shape[0])

@@ -1,0 +1,137 @@
+"""What stands between the matrix products of a decoder layer, compiled for small passes in bfloat16 on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.decoder_layer.build import NotBuilt, load_library
+
+__all__ = ["LANES", "MOST_WIDTH", "Kernels", "find_kernels"]
+
+LANES = 16
+"""Widths must be multiples of this, a head's of twice as much."""
+
+MOST_WIDTH = 512
+"""Widest head."""
+
+
+_TENSORS = ("qkv", "cos", "sin", "keys", "values", "lengths", "depth", "seen", "out")
+_NUMBERS = ("batch", "nodes", "tree", "heads", "kv_heads", "width", "slots", "window")
+
+
+class _Attention(ctypes.Structure):
+    """``attention_arguments`` of cpu.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _TENSORS),
+        *((name, ctypes.c_long) for name in _NUMBERS),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Kernels:
+    """The compiled functions. All tensors are contiguous, on the CPU and, where not said otherwise, bfloat16.
+
+    A row's result depends on that row alone, bit for bit, and on positions, not on places in a tree.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._rms_norm, self._gated, self._attention = library.rms_norm, library.gated, library.tree_attention
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        self._rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
+        self._gated.argtypes = (pointer, pointer, number, number)
+        self._attention.argtypes = (ctypes.POINTER(_Attention),)
+        for function in (self._rms_norm, self._gated, self._attention):
+            function.restype = None
+        runtime = _openmp()
+        if runtime is not None:
+            library.use_threads.argtypes = (pointer,)
+            library.use_threads(runtime)
+
+    def rms_norm(self, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last dimension, ``[..., d]``, rounded once."""
+        out = torch.empty_like(states)
+        width = states.shape[-1]
+        rows = states.numel() // width
+        self._rms_norm(states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+        return out
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """``SiLU(gate) * up`` of ``[..., 2 m]``, gates first: ``[..., m]``, rounded once."""
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        self._gated(gate_up.data_ptr(), out.data_ptr(), gate_up.numel() // (2 * width), width)
+        return out
+
+    def attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        depth: Tensor,
+        seen: Tensor,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """Rotate queries and keys, write keys and values to the cache, attend: ``[B, n, H d]``.
+
+        Args:
+            qkv: ``[B, n, (H + 2 H_kv) d]``, heads of the queries, then of the keys, then of the values.
+            rotary: cosines and sines ``[B, n, d]``, halves rotated as Llama's are.
+            keys: ``[B, H_kv, S, d]``, written behind the committed tokens and the tree's earlier nodes.
+            values: the same.
+            lengths: ``[B]`` int64, committed tokens; all of them are seen.
+            depth: ``[B, M]`` int64, of the tree's nodes; the last n of them are computed.
+            seen: ``[B, n, M]`` bool, which of the tree's nodes each computed one sees, itself included; parents stand
+                before their children.
+            scale: factor on the scores.
+            window: positions back that are seen; None for all.
+        """
+        batch_size, num_nodes, total = qkv.shape
+        kv_heads, slots, width = keys.shape[1:]
+        heads = total // width - 2 * kv_heads
+        out = qkv.new_empty(batch_size, num_nodes, heads * width)
+        cos, sin = rotary
+        self._attention(
+            _Attention(
+                qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(),
+                depth.data_ptr(), seen.data_ptr(), out.data_ptr(), batch_size, num_nodes, depth.shape[1], heads,
+                kv_heads, width, slots, window or 0, scale, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return out
+
+
+@cache
+def find_kernels() -> Kernels | None:
+    """The kernels, compiled at the first use on a machine; None with a warning where that fails."""
+    try:
+        return Kernels(load_library(Path(__file__).with_name("cpu.c")))
+    except NotBuilt as error:
+        warnings.warn(f"decoder layers run without compiled kernels, slower: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def _openmp() -> int | None:
+    """Address of ``GOMP_parallel`` in PyTorch's OpenMP runtime: a second pool of threads would compete with it."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    for name in sorted(files):
+        if any(part in Path(name).name for part in ("libgomp", "libomp", "libiomp")):
+            try:
+                return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
+            except (OSError, AttributeError):
+                continue
+    return None

@@ -1,0 +1,153 @@
+"""Decoder layers of Llama's kind in a few calls: on a CPU much of a small pass is the cost of calling.
+
+A layer of transformers makes about sixty calls, many over a few hundred numbers. Once its linear layers are packed
+(``specdec.packing``), the same mathematics takes eight: sums with the residual stream happen inside the matrix product,
+and what stands between the products is compiled (``specdec.kernels.decoder_layer``). Results differ by rounding:
+intermediate values that transformers rounds to bfloat16 stay in float32 where an operation covers several steps.
+
+Nothing is replaced in the model: a layer's ``forward`` is, on the instance, and only passes of ours take the new one.
+The weights are the modules' own, hooks run as ever, and the model's ``generate`` sees transformers' layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.attention import AttentionPass, attend
+from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, find_kernels
+from specdec.packing import FusedPart, PackedLinear, PackedWeight
+
+KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+"""Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
+
+MOST_NODES = 64
+"""Of a pass per row that runs through compiled kernels; beyond it PyTorch's own are faster."""
+
+
+def make_lean(model: nn.Module) -> int:
+    """Give a model's decoder layers their short ``forward``, where they are known and packed.
+
+    Returns:
+        How many layers have it.
+    """
+    count = 0
+    for layer in model.modules():
+        if can_be_lean(layer):
+            if not isinstance(layer.forward, LeanLayer):
+                layer.forward = LeanLayer(layer)
+            count += 1
+    return count
+
+
+def can_be_lean(layer: Any) -> bool:
+    """Whether a layer is of a known class and all its linear layers are packed."""
+    kind = type(layer)
+    if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers.models."):
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        and _fused(mlp.gate_proj, mlp.up_proj)
+        and all(isinstance(linear, PackedLinear) for linear in (attention.o_proj, mlp.down_proj))
+    )
+
+
+def _fused(*parts: Any) -> bool:
+    """Whether these are all parts of one product, in its order."""
+    return all(isinstance(part, FusedPart) for part in parts) and all(
+        part.product is parts[0].product and part.index == index for index, part in enumerate(parts)
+    )
+
+
+class LeanLayer:
+    """The ``forward`` of a decoder layer during our passes; others go to the layer's own.
+
+    Passes over up to ``MOST_NODES`` nodes run through compiled kernels, where there are any. There a row's result is
+    the same to the bit however many rows ride in the pass and whatever the tree holds. Prompts go through PyTorch's.
+
+    Args:
+        layer: of a class in ``KNOWN``, packed.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._own: Callable[..., Tensor] = layer.forward
+        self._index: int = attention.layer_idx
+        self._head_dim: int = attention.head_dim
+        self._scale: float = attention.scaling
+        config = attention.config
+        self._heads, self._kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        # Qwen2's layers know whether they have a window, Mistral's ask the configuration.
+        named = config if type(layer).__name__ == "MistralDecoderLayer" else attention
+        self._window: int | None = getattr(named, "sliding_window", None)
+        self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._qkv: PackedWeight = attention.q_proj.product.packed
+        self._gate_up: PackedWeight = mlp.gate_proj.product.packed
+        self._out: PackedWeight = attention.o_proj.packed
+        self._down: PackedWeight = mlp.down_proj.packed
+        self._hidden: int = mlp.intermediate_size
+        widths = (config.hidden_size, self._hidden, self._head_dim // 2)
+        fits = all(width % LANES == 0 for width in widths) and self._head_dim <= MOST_WIDTH
+        self._kernels = find_kernels() if fits else None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        specdec_pass: AttentionPass | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[B, n, d]`` to ``[B, n, d]``; arguments as the layer's own forward takes them."""
+        if specdec_pass is None or position_embeddings is None:
+            kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
+            return self._own(hidden_states, *args, **kwargs)
+        if self._kernels is not None and hidden_states.shape[1] <= MOST_NODES:
+            return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
+        batch_size, num_nodes, _ = hidden_states.shape
+        heads = self._qkv(_rms_norm(self._input_norm, hidden_states)).view(batch_size, num_nodes, -1, self._head_dim)
+        rotated = self._heads + self._kv_heads
+        both = _rotate(heads[:, :, :rotated], *position_embeddings).transpose(1, 2)
+        query, key = both[:, : self._heads], both[:, self._heads :]
+        value = heads[:, :, rotated:].transpose(1, 2)
+        attended = attend(specdec_pass, self._index, query, key, value, self._scale, self._window)
+        hidden_states = self._out.add_to(hidden_states, attended.transpose(1, 2).reshape(batch_size, num_nodes, -1))
+        gate_up = self._gate_up(_rms_norm(self._mlp_norm, hidden_states))
+        return self._down.add_to(hidden_states, F.silu(gate_up[..., : self._hidden]) * gate_up[..., self._hidden :])
+
+    def _compiled(
+        self, kernels: Kernels, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
+    ) -> Tensor:
+        specdec_pass.windows[self._index] = self._window
+        depth, seen = specdec_pass.depth, specdec_pass.ancestors
+        buffers = specdec_pass.cache.open(
+            self._index, depth.shape[1], self._kv_heads, self._head_dim, hidden_states.dtype
+        )
+        norm = self._input_norm
+        qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
+        attended = kernels.attention(
+            qkv, rotary, buffers.keys, buffers.values, specdec_pass.cache.lengths, depth, seen, self._scale,
+            self._window,
+        )  # fmt: skip
+        hidden_states = self._out.add_to(hidden_states, attended)
+        norm = self._mlp_norm
+        gate_up = self._gate_up(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
+        return self._down.add_to(hidden_states, kernels.gated(gate_up))
+
+
+def _rms_norm(norm: Any, states: Tensor) -> Tensor:
+    """RMSNorm in one call, all of it in float32."""
+    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embeddings of ``[B, n, H, d]`` by angles ``[B, n, d]``, halves rotated as Llama's are."""
+    half = heads.shape[-1] // 2
+    turned = torch.cat([-heads[..., half:], heads[..., :half]], dim=-1)
+    return torch.addcmul(heads * cos.unsqueeze(2), turned, sin.unsqueeze(2))

@@ -1,0 +1,188 @@
+"""The compiled kernels against float64, and row by row against themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.kernels import decoder_layer
+from specdec.kernels.decoder_layer import Kernels, build, find_kernels, reference
+
+RELATIVE = 2.0**-8 + 2.0**-20
+"""Rounding to bfloat16, and a few float32 roundings before it."""
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found = find_kernels()
+    if found is None:
+        pytest.skip("no C compiler")
+    return found
+
+
+def near(got: Tensor, expected: Tensor, slack: float = 0.0) -> bool:
+    """Equal but for rounding, and for ``slack`` where sums cancel."""
+    return bool(((got.double() - expected).abs() <= RELATIVE * expected.abs() + slack).all())
+
+
+@pytest.mark.parametrize("width", [16, 48, 576])
+def test_rms_norm(kernels: Kernels, width: int) -> None:
+    torch.manual_seed(0)
+    states, weight = torch.randn(2, 3, width).mul(50).bfloat16(), torch.randn(width).bfloat16()
+    assert near(kernels.rms_norm(states, weight, 1e-5), reference.rms_norm(states, weight, 1e-5))
+
+
+def test_gated_over_all_magnitudes(kernels: Kernels) -> None:
+    gates = torch.cat([torch.linspace(-120, 120, 481), torch.logspace(-8, 2, 31)]).bfloat16()
+    up = torch.linspace(-3, 3, 512).bfloat16()
+    got = kernels.gated(torch.cat([gates, up]).unsqueeze(0))[0]
+    expected = reference.gated(torch.cat([gates, up]).unsqueeze(0))[0]
+    assert near(got, expected, 1e-34)  # exponents end at 87: what is left then is 120 * exp(-87) * 3 at most
+
+
+def test_nan_stays_nan(kernels: Kernels) -> None:
+    states = torch.ones(2, 32).bfloat16()
+    states[0, 3] = torch.nan
+    assert kernels.gated(states).isnan().tolist() == [[i == 3 for i in range(16)], [False] * 16]
+    norm = kernels.rms_norm(states, torch.ones(32).bfloat16(), 1e-5)
+    assert norm.isnan().all(1).tolist() == [True, False]
+
+
+class Case:
+    """A pass's inputs: rows of different lengths, a tree in which every node's parent is any earlier one."""
+
+    def __init__(
+        self, lengths: list[int], nodes: int, earlier: int = 0, heads: int = 9, kv_heads: int = 3, width: int = 64
+    ) -> None:
+        batch, tree = len(lengths), nodes + earlier
+        self.slots = max(lengths) + tree + 3
+        self.qkv = torch.randn(batch, nodes, (heads + 2 * kv_heads) * width).bfloat16()
+        angles = torch.rand(batch, nodes, width // 2).repeat(1, 1, 2) * 6
+        self.rotary = angles.cos().bfloat16(), angles.sin().bfloat16()
+        shape = (batch, kv_heads, self.slots, width)
+        self.keys, self.values = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+        self.lengths = torch.tensor(lengths)
+        parents = [[-1, *(int(torch.randint(node, ())) for node in range(1, tree))] for _ in range(batch)]
+        seen = torch.zeros(batch, tree, tree, dtype=torch.bool)
+        depth = torch.zeros(batch, tree, dtype=torch.int64)
+        for row in range(batch):
+            for node in range(tree):
+                parent = parents[row][node]
+                if parent >= 0:
+                    seen[row, node] = seen[row, parent]
+                    depth[row, node] = depth[row, parent] + 1
+                seen[row, node, node] = True
+        self.depth, self.seen = depth, seen[:, earlier:].contiguous()
+        for row, length in enumerate(lengths):  # nothing behind the tree may be read
+            self.keys[row, :, length + tree :] = torch.nan
+            self.values[row, :, length + tree :] = torch.nan
+        self.scale = width**-0.5
+
+    def run(self, attention: object, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, keys and values after the pass."""
+        keys, values = self.keys.clone(), self.values.clone()
+        out = attention(  # type: ignore[operator]
+            self.qkv, self.rotary, keys, values, self.lengths, self.depth, self.seen, self.scale, window
+        )
+        return out, keys, values
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 1, 32), (2, 2, 96), (8, 2, 128)])
+@pytest.mark.parametrize(
+    ("lengths", "nodes", "earlier"), [([0], 1, 0), ([50, 3], 7, 0), ([513], 17, 4), ([16, 15], 63, 1)]
+)
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention(
+    kernels: Kernels, heads: int, kv_heads: int, width: int, lengths: list[int], nodes: int, earlier: int,
+    window: int | None,
+) -> None:  # fmt: skip
+    torch.manual_seed(1)
+    case = Case(lengths, nodes, earlier, heads, kv_heads, width)
+    got, keys, values = case.run(kernels.attention, window)
+    expected, wanted_keys, wanted_values = case.run(reference.attention, window)
+    assert torch.equal(values.nan_to_num(99), wanted_values.nan_to_num(99))
+    # A rotated key can fall on the other side of a tie between two bfloat16 numbers.
+    assert near(keys.nan_to_num(99), wanted_keys.nan_to_num(99).double(), 2.0**-18)
+    # Weights sum to 1, so an output is off by its rounding and by what such keys and float32 exponents make of it.
+    assert near(got, expected, 2e-3)
+    exact = case.run(kernels.attention, window)[0]
+    assert torch.equal(got, exact)
+
+
+def test_a_row_does_not_depend_on_the_tree_it_rides_in(kernels: Kernels) -> None:
+    """A chain alone, token by token, and inside a tree with its nodes spread among others: the same bits."""
+    torch.manual_seed(2)
+    length, chain = 37, 9
+    tree = Case([length], 2 * chain)
+    for node in range(2 * chain):  # even nodes are the chain, odd ones its siblings
+        tree.depth[0, node] = (node + 1) // 2
+        tree.seen[0, node] = False
+        tree.seen[0, node, [*range(0, node, 2), node]] = True
+    whole = tree.run(kernels.attention)[0]
+    keys, values = tree.keys.clone(), tree.values.clone()
+    for step in range(chain):
+        node = 2 * step
+        rotary = (tree.rotary[0][:, node : node + 1].contiguous(), tree.rotary[1][:, node : node + 1].contiguous())
+        single = kernels.attention(
+            tree.qkv[:, node : node + 1].contiguous(), rotary, keys, values, torch.tensor([length + step]),
+            torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 1, dtype=torch.bool), tree.scale,
+        )  # fmt: skip
+        assert torch.equal(single[0, 0], whole[0, node]), step
+
+
+def test_a_row_does_not_depend_on_the_batch(kernels: Kernels) -> None:
+    torch.manual_seed(3)
+    case = Case([70, 5, 33], 12)
+    whole = case.run(kernels.attention)[0]
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = kernels.attention(
+            case.qkv[part], (case.rotary[0][part], case.rotary[1][part]), case.keys[part].clone(),
+            case.values[part].clone(), case.lengths[part], case.depth[part], case.seen[part], case.scale,
+        )  # fmt: skip
+        assert torch.equal(alone[0], whole[row])
+
+
+def test_threads_change_nothing(kernels: Kernels) -> None:
+    torch.manual_seed(4)
+    case, threads = Case([130], 33), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = case.run(kernels.attention)[0]
+        torch.set_num_threads(2)
+        assert torch.equal(case.run(kernels.attention)[0], one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return 2; }")
+    try:
+        assert build.load_library(source, tmp_path / "made").two() == 2
+    except build.NotBuilt:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    assert build.load_library(source, tmp_path / "made").two() == 2
+    source.write_text("int two(void) { return 3; }")
+    with pytest.raises(build.NotBuilt, match="no C compiler"):
+        build.load_library(source, tmp_path / "made")
+
+
+def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "bad.c"
+    source.write_text("int two(void) { return }")
+    with pytest.raises(build.NotBuilt, match=r"failed on bad\.c|no C compiler"):
+        build.load_library(source, tmp_path / "made")
+
+
+def test_without_a_compiler_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path) -> None:
+        raise build.NotBuilt("no C compiler (cc) is installed")
+
+    monkeypatch.setattr(decoder_layer, "load_library", fail)
+    with pytest.warns(RuntimeWarning, match="no C compiler"):
+        assert find_kernels.__wrapped__() is None

@@ -1,0 +1,155 @@
+"""Short decoder layers: transformers' numbers but for rounding, and in bfloat16 the same text whatever is drafted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from specdec import SpecDecoder, lean
+from specdec.drafters.model import ModelDrafter
+from specdec.lean import LeanLayer, can_be_lean, make_lean
+from specdec.packing import can_pack, pack_linears
+from specdec.target import HFTarget
+from specdec.tree import TokenTree
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.2,
+}  # fmt: skip
+MODELS: dict[str, tuple[type, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=11)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 9,
+        "max_window_layers": 1,
+    })),
+}  # fmt: skip
+
+
+def make(name: str) -> Any:
+    """A random model in bfloat16."""
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(copy.deepcopy(config)).to(torch.bfloat16).eval().requires_grad_(False)
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias.normal_()
+    if not can_pack(model):
+        pytest.skip("this CPU does not compute in bfloat16")
+    return model
+
+
+def short(model: Any) -> Any:
+    pack_linears(model)
+    assert make_lean(model) == model.config.num_hidden_layers
+    return model
+
+
+@pytest.fixture(params=list(MODELS))
+def pair(request: pytest.FixtureRequest) -> tuple[HFTarget, HFTarget]:
+    """A model as it is, and with short layers."""
+    return HFTarget(make(request.param)), HFTarget(short(make(request.param)))
+
+
+def run(target: HFTarget, nodes: int, features: bool = False) -> Tensor:
+    """Logits of a tree of two branches after a prompt of 70 tokens, more than a compiled pass takes."""
+    torch.manual_seed(1)
+    prompt = torch.randint(0, 97, (2, 70)).tolist()
+    tokens = torch.randint(0, 97, (2, nodes))
+    parents = torch.arange(-2, nodes - 2).clamp(min=0).expand(2, -1).clone()
+    parents[:, 0] = -1
+    cache = target.new_cache(2, 200)
+    with torch.inference_mode():
+        target.extend([prompt[0], prompt[1][:31]], cache)
+        out = target.forward(TokenTree(tokens, parents), cache, (1, "pre_norm", "last") if features else ())
+    return torch.cat([*out.features.values()], dim=-1) if features else out.logits
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("nodes", [1, 13, 70])
+def test_logits_are_those_of_the_own_layers(
+    pair: tuple[HFTarget, HFTarget], nodes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, mine = pair
+    if not compiled:
+        for layer in mine.model.model.layers:
+            monkeypatch.setattr(layer.forward, "_kernels", None)
+    # bfloat16 keeps 8 bits; three layers of roundings that differ, in states that sum up, stay within 2 ** -4 of the
+    # largest. An attention that saw one token too many would be off by the size of the logits themselves.
+    for features in (False, True):
+        expected, got = run(plain, nodes, features).double(), run(mine, nodes, features).double()
+        assert (got - expected).abs().max() <= 2.0**-4 * expected.abs().max()
+        assert (got - expected).abs().mean() <= 2.0**-7 * expected.abs().max()
+
+
+def test_the_models_own_generate_is_untouched(pair: tuple[HFTarget, HFTarget]) -> None:
+    plain, mine = pair
+    packed = copy.deepcopy(plain.model)
+    pack_linears(packed)
+    ids = torch.arange(20).unsqueeze(0)
+    wanted = packed.generate(ids, max_new_tokens=12, do_sample=False)
+    run(mine, 5)
+    assert torch.equal(mine.model.generate(ids, max_new_tokens=12, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "temperature"), [("ngram", 0.0), ("suffix", 0.9), ("recycling", 0.0), ("model", 0.0)]
+)
+def test_bfloat16_texts_do_not_depend_on_drafts(
+    pair: tuple[HFTarget, HFTarget], drafter: str, temperature: float
+) -> None:
+    if lean.find_kernels() is None:
+        pytest.skip("no C compiler")
+    target = pair[1]
+    prompts = [list(range(40)), [5, 6, 7, 5, 6, 7, 5, 6], [90] * 75, [3]]
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": temperature, "seed": 3, "ignore_eos": True}
+    expected = [result.token_ids for result in SpecDecoder(target, "none").generate(prompts, **options)]
+    drafting = ModelDrafter(model=make("llama")) if drafter == "model" else drafter
+    decoder = SpecDecoder(target, drafting, adaptive=False, on_drafter_error="raise")
+    for _ in range(2):
+        found = decoder.generate(prompts, **options)
+        assert [result.token_ids for result in found] == expected
+    if drafter == "suffix":  # which knows the texts by now
+        assert sum(result.stats.accepted for result in found) > 45
+
+
+def test_texts_in_a_batch_are_those_of_one_alone_for_prompts_of_a_pass(pair: tuple[HFTarget, HFTarget]) -> None:
+    if lean.find_kernels() is None:
+        pytest.skip("no C compiler")
+    decoder = SpecDecoder(pair[1], "suffix", adaptive=False)
+    prompts = [list(range(30)), [5, 6, 7, 5, 6, 7, 5, 6], [90] * 55, [3]]
+    together = decoder.generate(prompts, max_new_tokens=30, ignore_eos=True)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert decoder.generate(prompt, max_new_tokens=30, ignore_eos=True).token_ids == result.token_ids
+
+
+def test_layers_that_are_not_known_or_not_packed_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    assert make_lean(model) == 0
+    torch.manual_seed(0)
+    other = Qwen3ForCausalLM(Qwen3Config(**SIZES)).to(torch.bfloat16).eval().requires_grad_(False)
+    pack_linears(other)
+    assert make_lean(other) == 0
+    pack_linears(model)
+    assert can_be_lean(model.model.layers[0])
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    assert not can_be_lean(model.model.layers[0])
+    assert make_lean(model) == 2
+    assert isinstance(model.model.layers[1].forward, LeanLayer)
+    assert make_lean(model) == 2  # asked again, it stays as it is
+    assert not isinstance(model.model.layers[1].forward._own, LeanLayer)
