@@ -52,6 +52,8 @@ class SpecDecoder:
         tokenizer: needed for text with a model that was passed in loaded.
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
         device: where to load: "auto" or a torch device.
+        quantize: precision of the linear layers' weights when loading, "int8", "w8a8", "int4" or "nf4"; the text is
+            then the quantized model's own.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
             text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
             as the drafter makes them, since a clock must not choose the text.
@@ -73,6 +75,7 @@ class SpecDecoder:
         tokenizer: Any | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        quantize: str | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
@@ -89,12 +92,17 @@ class SpecDecoder:
             check_verifier(verifier)
         if isinstance(drafter, str) and drafter != "auto":
             drafter = create_drafter(drafter, drafter_options)  # before the target loads: a mistake shows at once
+        if quantize is not None and not isinstance(target, str | Path):
+            raise ValueError(
+                f"quantize={quantize!r} goes with a name to load; this model is loaded already: "
+                "specdec.quantization.quantize_linears(model, name) does it in place"
+            )
         if isinstance(target, str | Path):
             from specdec.models import load_model
 
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True,
+                packed=True, quantize=quantize,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)
