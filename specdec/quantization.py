@@ -17,6 +17,7 @@ Weight-only kernels read less, which pays for few rows, and then cost more per r
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -244,6 +245,16 @@ def check_scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise ValueError(unknown("quantization", name, SCHEMES))
     return SCHEMES[name]
+
+
+def usable_on_cpu() -> list[str]:
+    """Names of the schemes that this CPU and what is installed allow."""
+    missing = set()
+    if not torch.cpu._is_vnni_supported():
+        missing.add("w8a8")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing.add("nf4")
+    return [name for name in SCHEMES if name not in missing]
 
 
 def is_quantized(model: Any) -> bool:
