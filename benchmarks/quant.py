@@ -21,8 +21,8 @@ from specdec.benchmarks.agreement import AgreementError, compare
 from specdec.benchmarks.questions import Question
 from specdec.benchmarks.schema import PLAIN
 from specdec.decoder import SpecDecoder
-from specdec.generation import common_prefix
 from specdec.memory_plan import stored_bytes
+from specdec.prefix import common_prefix
 from specdec.prompts import encode_prompt
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget

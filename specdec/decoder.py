@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from specdec.memory_plan import (
     tree_size,
 )
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
+from specdec.prefix import KeptText, PrefixStore
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream
@@ -60,6 +62,7 @@ class SpecDecoder:
         latency: what passes cost, instead of what is measured while decoding.
         memory_budget: bytes in all, weights included, as a number or "2GiB"; None is what is free. A call that does not
             fit gets smaller trees, then fewer rows at a time; where even one row without drafts does not, it raises.
+        prefix_memory: bytes that prefixes kept across calls may take, see ``prefix``.
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
@@ -79,6 +82,7 @@ class SpecDecoder:
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
+        prefix_memory: int | str = "1GiB",
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
@@ -86,6 +90,8 @@ class SpecDecoder:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
+        self._prefix_memory = parse_size(prefix_memory)
+        self._prefixes: PrefixStore | None = None
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
         if isinstance(verifier, str):
@@ -176,7 +182,7 @@ class SpecDecoder:
         generation = Generation(
             self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
             self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
-            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, plan.rows,
+            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, plan.rows, self._prefixes,
         )  # fmt: skip
         running = None if self._running is None else self._running()
         if running is not None:
@@ -185,6 +191,35 @@ class SpecDecoder:
         stream = GenerationStream(generation.run(), rows, generation.stats)
         self._running = weakref.ref(stream)
         return stream
+
+    @property
+    def prefixes(self) -> PrefixStore:
+        """What is kept across calls."""
+        if self._prefixes is None:
+            self._prefixes = PrefixStore(self.target, self._prefix_memory, self._model_shape().kv_bytes_per_token)
+        return self._prefixes
+
+    @contextmanager
+    def prefix(self, prompt: Prompt) -> Iterator[KeptText]:
+        """Keep the beginning that many prompts share, a system message for one, computed once.
+
+        Prompts of any call that begin with the same tokens, or some of them, build on it. It is kept for sure within
+        the ``with`` block, and afterwards until room is needed for others, the least recently used going first.
+
+        Args:
+            prompt: text, token ids or chat messages.
+
+        Raises:
+            ValueError: when it is larger than ``prefix_memory``, or than what prefixes in use leave of it.
+        """
+        tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
+        with self.prefixes.hold(tokens, self.drafter.features) as kept:
+            yield kept
+
+    def _model_shape(self) -> ModelShape:
+        if self._shape is None:
+            self._shape = ModelShape.of(self.target)
+        return self._shape
 
     def _pick_verifier(self, params: SamplingParams) -> Verifier:
         if isinstance(self._verifier, Verifier):
@@ -206,13 +241,14 @@ class SpecDecoder:
             features=len(self.drafter.features),
             sampled=not params.greedy,
         )
-        if self._shape is None:
-            self._shape = ModelShape.of(self.target)
+        shape = self._model_shape()
         drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
         if budget is None:
             free = free_bytes(self.target.device)
-            budget = None if free is None else free + self._shape.weights + drafter  # these are there already
-        return plan_memory(self._shape, drafter, work, budget)
+            budget = None if free is None else free + shape.weights + drafter  # these are there already
+        elif self._prefixes is not None:
+            budget -= self._prefixes.num_bytes
+        return plan_memory(shape, drafter, work, budget)
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again

@@ -17,6 +17,7 @@ from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
+from specdec.prefix import PrefixStore, common_prefix, prefill_shared
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
 from specdec.target import HFTarget, TargetOutput
@@ -47,6 +48,7 @@ class Generation:
         policy: says how large trees may be; as the drafter makes them where None.
         most_nodes: of a tree, whatever the policy says; 1 is plain decoding.
         most_rows: decoded at a time; the others wait until all of these have ended.
+        prefixes: computed by earlier calls, to build on.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Generation:
         policy: TreePolicy | None = None,
         most_nodes: int = NO_LIMIT,
         most_rows: int = NO_LIMIT,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -68,6 +71,7 @@ class Generation:
         self._rows = list(rows)
         self._index = {row.row_id: index for index, row in enumerate(rows)}
         self._kept = kept
+        self._prefixes = prefixes
         self._raise_drafter_errors = raise_drafter_errors
         self._policy = policy or FixedTrees()
         self._missed = MissedPasses()
@@ -107,22 +111,22 @@ class Generation:
 
     @torch.inference_mode()
     def _prefill(self) -> KVCache:
-        """Cache every prompt but its last token, which is the first pending one; equal prompts are computed once."""
-        batch, clock, reused = self._batch, PhaseClock(self._finish_device), 0
+        """Cache every prompt but its last token, the first pending one; what prompts share is computed once."""
+        batch, clock = self._batch, PhaseClock(self._finish_device)
         with clock.phase("prefill"):
             capacity = max(row.max_len for row in batch.rows) + SPARE_SLOTS
-            prompts = list(dict.fromkeys(tuple(row.tokens) for row in batch.rows))
+            prompts = list(dict.fromkeys(tuple(row.tokens[:-1]) for row in batch.rows))
             if self._kept is None or self._kept.cache is None or self.drafter.features:
-                cache = self.target.new_cache(len(prompts), capacity)
+                cache, output = prefill_shared(self.target, prompts, capacity, self.drafter.features, self._prefixes)
             else:
-                cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0][:-1])
+                cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
                 cache.reserve(capacity)
-            missing = [prompt[reused:-1] for prompt in prompts]
-            output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
+                missing = [prompt[reused:] for prompt in prompts]
+                output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
             if len(prompts) < len(batch):
-                source = [prompts.index(tuple(row.tokens)) for row in batch.rows]
+                source = [prompts.index(tuple(row.tokens[:-1])) for row in batch.rows]
                 cache.keep_rows(source)
                 if output is not None:
                     output = replace(output, features={k: v[source] for k, v in output.features.items()})
@@ -254,11 +258,3 @@ class Generation:
     def _share(self, milliseconds: dict[str, float], rows: Sequence[Row]) -> None:
         for counted in self._counted(rows):
             counted.add_times(milliseconds)
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
