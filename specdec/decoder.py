@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -37,6 +37,9 @@ from specdec.stats import DecodeStats
 from specdec.target import HFTarget
 from specdec.text import TextStream
 from specdec.verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from specdec.serving import Server
 
 
 class SpecDecoder:
@@ -122,7 +125,7 @@ class SpecDecoder:
         self._times = None if latency is None else PassTimes(latency, learn=False)
         self._shape: ModelShape | None = None
         self._calls = 0
-        self._running: weakref.ref[GenerationStream] | None = None
+        self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
         self.memory_plan: MemoryPlan | None = None
@@ -174,23 +177,61 @@ class SpecDecoder:
                 computed again, and it is brought up to date when this generation ends.
         """
         params = merge_params(params, fields)
-        verifier = self._pick_verifier(params)
-        rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
+        rows = self._make_rows(split_prompts(prompts)[0], params, self._pick_verifier(params))
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
-        plan = self.memory_plan = self._plan_memory(rows, params)
-        generation = Generation(
-            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
-            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
-            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, plan.rows, self._prefixes,
-        )  # fmt: skip
-        running = None if self._running is None else self._running()
-        if running is not None:
-            running.close()  # a drafter keeps the state of one generation
+        generation = self._make_generation(rows, params, kept=kept)
+        self._end_running()  # a drafter keeps the state of one generation
         self.stats = generation.stats
         stream = GenerationStream(generation.run(), rows, generation.stats)
         self._running = weakref.ref(stream)
         return stream
+
+    def serve(self, max_rows: int = 8, max_waiting: int = 64) -> Server:
+        """Serve requests of many clients at a time: ``async with decoder.serve() as server``.
+
+        Args:
+            max_rows: decoded at a time.
+            max_waiting: requests that may wait for a place; handing in another waits.
+        """
+        from specdec.serving import Server
+
+        return Server(self, max_rows, max_waiting)
+
+    def _take_over(self, server: Server) -> None:
+        self._end_running()
+        self._running = weakref.ref(server)
+
+    def _end_running(self) -> None:
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
+
+    def _make_request(
+        self, prompt: Prompt, params: SamplingParams | None, fields: Mapping[str, Any]
+    ) -> tuple[Row, SamplingParams]:
+        """A served request's row; raises ValueError where it cannot be served, even alone."""
+        params = merge_params(params, fields)
+        if params.n != 1:
+            raise ValueError(f"a request is one completion, got n={params.n}: submit it as often")
+        row = self._make_rows([prompt], params, self._pick_verifier(params))[0]
+        self._plan_memory([row], params)
+        return row, params
+
+    def _fits(self, rows: Sequence[Row], params: SamplingParams) -> bool:
+        """Whether all these rows may run at a time."""
+        return self._plan_memory(rows, params).rows >= len(rows)
+
+    def _make_generation(
+        self, rows: Sequence[Row], params: SamplingParams, most_rows: int | None = None, kept: KeptPrefix | None = None
+    ) -> Generation:
+        verifier = self._pick_verifier(params)
+        plan = self.memory_plan = self._plan_memory(rows, params)
+        return Generation(
+            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
+            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
+            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self._prefixes,
+        )  # fmt: skip
 
     @property
     def prefixes(self) -> PrefixStore:

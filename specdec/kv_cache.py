@@ -133,6 +133,14 @@ class KVCache:
             buffers.keys, buffers.values = buffers.keys[index], buffers.values[index]
         self._set_lengths([self._host_lengths[row] for row in rows])
 
+    def add_rows(self, count: int) -> None:
+        """Append empty rows."""
+        for buffers in self.layers.values():
+            for name in ("keys", "values"):
+                old: Tensor = getattr(buffers, name)
+                setattr(buffers, name, torch.cat([old, old.new_zeros(count, *old.shape[1:])]))
+        self._set_lengths(self._host_lengths + [0] * count)
+
     def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
         """Make a row hold the first ``length`` tokens of another cache's row, in place of what it holds.
 
