@@ -177,10 +177,11 @@ class SpecDecoder:
                 computed again, and it is brought up to date when this generation ends.
         """
         params = merge_params(params, fields)
-        rows = self._make_rows(split_prompts(prompts)[0], params, self._pick_verifier(params))
+        verifier = self._pick_verifier(params)
+        rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
-        generation = self._make_generation(rows, params, kept=kept)
+        generation = self._make_generation(rows, params, verifier, kept=kept)
         self._end_running()  # a drafter keeps the state of one generation
         self.stats = generation.stats
         stream = GenerationStream(generation.run(), rows, generation.stats)
@@ -223,9 +224,13 @@ class SpecDecoder:
         return self._plan_memory(rows, params).rows >= len(rows)
 
     def _make_generation(
-        self, rows: Sequence[Row], params: SamplingParams, most_rows: int | None = None, kept: KeptPrefix | None = None
+        self,
+        rows: Sequence[Row],
+        params: SamplingParams,
+        verifier: Verifier,
+        most_rows: int | None = None,
+        kept: KeptPrefix | None = None,
     ) -> Generation:
-        verifier = self._pick_verifier(params)
         plan = self.memory_plan = self._plan_memory(rows, params)
         return Generation(
             self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",

@@ -197,7 +197,8 @@ class Server:
                 break
             if self._generation is None:
                 self._params = request.params
-                self._generation = self._decoder._make_generation(rows, request.params, self._max_rows)
+                verifier = self._decoder._pick_verifier(request.params)
+                self._generation = self._decoder._make_generation(rows, request.params, verifier, self._max_rows)
                 self._passes = self._generation.passes()
                 request.index = 0
             else:
