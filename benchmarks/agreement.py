@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from specdec.benchmarks.schema import Difference
-from specdec.generation import common_prefix
 from specdec.kv_cache import KVCache
+from specdec.prefix import common_prefix
 from specdec.sampling import PositionNoise, SamplingParams, derive_seed, filter_logits
 from specdec.target import HFTarget
 from specdec.tree import PADDING, ROOT, TokenTree

@@ -16,7 +16,7 @@ class Drafter(ABC):
     """Proposes a token tree per step and may learn from what the target made of it.
 
     A drafter never influences the text, only how soon it is there. Calls come in the order ``bind`` (once), then per
-    generation ``start``, any number of ``propose`` / ``observe`` / ``keep``, and ``stop``.
+    generation ``start``, any number of ``propose`` / ``observe`` / ``keep`` / ``join``, and ``stop``.
 
     Attributes:
         name: as given to ``SpecDecoder(drafter=...)``.
@@ -60,6 +60,14 @@ class Drafter(ABC):
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         """Rows ended: only these go on, in this order. ``batch`` still holds all of them, new tokens included."""
+
+    def join(self, batch: Batch, count: int) -> None:
+        """Rows joined at the batch's end, ``count`` of them; all their tokens but the last are in the target's cache.
+
+        Drafters with ``features`` are not asked: there new rows wait until all others have ended.
+        """
+        self.stop()
+        self.start(batch, None)
 
     def stop(self) -> None:
         """The generation is over, or was abandoned; drop its state."""

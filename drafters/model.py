@@ -128,6 +128,10 @@ class ModelDrafter(Drafter):
         if self._cache is not None and rows:
             self._cache.keep_rows(rows)
 
+    def join(self, batch: Batch, count: int) -> None:
+        if self._cache is not None:
+            self._cache.add_rows(count)
+
     def stop(self) -> None:
         self._cache = None
 

@@ -126,11 +126,7 @@ class Batch:
         self.siblings: SiblingSampling = siblings
         self.max_nodes = 1 << 30
         """Most nodes the next trees are used for; what is beyond is cut, making fewer saves time."""
-        self.seen: Tensor | None = None
-        if self.params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
-            for index, row in enumerate(rows):
-                self.seen[index, row.tokens] = True
+        self.seen: Tensor | None = self._seen_of(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,6 +150,22 @@ class Batch:
         """Remember emitted tokens for the repetition penalty."""
         if self.seen is not None:
             self.seen[row, list(tokens)] = True
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Rows join at the end; what chooses their tokens must be the same parameters."""
+        self.rows = [*self.rows, *rows]
+        seen = self._seen_of(rows)
+        if self.seen is not None and seen is not None:
+            self.seen = torch.cat([self.seen, seen])
+
+    def _seen_of(self, rows: Sequence[Row]) -> Tensor | None:
+        """``[rows, V]`` bool, tokens there are; None where nobody asks."""
+        if self.params.repetition_penalty == 1.0:
+            return None
+        seen = torch.zeros(len(rows), self.vocab_size, dtype=torch.bool, device=self.device)
+        for index, row in enumerate(rows):
+            seen[index, row.tokens] = True
+        return seen
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -27,6 +28,7 @@ from specdec.memory_plan import (
     tree_size,
 )
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
+from specdec.prefix import KeptText, PrefixStore
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream
@@ -35,6 +37,9 @@ from specdec.stats import DecodeStats
 from specdec.target import HFTarget
 from specdec.text import TextStream
 from specdec.verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from specdec.serving import Server
 
 
 class SpecDecoder:
@@ -52,12 +57,15 @@ class SpecDecoder:
         tokenizer: needed for text with a model that was passed in loaded.
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
         device: where to load: "auto" or a torch device.
+        quantize: precision of the linear layers' weights when loading, "int8", "w8a8", "int4" or "nf4"; the text is
+            then the quantized model's own.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
             text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
             as the drafter makes them, since a clock must not choose the text.
         latency: what passes cost, instead of what is measured while decoding.
         memory_budget: bytes in all, weights included, as a number or "2GiB"; None is what is free. A call that does not
             fit gets smaller trees, then fewer rows at a time; where even one row without drafts does not, it raises.
+        prefix_memory: bytes that prefixes kept across calls may take, see ``prefix``.
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
@@ -73,9 +81,11 @@ class SpecDecoder:
         tokenizer: Any | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        quantize: str | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
+        prefix_memory: int | str = "1GiB",
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
@@ -83,18 +93,25 @@ class SpecDecoder:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
+        self._prefix_memory = parse_size(prefix_memory)
+        self._prefixes: PrefixStore | None = None
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
         if isinstance(verifier, str):
             check_verifier(verifier)
         if isinstance(drafter, str) and drafter != "auto":
             drafter = create_drafter(drafter, drafter_options)  # before the target loads: a mistake shows at once
+        if quantize is not None and not isinstance(target, str | Path):
+            raise ValueError(
+                f"quantize={quantize!r} goes with a name to load; this model is loaded already: "
+                "specdec.quantization.quantize_linears(model, name) does it in place"
+            )
         if isinstance(target, str | Path):
             from specdec.models import load_model
 
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True,
+                packed=True, quantize=quantize,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)
@@ -108,7 +125,7 @@ class SpecDecoder:
         self._times = None if latency is None else PassTimes(latency, learn=False)
         self._shape: ModelShape | None = None
         self._calls = 0
-        self._running: weakref.ref[GenerationStream] | None = None
+        self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
         self.memory_plan: MemoryPlan | None = None
@@ -164,19 +181,91 @@ class SpecDecoder:
         rows = self._make_rows(split_prompts(prompts)[0], params, verifier)
         if kept is not None and len(rows) != 1:
             raise ValueError(f"a kept prefix serves one row, this call has {len(rows)}")
-        plan = self.memory_plan = self._plan_memory(rows, params)
-        generation = Generation(
-            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
-            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
-            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, plan.rows,
-        )  # fmt: skip
-        running = None if self._running is None else self._running()
-        if running is not None:
-            running.close()  # a drafter keeps the state of one generation
+        generation = self._make_generation(rows, params, verifier, kept=kept)
+        self._end_running()  # a drafter keeps the state of one generation
         self.stats = generation.stats
         stream = GenerationStream(generation.run(), rows, generation.stats)
         self._running = weakref.ref(stream)
         return stream
+
+    def serve(self, max_rows: int = 8, max_waiting: int = 64) -> Server:
+        """Serve requests of many clients at a time: ``async with decoder.serve() as server``.
+
+        Args:
+            max_rows: decoded at a time.
+            max_waiting: requests that may wait for a place; handing in another waits.
+        """
+        from specdec.serving import Server
+
+        return Server(self, max_rows, max_waiting)
+
+    def _take_over(self, server: Server) -> None:
+        self._end_running()
+        self._running = weakref.ref(server)
+
+    def _end_running(self) -> None:
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
+
+    def _make_request(
+        self, prompt: Prompt, params: SamplingParams | None, fields: Mapping[str, Any]
+    ) -> tuple[Row, SamplingParams]:
+        """A served request's row; raises ValueError where it cannot be served, even alone."""
+        params = merge_params(params, fields)
+        if params.n != 1:
+            raise ValueError(f"a request is one completion, got n={params.n}: submit it as often")
+        row = self._make_rows([prompt], params, self._pick_verifier(params))[0]
+        self._plan_memory([row], params)
+        return row, params
+
+    def _fits(self, rows: Sequence[Row], params: SamplingParams) -> bool:
+        """Whether all these rows may run at a time."""
+        return self._plan_memory(rows, params).rows >= len(rows)
+
+    def _make_generation(
+        self,
+        rows: Sequence[Row],
+        params: SamplingParams,
+        verifier: Verifier,
+        most_rows: int | None = None,
+        kept: KeptPrefix | None = None,
+    ) -> Generation:
+        plan = self.memory_plan = self._plan_memory(rows, params)
+        return Generation(
+            self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
+            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
+            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self._prefixes,
+        )  # fmt: skip
+
+    @property
+    def prefixes(self) -> PrefixStore:
+        """What is kept across calls."""
+        if self._prefixes is None:
+            self._prefixes = PrefixStore(self.target, self._prefix_memory, self._model_shape().kv_bytes_per_token)
+        return self._prefixes
+
+    @contextmanager
+    def prefix(self, prompt: Prompt) -> Iterator[KeptText]:
+        """Keep the beginning that many prompts share, a system message for one, computed once.
+
+        Prompts of any call that begin with the same tokens, or some of them, build on it. It is kept for sure within
+        the ``with`` block, and afterwards until room is needed for others, the least recently used going first.
+
+        Args:
+            prompt: text, token ids or chat messages.
+
+        Raises:
+            ValueError: when it is larger than ``prefix_memory``, or than what prefixes in use leave of it.
+        """
+        tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
+        with self.prefixes.hold(tokens, self.drafter.features) as kept:
+            yield kept
+
+    def _model_shape(self) -> ModelShape:
+        if self._shape is None:
+            self._shape = ModelShape.of(self.target)
+        return self._shape
 
     def _pick_verifier(self, params: SamplingParams) -> Verifier:
         if isinstance(self._verifier, Verifier):
@@ -198,13 +287,14 @@ class SpecDecoder:
             features=len(self.drafter.features),
             sampled=not params.greedy,
         )
-        if self._shape is None:
-            self._shape = ModelShape.of(self.target)
+        shape = self._model_shape()
         drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
         if budget is None:
             free = free_bytes(self.target.device)
-            budget = None if free is None else free + self._shape.weights + drafter  # these are there already
-        return plan_memory(self._shape, drafter, work, budget)
+            budget = None if free is None else free + shape.weights + drafter  # these are there already
+        elif self._prefixes is not None:
+            budget -= self._prefixes.num_bytes
+        return plan_memory(shape, drafter, work, budget)
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again

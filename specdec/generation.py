@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
+from specdec.prefix import PrefixStore, common_prefix, prefill_shared
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
 from specdec.target import HFTarget, TargetOutput
@@ -46,7 +48,8 @@ class Generation:
         raise_drafter_errors: raise what a drafter raises instead.
         policy: says how large trees may be; as the drafter makes them where None.
         most_nodes: of a tree, whatever the policy says; 1 is plain decoding.
-        most_rows: decoded at a time; the others wait until all of these have ended.
+        most_rows: decoded at a time; the others take the places of those that end.
+        prefixes: computed by earlier calls, to build on.
     """
 
     def __init__(
@@ -60,34 +63,45 @@ class Generation:
         policy: TreePolicy | None = None,
         most_nodes: int = NO_LIMIT,
         most_rows: int = NO_LIMIT,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.verifier = verifier
         self.stats = DecodeStats()
         self._rows = list(rows)
+        self._added = len(self._rows)
         self._index = {row.row_id: index for index, row in enumerate(rows)}
         self._kept = kept
+        self._prefixes = prefixes
         self._raise_drafter_errors = raise_drafter_errors
         self._policy = policy or FixedTrees()
         self._missed = MissedPasses()
         # A GPU's passes are queued: without waiting, the target's time would be counted where its result is first read.
         self._finish_device = torch.cuda.synchronize if target.device.type == "cuda" else None
         self._most_nodes = most_nodes
-        step = min(most_rows, len(rows))
-        self._waiting = [list(rows[start : start + step]) for start in range(0, len(rows), step)]
+        self._most_rows = most_rows
+        self._waiting = list(rows)
         self._batch = self._next_batch()
         for counted in self._counted(rows):
-            counted.drafter, counted.verifier, counted.lossless = drafter.name, verifier.name, verifier.lossless
+            self._name(counted)
 
     def run(self) -> Generator[StreamPiece, None, None]:
         """The loop. All is settled at every ``yield``: closing between pieces loses nothing."""
+        with closing(self.passes()) as passes:
+            for pieces in passes:
+                yield from pieces
+
+    def passes(self) -> Generator[list[StreamPiece], None, None]:
+        """The loop, a pass at a time; rows may be added and cancelled between passes."""
         drafter = self.drafter
         try:
             cache = self._prefill()
             while True:
                 while self._batch.rows:
-                    yield from self._step(cache)
+                    self._join(cache)
+                    yield self._step(cache)
+                    self._retire(cache)  # rows that were cancelled meanwhile
                 if not self._waiting:
                     break
                 self._guarded(self.drafter.stop)
@@ -101,28 +115,74 @@ class Generation:
         finally:
             self._guarded(drafter.stop)
 
+    def add(self, row: Row) -> int:
+        """Have another row decoded; what chooses its tokens must be the others' parameters. Returns its index."""
+        self._rows = [*(row for row in self._rows if row.finish_reason is None), row]
+        self._added += 1
+        self._index = {row.row_id: self._index[row.row_id] for row in self._rows[:-1]} | {row.row_id: self._added - 1}
+        self._waiting.append(row)
+        self._name(row.stats)
+        return self._added - 1
+
+    def cancel(self, row: Row) -> None:
+        """End a row before its time; between passes only."""
+        if row.finish_reason is None:
+            row.finish_reason = "cancelled"
+        self._waiting = [each for each in self._waiting if each is not row]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row is running or waiting."""
+        return not self._waiting and all(row.finish_reason is not None for row in self._batch.rows)
+
     def _next_batch(self) -> Batch:
-        rows, target, verifier = self._waiting.pop(0), self.target, self.verifier
+        target, verifier = self.target, self.verifier
+        rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
         return Batch(rows, target.vocab_size, target.device, verifier.coupled, verifier.siblings)
 
     @torch.inference_mode()
+    def _join(self, cache: KVCache) -> None:
+        """Waiting rows take the places of those that ended, while the others go on.
+
+        Not where the drafter follows hidden states: it would have to be shown those of all running rows again.
+        """
+        count = min(self._most_rows - len(self._batch), len(self._waiting))
+        if count < 1 or self.drafter.features:
+            return
+        self._guarded(lambda: self._missed.hand_over(self._observe))
+        rows, self._waiting = self._waiting[:count], self._waiting[count:]
+        clock, first = PhaseClock(self._finish_device), cache.batch_size
+        with clock.phase("prefill"):
+            prompts = list(dict.fromkeys(tuple(row.tokens[:-1]) for row in rows))
+            fresh, _ = prefill_shared(self.target, prompts, max(map(len, prompts)), (), self._prefixes)
+            cache.reserve(max(row.max_len for row in rows) + SPARE_SLOTS)
+            cache.add_rows(count)
+            for index, row in enumerate(rows):
+                source = prompts.index(tuple(row.tokens[:-1]))
+                cache.copy_row(first + index, fresh, source, len(prompts[source]))
+        self._batch.add(rows)
+        with clock.phase("draft"):
+            self._guarded(lambda: self.drafter.join(self._batch, count))
+        self._share(clock.stop(), rows)
+
+    @torch.inference_mode()
     def _prefill(self) -> KVCache:
-        """Cache every prompt but its last token, which is the first pending one; equal prompts are computed once."""
-        batch, clock, reused = self._batch, PhaseClock(self._finish_device), 0
+        """Cache every prompt but its last token, the first pending one; what prompts share is computed once."""
+        batch, clock = self._batch, PhaseClock(self._finish_device)
         with clock.phase("prefill"):
             capacity = max(row.max_len for row in batch.rows) + SPARE_SLOTS
-            prompts = list(dict.fromkeys(tuple(row.tokens) for row in batch.rows))
+            prompts = list(dict.fromkeys(tuple(row.tokens[:-1]) for row in batch.rows))
             if self._kept is None or self._kept.cache is None or self.drafter.features:
-                cache = self.target.new_cache(len(prompts), capacity)
+                cache, output = prefill_shared(self.target, prompts, capacity, self.drafter.features, self._prefixes)
             else:
-                cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0][:-1])
+                cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
                 cache.reserve(capacity)
-            missing = [prompt[reused:-1] for prompt in prompts]
-            output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
+                missing = [prompt[reused:] for prompt in prompts]
+                output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
             if len(prompts) < len(batch):
-                source = [prompts.index(tuple(row.tokens)) for row in batch.rows]
+                source = [prompts.index(tuple(row.tokens[:-1])) for row in batch.rows]
                 cache.keep_rows(source)
                 if output is not None:
                     output = replace(output, features={k: v[source] for k, v in output.features.items()})
@@ -248,17 +308,13 @@ class Generation:
             self.drafter = NoneDrafter()
             return None
 
+    def _name(self, counted: DecodeStats) -> None:
+        counted.drafter, counted.verifier = self.drafter.name, self.verifier.name
+        counted.lossless = self.verifier.lossless
+
     def _counted(self, rows: Sequence[Row]) -> list[DecodeStats]:
         return [self.stats, *(row.stats for row in rows)]
 
     def _share(self, milliseconds: dict[str, float], rows: Sequence[Row]) -> None:
         for counted in self._counted(rows):
             counted.add_times(milliseconds)
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))

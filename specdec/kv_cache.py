@@ -157,6 +157,37 @@ class KVCache:
             buffers.keys, buffers.values = buffers.keys[index], buffers.values[index]
         self._set_lengths([self._host_lengths[row] for row in rows])
 
+    def add_rows(self, count: int) -> None:
+        """Append empty rows."""
+        for buffers in self.layers.values():
+            for name in ("keys", "values"):
+                old: Tensor = getattr(buffers, name)
+                setattr(buffers, name, torch.cat([old, old.new_zeros(count, *old.shape[1:])]))
+        self._set_lengths(self._host_lengths + [0] * count)
+
+    def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
+        """Make a row hold the first ``length`` tokens of another cache's row, in place of what it holds.
+
+        Raises:
+            ValueError: when the other row holds fewer, or they do not fit the capacity.
+        """
+        if not 0 <= length <= source.row_lengths[source_row]:
+            raise ValueError(f"row {source_row} holds {source.row_lengths[source_row]} tokens, {length} are asked for")
+        if length > self.capacity:
+            raise ValueError(f"{length} slots are needed, the cache has {self.capacity}: reserve more")
+        for layer, theirs in source.layers.items():
+            if layer not in self.layers:
+                shape = (self.batch_size, -1, -1, -1)
+                self.layers[layer] = LayerBuffers(
+                    self._allocate(theirs.keys[:1].expand(shape)), self._allocate(theirs.values[:1].expand(shape))
+                )
+            mine = self.layers[layer]
+            mine.keys[row, :, :length] = theirs.keys[source_row, :, :length]
+            mine.values[row, :, :length] = theirs.values[source_row, :, :length]
+        lengths = self.row_lengths
+        lengths[row] = length
+        self._set_lengths(lengths)
+
     def reserve(self, capacity: int) -> None:
         """Grow to at least ``capacity`` slots per row, keeping what is committed."""
         if capacity <= self.capacity:

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from specdec.drafters.weights import TargetFacts
 from specdec.files import write_atomically
@@ -136,7 +137,7 @@ class LatencyKey:
         """The key of a target as it runs now."""
         on_cpu = target.device.type == "cpu"
         facts = TargetFacts.of(target)
-        kinds = Counter(f"{type(module).__module__}.{type(module).__name__}" for module in target.model.modules())
+        kinds = Counter(_kind(module) for module in target.model.modules())
         backend = hashlib.sha256(repr(sorted(kinds.items())).encode()).hexdigest()[:12]
         return cls(
             device=_cpu_name() if on_cpu else torch.cuda.get_device_name(target.device),
@@ -152,6 +153,13 @@ class LatencyKey:
         """The file of the curve."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
         return (folder or DEFAULT_FOLDER).expanduser() / f"{digest}.json"
+
+
+def _kind(module: nn.Module) -> str:
+    """A module's class and what it holds: quantizers may leave the class and change the weight's."""
+    held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    tensors = sorted(f"{name}:{type(tensor).__name__}:{tensor.dtype}" for name, tensor in held)
+    return f"{type(module).__module__}.{type(module).__name__}({', '.join(tensors)})"
 
 
 def _cpu_name() -> str:

@@ -108,7 +108,8 @@ class LeanLayer:
         if specdec_pass is None or position_embeddings is None:
             kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
             return self._own(hidden_states, *args, **kwargs)
-        if self._kernels is not None and hidden_states.shape[1] <= MOST_NODES:
+        compiled = hidden_states.dtype == torch.bfloat16 and hidden_states.shape[1] <= MOST_NODES
+        if self._kernels is not None and compiled:
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
         heads = self._qkv(_rms_norm(self._input_norm, hidden_states)).view(batch_size, num_nodes, -1, self._head_dim)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdec.drafters.base import Drafter
 from specdec.planner import RUNGS
@@ -278,12 +279,21 @@ def size_text(count: int | None) -> str:
 
 def storages(tensors: Iterable[Tensor]) -> dict[Any, int]:
     """Bytes by storage, shared ones once."""
-    return {storage_key(tensor): _num_bytes(tensor) for tensor in tensors if tensor.device.type != "meta"}
+    held = (part for tensor in tensors for part in _parts(tensor))
+    return {storage_key(tensor): _num_bytes(tensor) for tensor in held if tensor.device.type != "meta"}
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all storages."""
     return sum(storages(tensors).values())
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's numbers: torchao's weights wrap several."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def storage_key(tensor: Tensor) -> Any:

@@ -16,6 +16,7 @@ import torch
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
+from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names, and the hub id each stands for where its weights are not installed."""
@@ -68,6 +69,7 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     packed: bool = False,
+    quantize: str | None = None,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
@@ -80,16 +82,23 @@ def load_model(
         allow_pickle: accept weights in pickle files, which can run code as they load.
         trust_remote_code: run modelling code that the checkpoint brings along.
         packed: lay linear layers out for decoding where that helps (see ``specdec.packing``); such a model generates
-            as before, but cannot be trained or saved.
+            as before, but cannot be trained or saved. What is quantized already is left as it is.
+        quantize: precision of the linear layers' weights, see ``specdec.quantization``: "int8", "w8a8", "int4" or
+            "nf4"; the rest is then bfloat16 where dtype is "auto" and the CPU computes in it.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
 
     Raises:
         ModelNotFoundError: when no model goes by the name.
-        ValueError: when its files are missing, damaged or not allowed, or dtype or device is unknown.
+        ValueError: when its files are missing, damaged or not allowed, dtype, device or quantization is unknown, or a
+            library is missing that quantized weights need.
     """
     where = _device(device)
     what = _dtype(dtype, where)
+    if quantize is not None:
+        check_scheme(quantize)
+        if dtype == "auto" and where.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            what = torch.bfloat16
     if name in ALIASES:
         folder = _alias_folder(name, cache_dir, allow_pickle, trust_remote_code, progress)
     elif Path(name).expanduser().exists():
@@ -100,7 +109,12 @@ def load_model(
     with quiet():
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
-    if packed and can_pack(model):
+    if quantize is not None:
+        quantize_linears(model, quantize)
+        make_lean(model)
+    elif is_quantized(model):
+        isolate_rows(model)
+    elif packed and can_pack(model):
         pack_linears(model)
         make_lean(model)
     return LoadedModel(model, tokenizer, name)
@@ -218,6 +232,8 @@ def _load_folder(
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+    except ImportError as error:  # transformers names the package a quantized checkpoint needs
+        raise ValueError(f"{folder} cannot be loaded: {error}. pip install 'specdec[quantized]'") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return model, tokenizer, sorted(info["missing_keys"])

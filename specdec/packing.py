@@ -7,7 +7,8 @@ of microseconds whatever its size. Packing happens on the loaded transformers mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
+
+WeightFactory = Callable[[Tensor, Tensor | None], Any]
+"""Makes of a weight ``[out, in]`` and a bias ``[out]`` a module like ``PackedWeight``."""
 
 PACKED_ROWS = 16
 """Rows the layout is chosen for; a tree has about as many nodes."""
@@ -37,10 +41,14 @@ def can_pack(model: nn.Module) -> bool:
     return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
     """Replace the linear layers of a model by packed ones, in place; their dense weights are released.
 
     Outputs stay what they were but for rounding. Weights that are tied to another module's stay there as well.
+
+    Args:
+        model: changed in place.
+        pack: what weights become; oneDNN's layout where None.
 
     Returns:
         How many linear layers were packed.
@@ -51,14 +59,14 @@ def pack_linears(model: nn.Module) -> int:
         for names in SIBLINGS:
             linears = [linear for name in names for linear in _plain(children.get(name))]
             if len(linears) == len(names) and _fit(linears):
-                product = FusedLinear(linears)
+                product = FusedLinear(linears, pack)
                 for index, name in enumerate(names):
                     setattr(module, name, FusedPart(product, index))
                 count += len(names)
         for name, child in children.items():
             for linear in _plain(child):
                 if getattr(module, name) is linear:  # not fused
-                    setattr(module, name, PackedLinear(linear))
+                    setattr(module, name, PackedLinear(linear, pack))
                     count += 1
     return count
 
@@ -131,19 +139,24 @@ class PackedWeight(nn.Module):
                 least = rows + 1
         return least if least <= MOST_PADDED else 1
 
+    def dense(self) -> Tensor:
+        """``[out, in]``, a copy."""
+        dense: Tensor = self.weight.to_dense()
+        return dense
+
 
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight; ``weight`` gives it back dense."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, pack: WeightFactory | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = PackedWeight(linear.weight, linear.bias)
+        self.packed = (pack or PackedWeight)(linear.weight, linear.bias)
 
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, a copy."""
-        dense: Tensor = self.packed.weight.to_dense()
+        dense: Tensor = self.packed.dense()
         return dense
 
     @property
@@ -159,11 +172,11 @@ class PackedLinear(nn.Module):
 class FusedLinear(nn.Module):
     """Several linear layers as one; the last input's outputs are kept until each was asked for."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], pack: WeightFactory | None = None) -> None:
         super().__init__()
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        weight = torch.cat([linear.weight for linear in linears])
-        self.packed = PackedWeight(weight, torch.cat(biases) if biases else None)
+        bias = torch.cat(biases) if biases else None
+        self.packed = (pack or PackedWeight)(torch.cat([linear.weight for linear in linears]), bias)
         self._widths = [linear.out_features for linear in linears]
         self._inputs: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[int, Tensor] = {}

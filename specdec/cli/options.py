@@ -32,6 +32,7 @@ class ModelOptions:
     threads: int | None
     adaptive: bool
     memory_budget: str | None
+    quantize: str | None
 
 
 _MODEL = (
@@ -48,6 +49,7 @@ _MODEL = (
     click.option(
         "--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."
     ),
+    click.option("--quantize", metavar="NAME", help="Linear layers' weights: int8, w8a8, int4 or nf4."),
 )
 
 # No defaults here: what is not given is left to SamplingParams, so the two cannot disagree.
@@ -144,6 +146,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
             allow_pickle=options.allow_pickle,
             trust_remote_code=options.trust_remote_code,
             packed=True,
+            quantize=options.quantize,
             progress=say,
         )
         target = HFTarget(loaded.model)

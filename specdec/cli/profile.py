@@ -23,13 +23,15 @@ _PLOT_HEIGHT = 320
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
+@click.option("--quantize", metavar="NAME", help="Linear layers' weights: int8, w8a8, int4 or nf4.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
 @click.option("--refresh", is_flag=True, help="Measure again where a profile is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the curves to an SVG file.")
 def profile(
-    model: str, dtype: str, device: str, threads: int | None, refresh: bool, as_json: bool, plot: Path | None
-) -> None:
+    model: str, dtype: str, device: str, quantize: str | None, threads: int | None, refresh: bool, as_json: bool,
+    plot: Path | None,
+) -> None:  # fmt: skip
     """Measure the time of a pass over n nodes, at several lengths and batch sizes.
 
     The result is kept for this machine, number of threads, model, precision and kind of layers; `specdec generate` and
@@ -44,7 +46,8 @@ def profile(
     if threads is not None:
         torch.set_num_threads(threads)
     with slow_status(f"loading {model}") as say:
-        target = HFTarget(load_model(model, dtype=dtype, device=device, packed=True, progress=say).model)
+        loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=quantize, progress=say)
+        target = HFTarget(loaded.model)
         key = LatencyKey.of(target)
         curve = None if refresh else load_curve(key)
         if curve is None:

@@ -9,6 +9,7 @@ from specdec.cli import LazyGroup
 BENCHMARKS = {
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
     "peers": "specdec.cli.bench.peers:peers",
+    "quant": "specdec.cli.bench.quant:quant",
 }
 """Subcommand -> "module:function"."""
 

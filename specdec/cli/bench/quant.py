@@ -1,0 +1,87 @@
+"""``specdec bench quant``: what quantizing a target costs and gives, in one table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from specdec.target import HFTarget
+
+
+@click.command("quant")
+@click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
+@click.option(
+    "-q", "--quantize", "names", multiple=True, help="Precision to measure; repeatable. All that can run by default."
+)
+@click.option("--dtype", default="bf16", show_default=True, help="What they are compared with, and run beside.")
+@click.option("-d", "--drafter", "drafters", multiple=True, default=("ngram",), help="Drafter to measure; repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), default=16, show_default=True, help="So many questions.")
+@click.option(
+    "-t", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Per question."
+)
+@click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
+def quant(
+    model: str,
+    names: tuple[str, ...],
+    dtype: str,
+    drafters: tuple[str, ...],
+    limit: int,
+    max_new_tokens: int,
+    device: str,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Compare MODEL quantized with MODEL as it is: perplexity, agreement, memory, speed plain and with each drafter.
+
+    The text is that of the questions that ship. Where a drafter's text differs from plain decoding's of the same
+    precision by more than rounding explains, the exit status is 1.
+    """
+    import torch
+
+    from specdec.benchmarks.agreement import AgreementError
+    from specdec.benchmarks.quant import document, run_quant, table
+    from specdec.benchmarks.questions import SHIPPED, load_questions
+    from specdec.benchmarks.record import write_json
+    from specdec.cli.console import note, slow_status
+    from specdec.models import load_model
+    from specdec.quantization import check_scheme, usable_on_cpu
+    from specdec.target import HFTarget
+
+    for name in names:
+        check_scheme(name)
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    questions = load_questions(SHIPPED).limit(limit)
+    chosen = names or tuple(usable_on_cpu())
+    found: dict[str, Any] = {}
+
+    def load(precision: str) -> tuple[HFTarget, Any]:
+        loaded = load_model(
+            model, dtype=dtype, device=device, packed=True, quantize=None if precision == dtype else precision
+        )
+        if loaded.tokenizer is None:
+            raise ValueError(f"{model!r} has no tokenizer: questions are text")
+        found["device"] = torch.device(loaded.model.device)
+        return HFTarget(loaded.model), loaded.tokenizer
+
+    with slow_status(f"loading {model}") as say:
+        try:
+            lines = run_quant(load, [dtype, *chosen], drafters, questions.questions, max_new_tokens, say)
+        except AgreementError as error:
+            raise click.ClickException(f"refused: {error}") from error
+    click.echo(table(lines))
+    if json_path is not None:
+        settings = {
+            "model": model, "dtype": dtype, "precisions": list(chosen), "drafters": list(drafters),
+            "max_new_tokens": max_new_tokens, "questions": questions.to_json(),
+        }  # fmt: skip
+        write_json(json_path, document(lines, settings, ["specdec", *sys.argv[1:]], found["device"]))
+        note(f"wrote {json_path}")

@@ -1,0 +1,317 @@
+"""Prefixes that prompts share: found for a whole batch up front, computed once, and kept across calls where asked to.
+
+A trie over token ids says which prompts begin alike (BatchLLM, Zheng et al. 2024, section 4.1: global prefix
+identification). Its inner nodes nest - system prompt, examples, question - and are prefilled a level at a time, each on
+top of a copy of its parent's keys and values; the prompts go on from there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.kv_cache import KVCache
+from specdec.memory_plan import size_text
+from specdec.target import Feature, HFTarget, TargetOutput
+
+LEAST_SAVED = 16
+"""Tokens that sharing must save to be worth a pass of its own."""
+
+
+@dataclass(frozen=True)
+class TrieNode:
+    """A prefix that several prompts share.
+
+    Attributes:
+        tokens: all of it, from the prompt's beginning.
+        parent: index of the longest shared prefix that it begins with; None at the top.
+        level: how many there are above it.
+    """
+
+    tokens: tuple[int, ...]
+    parent: int | None
+    level: int
+
+
+def shared_prefixes(
+    prompts: Sequence[tuple[int, ...]], least_saved: int = LEAST_SAVED
+) -> tuple[list[TrieNode], list[int | None]]:
+    """The prefixes worth computing once.
+
+    Args:
+        prompts: token ids, all different.
+        least_saved: tokens that computing a prefix once, not once per prompt, must save.
+
+    Returns:
+        Nodes, parents before children, and per prompt the deepest node it begins with.
+    """
+    ordered = sorted(range(len(prompts)), key=lambda index: prompts[index])
+    nodes: list[TrieNode] = []
+    below: list[int | None] = [None] * len(prompts)
+    groups: list[tuple[list[int], int | None]] = [(ordered, None)]
+    while groups:
+        group, parent = groups.pop()
+        if len(group) < 2:
+            continue
+        # Sorted, so what the first and the last share, all share.
+        length = common_prefix(prompts[group[0]], prompts[group[-1]])
+        known = len(nodes[parent].tokens) if parent is not None else 0
+        if (length - known) * (len(group) - 1) >= max(1, least_saved):
+            level = 0 if parent is None else nodes[parent].level + 1
+            nodes.append(TrieNode(prompts[group[0]][:length], parent, level))
+            parent = len(nodes) - 1
+            for index in group:
+                below[index] = parent
+        by_token: dict[int, list[int]] = {}
+        for index in group:
+            if len(prompts[index]) > length:
+                by_token.setdefault(prompts[index][length], []).append(index)
+        groups += [(members, parent) for members in by_token.values()]
+    return nodes, below
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The first ``length`` tokens of a row of a cache, computed.
+
+    Attributes:
+        cache: holds their keys and values.
+        row: of the cache.
+        length: tokens.
+        features: ``[length, d]`` hidden states of them, by name.
+    """
+
+    cache: KVCache
+    row: int
+    length: int
+    features: Mapping[Feature, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class KeptText:
+    """A prefix in the store."""
+
+    tokens: tuple[int, ...]
+    stretch: Stretch
+    pinned: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its keys and values, and of hidden states drafters read."""
+        return self.stretch.cache.num_bytes + sum(states.nbytes for states in self.stretch.features.values())
+
+
+class PrefixStore:
+    """Prefixes kept across calls; the least recently used go first where memory runs out.
+
+    Args:
+        target: whose keys and values they are.
+        budget: bytes for all of them.
+        bytes_per_token: what a token takes, to refuse a prefix before it is computed.
+    """
+
+    def __init__(self, target: HFTarget, budget: int, bytes_per_token: int) -> None:
+        self.target = target
+        self.budget = budget
+        self._bytes_per_token = bytes_per_token
+        self._kept: OrderedDict[tuple[int, ...], KeptText] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, tokens: Sequence[int]) -> bool:
+        return tuple(tokens) in self._kept
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(kept.num_bytes for kept in self._kept.values())
+
+    @contextmanager
+    def hold(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Iterator[KeptText]:
+        """Have a prefix computed and keep it for sure within the block, and afterwards while there is room.
+
+        Args:
+            tokens: the prefix.
+            features: hidden states a drafter will want of it.
+
+        Raises:
+            ValueError: when it is larger than all that may be kept, or what is in use leaves no room for it.
+        """
+        kept = self._take(tuple(tokens), features)
+        kept.pinned += 1
+        try:
+            yield kept
+        finally:
+            kept.pinned -= 1
+
+    def evict(self, tokens: Sequence[int]) -> None:
+        """Forget a prefix. Raises ValueError where it is not kept, or in use."""
+        key = tuple(tokens)
+        if key not in self._kept:
+            raise ValueError(f"no prefix of these {len(key)} tokens is kept")
+        if self._kept[key].pinned:
+            raise ValueError(f"the prefix of {len(key)} tokens is in use: leave its with-block first")
+        del self._kept[key]
+
+    def clear(self) -> None:
+        """Forget all that is not in use."""
+        for key in [key for key, kept in self._kept.items() if not kept.pinned]:
+            del self._kept[key]
+
+    def find(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Stretch | None:
+        """The longest beginning of a text that is kept, with the hidden states asked for; None where there is none."""
+        best, length = None, 0
+        for key, kept in self._kept.items():
+            shared = common_prefix(key, tokens)
+            if shared > length and set(features) <= set(kept.stretch.features):
+                best, length = key, shared
+        if best is None:
+            return None
+        self._kept.move_to_end(best)
+        stretch = self._kept[best].stretch
+        return Stretch(stretch.cache, stretch.row, length, stretch.features)
+
+    def _take(self, tokens: tuple[int, ...], features: Sequence[Feature]) -> KeptText:
+        known = self._kept.get(tokens)
+        if known is not None and set(features) <= set(known.stretch.features):
+            self._kept.move_to_end(tokens)
+            return known
+        needed = len(tokens) * self._bytes_per_token
+        if needed > self.budget:
+            raise ValueError(
+                f"a prefix of {len(tokens)} tokens takes {size_text(needed)}, prefixes may take "
+                f"{size_text(self.budget)}: raise prefix_memory or shorten it"
+            )
+        self._make_room(needed, tokens)
+        cache, output = extend_from(self.target, [tokens], [self.find(tokens, features)], len(tokens), features)
+        states = {} if output is None else {name: value[0].clone() for name, value in output.features.items()}
+        kept = KeptText(tokens, Stretch(cache, 0, len(tokens), states), 0 if known is None else known.pinned)
+        self._kept[tokens] = kept
+        self._kept.move_to_end(tokens)
+        try:
+            self._make_room(0, tokens)  # hidden states were not foreseen
+        except ValueError:
+            if not kept.pinned:
+                del self._kept[tokens]
+            raise
+        return kept
+
+    def _make_room(self, needed: int, tokens: tuple[int, ...]) -> None:
+        """Evict until ``needed`` more bytes fit; ``tokens`` stays."""
+        for key in [key for key, kept in self._kept.items() if not kept.pinned and key != tokens]:
+            if self.num_bytes + needed <= self.budget:
+                return
+            del self._kept[key]
+        if self.num_bytes + needed > self.budget:
+            raise ValueError(
+                f"the prefixes in use and this one of {len(tokens)} tokens take {size_text(self.num_bytes + needed)}, "
+                f"{size_text(self.budget)} is the limit: leave a with-block, or raise prefix_memory"
+            )
+
+
+def prefill_shared(
+    target: HFTarget,
+    prompts: Sequence[tuple[int, ...]],
+    capacity: int,
+    features: Sequence[Feature] = (),
+    store: PrefixStore | None = None,
+) -> tuple[KVCache, TargetOutput | None]:
+    """Cache prompts, computing what they share once.
+
+    Args:
+        target: the model.
+        prompts: token ids, all different; they may be empty.
+        capacity: slots per row of the cache.
+        features: hidden states to return.
+        store: prefixes computed earlier.
+
+    Returns:
+        A cache with a row per prompt, and the features ``[B, longest, d]`` of all their tokens, padded at the end; None
+        where no prompt has a token.
+    """
+    nodes, below = shared_prefixes(prompts)
+    stretches: list[Stretch | None] = [None] * len(nodes)
+
+    def origin(tokens: tuple[int, ...], parent: int | None) -> Stretch | None:
+        found = [None if parent is None else stretches[parent], store.find(tokens, features) if store else None]
+        return max((each for each in found if each is not None), key=lambda each: each.length, default=None)
+
+    for level in range(1 + max((node.level for node in nodes), default=-1)):
+        indices = [index for index, node in enumerate(nodes) if node.level == level]
+        texts = [nodes[index].tokens for index in indices]
+        origins = [origin(nodes[index].tokens, nodes[index].parent) for index in indices]
+        cache, output = extend_from(target, texts, origins, max(map(len, texts)), features)
+        for row, index in enumerate(indices):
+            length = len(nodes[index].tokens)
+            states = {} if output is None else {name: value[row, :length] for name, value in output.features.items()}
+            stretches[index] = Stretch(cache, row, length, states)
+    origins = [origin(prompt, parent) for prompt, parent in zip(prompts, below, strict=True)]
+    return extend_from(target, prompts, origins, capacity, features)
+
+
+@torch.inference_mode()
+def extend_from(
+    target: HFTarget,
+    texts: Sequence[Sequence[int]],
+    origins: Sequence[Stretch | None],
+    capacity: int,
+    features: Sequence[Feature] = (),
+) -> tuple[KVCache, TargetOutput | None]:
+    """Cache texts of which the beginnings are there.
+
+    Args:
+        target: the model.
+        texts: token ids.
+        origins: what each begins with.
+        capacity: slots per row.
+        features: hidden states to return, ``[B, longest, d]`` of the whole texts.
+
+    Returns:
+        A new cache with a row per text, and logits and features; None where no text has a token.
+    """
+    cache = target.new_cache(len(texts), max(capacity, 1))
+    for row, source in enumerate(origins):
+        if source is not None:
+            cache.copy_row(row, source.cache, source.row, min(source.length, len(texts[row])))
+    known = cache.row_lengths
+    missing = [list(text[length:]) for text, length in zip(texts, known, strict=True)]
+    if not any(texts):
+        return cache, None
+    output = TargetOutput(torch.empty(0)) if not any(missing) else target.extend(missing, cache, features)
+    if not any(known):
+        return cache, output
+    states = {name: _put_together(name, texts, known, origins, output) for name in features}
+    return cache, TargetOutput(output.logits, states)
+
+
+def _put_together(
+    name: Feature,
+    texts: Sequence[Sequence[int]],
+    known: Sequence[int],
+    origins: Sequence[Stretch | None],
+    output: TargetOutput,
+) -> Tensor:
+    """``[B, longest, d]``: each row's hidden states that were known, then those that were computed."""
+    like = next((source.features[name] for source in origins if source is not None), None)
+    assert like is not None
+    whole = like.new_zeros(len(texts), max(map(len, texts)), like.shape[-1])
+    for row, (text, length, source) in enumerate(zip(texts, known, origins, strict=True)):
+        if source is not None:
+            whole[row, :length] = source.features[name][:length]
+        if length < len(text):
+            whole[row, length : len(text)] = output.features[name][row, : len(text) - length]
+    return whole
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

@@ -1,0 +1,289 @@
+"""Targets whose linear layers compute with 8- or 4-bit weights, made at load from a model's own weights.
+
+On a CPU they run by PyTorch's own kernels, packed as ``specdec.packing`` packs 16-bit ones; elsewhere torchao does it,
+and NF4 is bitsandbytes' everywhere. Every layer on the CPU computes a row without regard to its neighbours, so a pass
+over a tree says what a pass over one node says: speculation gives the quantized model's own text.
+
+``int8``   weights with a scale per output channel; activations stay as they are.
+``w8a8``   int8 x int8: activations get a scale per row as they come (LLM.int8, Dettmers et al. 2022, section 2.1, there
+           called vector-wise). Sums of integers are exact.
+``int4``   weights with a scale and a zero point per 32 input channels.
+``nf4``    the 16 quantiles of a normal distribution, blocks of 64, their scales quantized too (QLoRA, Dettmers et al.
+           2023, section 3).
+
+Weight-only kernels read less, which pays for few rows, and then cost more per row than 16-bit ones; ``w8a8`` is flat.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.packing import WeightFactory, pack_linears
+from specdec.registry import unknown
+
+GROUP = 32
+"""Input channels that share a scale in ``int4``."""
+
+_OUTPUTS = 16
+"""What PyTorch's int4 kernel wants the output channels to be a multiple of."""
+_BLOCK = 64
+"""Input channels of a block in ``nf4``; bitsandbytes' CPU kernels want whole ones."""
+_SMALLEST = 1e-12
+"""Least scale: a channel of zeros must not divide by it."""
+_ZERO_POINT = 128
+"""Of activations in ``w8a8``: oneDNN is fast with unsigned ones."""
+
+
+class _IntegerWeight(nn.Module):
+    """A quantized weight as ``specdec.packing`` runs it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scales: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._in_features = weight.shape[1]
+        for name, value in self.quantized(weight.detach()).items():
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        self._dtype = weight.dtype
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """The buffers that stand for ``weight`` ``[out, in]``; ``weight`` and ``scales`` among them."""
+        raise NotImplementedError
+
+    def product(self, inputs: Tensor) -> Tensor:
+        """``[rows, in]`` to ``[rows, out]``."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out = self.product(inputs.reshape(-1, self._in_features).contiguous())
+        out = out.view(*inputs.shape[:-1], out.shape[-1])
+        return out if self.bias is None else out + self.bias
+
+    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """``residual`` plus the layer's output."""
+        out: Tensor = residual + self(inputs)
+        return out
+
+    def dense(self) -> Tensor:
+        """``[out, in]``, the numbers the layer computes with."""
+        units = torch.eye(self._in_features, dtype=self._dtype, device=self.weight.device)
+        return self.product(units).t().contiguous()
+
+
+class Int8Weight(_IntegerWeight):
+    """int8 weights, a scale per output channel."""
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        whole, scales = _round_rows(weight)
+        return {"weight": whole, "scales": scales.to(weight.dtype)}
+
+    def product(self, inputs: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(inputs, self.weight, self.scales)  # type: ignore[no-any-return]
+
+
+class W8A8Weight(_IntegerWeight):
+    """int8 weights times activations in 8 bit, each row of them with its own scale."""
+
+    zero_points: Tensor
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        whole, scales = _round_rows(weight)
+        packed = torch.ops.onednn.qlinear_prepack(whole, None)
+        return {"weight": packed, "scales": scales, "zero_points": torch.zeros_like(scales, dtype=torch.int32)}
+
+    def product(self, inputs: Tensor) -> Tensor:
+        exact = inputs.float()
+        scale = exact.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1 / 127)  # NaN stays, and fails the row
+        rows = exact.div_(scale) if exact is not inputs else exact / scale
+        shifted = rows.round_().add_(_ZERO_POINT).nan_to_num_(0.0).to(torch.uint8)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            shifted, 1.0, _ZERO_POINT, self.weight, self.scales, self.zero_points, None, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
+        return out.mul_(scale).to(inputs.dtype)
+
+
+class Int4Weight(_IntegerWeight):
+    """4-bit weights, a scale and a zero point per group of input channels."""
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        groups = weight.float().view(weight.shape[0], -1, GROUP)  # [out, groups, GROUP]
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = ((high - low) / 15).clamp(min=_SMALLEST)
+        levels = ((groups - low.unsqueeze(-1)) / scales.unsqueeze(-1)).round().clamp(0, 15).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.view_as(weight), 1)
+        both = torch.stack([scales, low + 8 * scales], -1).transpose(0, 1).contiguous()  # [groups, out, 2]
+        return {"weight": packed, "scales": both.to(weight.dtype)}
+
+    def product(self, inputs: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, self.weight, GROUP, self.scales)
+        return out
+
+
+def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """int8 where the shape leaves no whole groups."""
+    fits = weight.shape[1] % GROUP == 0 and weight.shape[0] % _OUTPUTS == 0
+    return Int4Weight(weight, bias) if fits else Int8Weight(weight, bias)
+
+
+def _round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[out, in]`` and float32 scales ``[out]``, symmetric."""
+    exact = weight.float()
+    scales = exact.abs().amax(-1).clamp(min=_SMALLEST) / 127
+    return (exact / scales.unsqueeze(-1)).round().to(torch.int8), scales
+
+
+def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
+    def apply(model: nn.Module) -> None:
+        library = _library("torchao", "torchao.quantization")
+        if not hasattr(library, config):
+            raise ValueError(f"torchao is too old, it has no {config}: pip install -U 'specdec[torchao]'")
+        try:
+            library.quantize_(model, getattr(library, config)(**options))
+        except ImportError as error:
+            raise ValueError(f"torchao cannot run {config} here: {error}") from error
+
+    return apply
+
+
+def _with_bitsandbytes(model: nn.Module) -> None:
+    """NF4 with double quantization; the output head stays, as QLoRA leaves it, and so do rows of no whole blocks."""
+    library = _library("bitsandbytes", "bitsandbytes.nn")
+    output: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in list(model.modules()):
+        for name, linear in list(module.named_children()):
+            if type(linear) is nn.Linear and linear is not output and linear.in_features % _BLOCK == 0:
+                layer = library.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype,
+                    quant_type="nf4", compress_statistics=True, device="meta",
+                )  # fmt: skip
+                layer.weight = library.Params4bit(
+                    linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                layer.bias = linear.bias
+                setattr(module, name, layer.to(linear.weight.device).eval())
+
+
+def isolate_rows(model: nn.Module) -> int:
+    """Make bitsandbytes' LLM.int8 layers, in place, compute a row without regard to its neighbours.
+
+    LLM.int8 keeps the input channels in 16 bit that hold a large activation, in whichever row of the pass. So a draft
+    beside a token would change what the model says of it. Here a row's own large activations are taken out, as the
+    library does where the row is alone, and multiplied with the dequantized weight.
+
+    Returns:
+        How many layers were changed.
+    """
+    count = 0
+    for module in model.modules():
+        state: Any = getattr(module, "state", None)
+        if type(module).__name__ == "Linear8bitLt" and state.threshold > 0:
+            module.forward = _OwnOutliers(module, state.threshold)
+            state.threshold = 0.0
+            count += 1
+    return count
+
+
+class _OwnOutliers:
+    """``forward`` of an LLM.int8 layer, a row's outliers being its own."""
+
+    def __init__(self, layer: Any, threshold: float) -> None:
+        self._layer, self._forward, self._threshold = layer, layer.forward, threshold
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        large = inputs.abs() >= self._threshold
+        out: Tensor = self._forward(inputs.masked_fill(large, 0))
+        if bool(large.any()):
+            state = self._layer.state
+            dense = (state.CB * (state.SCB.unsqueeze(1) / 127)).to(inputs.dtype)  # [out, in]
+            out = out + nn.functional.linear(inputs.where(large, 0), dense)
+        return out
+
+
+def _library(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} is needed and cannot be imported ({error}): pip install 'specdec[{name}]'") from error
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a precision is made.
+
+    Attributes:
+        cpu: what a weight becomes on the CPU; None where ``other`` does it there too.
+        other: does it on other devices, in place.
+    """
+
+    cpu: WeightFactory | None
+    other: Callable[[nn.Module], None]
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(Int8Weight, _with_torchao("Int8WeightOnlyConfig")),
+    "w8a8": Scheme(W8A8Weight, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
+    "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
+    "nf4": Scheme(None, _with_bitsandbytes),
+}
+"""Names ``quantize=`` takes."""
+
+
+def check_scheme(name: str) -> Scheme:
+    """The scheme of a name; raises ValueError with the nearest names where there is none."""
+    if name not in SCHEMES:
+        raise ValueError(unknown("quantization", name, SCHEMES))
+    return SCHEMES[name]
+
+
+def usable_on_cpu() -> list[str]:
+    """Names of the schemes that this CPU and what is installed allow."""
+    missing = set()
+    if not torch.cpu._is_vnni_supported():
+        missing.add("w8a8")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing.add("nf4")
+    return [name for name in SCHEMES if name not in missing]
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a quantizer of transformers' or of ours made the model what it is."""
+    found = getattr(model, "hf_quantizer", None) is not None
+    return found or any(isinstance(module, _IntegerWeight) for module in model.modules())
+
+
+def quantize_linears(model: nn.Module, name: str) -> None:
+    """Quantize a model's linear layers in place, the output head included; embeddings and norms stay.
+
+    Args:
+        model: a loaded model, on the device it runs on.
+        name: one of ``SCHEMES``.
+
+    Raises:
+        ValueError: for an unknown name, a model that is quantized already or has no linear layers of PyTorch's, a
+            library that is missing or too old, or a CPU without the instructions.
+    """
+    scheme = check_scheme(name)
+    if is_quantized(model):
+        raise ValueError(f"quantize={name!r}: {type(model).__name__} is quantized already; leave quantize out")
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layers that quantize={name!r} knows")
+    if scheme.cpu is None or any(linear.weight.device.type != "cpu" for linear in linears):
+        scheme.other(model)
+        return
+    if scheme.cpu is W8A8Weight and not torch.cpu._is_vnni_supported():
+        # Without VNNI's instructions products of 8 bit are added in 16, where they overflow.
+        raise ValueError("quantize='w8a8' needs a CPU with AVX-512 VNNI: use 'int8'")
+    pack_linears(model, scheme.cpu)

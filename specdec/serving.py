@@ -1,0 +1,239 @@
+"""Requests from many clients on one decoder: rows join and leave the batch between passes (Orca, Yu et al. 2022).
+
+Requests are served first come, first served. Those whose tokens are chosen by the same parameters run together; a
+request with others waits until these have ended, and so do those behind it, so that none waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from specdec.batch import Row
+from specdec.generation import Generation
+from specdec.prompts import Prompt
+from specdec.result import GenerationResult, StreamPiece
+from specdec.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from specdec.decoder import SpecDecoder
+
+
+@dataclass(eq=False)
+class _Request:
+    row: Row
+    params: SamplingParams
+    pieces: asyncio.Queue[StreamPiece | None] = field(default_factory=asyncio.Queue)
+    index: int = -1
+    error: BaseException | None = None
+
+
+class ServedStream(AsyncIterator[StreamPiece]):
+    """One request's pieces as they come; ``result`` holds what there is so far at any time."""
+
+    def __init__(self, request: _Request, server: Server) -> None:
+        self._request = request
+        self._server = server
+        self._ended = False
+
+    async def __anext__(self) -> StreamPiece:
+        if self._ended:
+            raise StopAsyncIteration
+        piece = await self._request.pieces.get()
+        if piece is None:
+            self._ended = True
+            if self._request.error is not None:
+                raise self._request.error
+            raise StopAsyncIteration
+        return piece
+
+    def cancel(self) -> None:
+        """End the request as "cancelled"; its place is free after the pass in flight. Pieces so far stay readable."""
+        self._server._cancel(self._request)
+
+    async def wait(self) -> GenerationResult:
+        """Read to the end; returns the result."""
+        async for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> GenerationResult:
+        """What there is of the answer."""
+        return GenerationResult.of(self._request.row)
+
+
+class Server:
+    """Serves requests while its ``async with`` block is open; ``SpecDecoder.serve`` makes it.
+
+    Leaving the block waits for what is running and waiting; an exception in it cancels that. The decoder serves nothing
+    else meanwhile: a ``generate`` or ``stream`` ends the server, and its requests finish as "cancelled".
+
+    Args:
+        decoder: runs them.
+        max_rows: decoded at a time.
+        max_waiting: requests that may wait; ``submit`` waits for its turn beyond that.
+    """
+
+    def __init__(self, decoder: SpecDecoder, max_rows: int, max_waiting: int) -> None:
+        for name, value in (("max_rows", max_rows), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._decoder = decoder
+        self._max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[int, _Request] = {}
+        self._cancelled: list[_Request] = []
+        self._generation: Generation | None = None
+        self._passes: Generator[list[StreamPiece], None, None] | None = None
+        self._params: SamplingParams | None = None
+        self._pass = threading.Lock()  # held while the decoder's thread computes
+        self._changed = asyncio.Event()
+        self._room = asyncio.Condition()
+        self._closing = False
+        self._closed = True
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Server:
+        self._decoder._take_over(self)
+        self._closed = self._closing = False
+        self._worker = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        self._closing = True
+        if kind is not None:
+            self.close()
+        self._changed.set()
+        if self._worker is not None:
+            await self._worker
+        self.close()
+
+    async def submit(self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any) -> ServedStream:
+        """Hand in a request; waits while as many wait as may.
+
+        Args:
+            prompt: text, token ids or chat messages.
+            params: how to choose and where to end.
+            fields: fields of ``SamplingParams``, as keywords.
+
+        Raises:
+            ValueError: for a prompt or parameters that cannot be served, or a request that memory has no room for even
+                alone.
+            RuntimeError: where the server is closed.
+        """
+        row, params = self._decoder._make_request(prompt, params, fields)
+        request = _Request(row, params)
+        async with self._room:
+            await self._room.wait_for(lambda: self._closed or len(self._waiting) < self._max_waiting)
+            if self._closed or self._closing:
+                raise RuntimeError("the server is closed: requests are served within its async with block")
+            self._waiting.append(request)
+        self._changed.set()
+        return ServedStream(request, self)
+
+    def close(self) -> None:
+        """End everything as "cancelled", after the pass in flight."""
+        self._closed = True
+        with self._pass:
+            if self._passes is not None:
+                self._passes.close()
+            self._passes = self._generation = None
+        for request in [*self._running.values(), *self._waiting]:
+            self._end(request, "cancelled")
+        self._running.clear()
+        self._waiting.clear()
+        self._changed.set()
+
+    async def _work(self) -> None:
+        """Admit, compute a pass in a thread, hand out its pieces; until closed."""
+        while not self._closed:
+            for request in self._cancelled:
+                self._drop(request)
+            self._cancelled.clear()
+            await self._admit()
+            if self._passes is None:
+                if self._closing and not self._waiting:
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                pieces = await asyncio.to_thread(self._one_pass)
+            except Exception as error:  # every client learns of it, whatever it is
+                for request in self._running.values():
+                    request.error = error
+                self.close()
+                raise
+            for piece in pieces or ():
+                if piece.index in self._running:  # else closed meanwhile
+                    self._running[piece.index].pieces.put_nowait(piece)
+            for index, request in [*self._running.items()]:
+                if request.row.finish_reason is not None:
+                    del self._running[index]
+                    request.pieces.put_nowait(None)
+            if pieces is None:
+                self._passes = self._generation = None
+
+    def _one_pass(self) -> list[StreamPiece] | None:
+        """The next pass' pieces; None where all rows have ended."""
+        with self._pass:
+            return None if self._passes is None else next(self._passes, None)
+
+    async def _admit(self) -> None:
+        """Move requests from the queue to the batch, in order, as places and memory allow."""
+        admitted = False
+        while self._waiting and len(self._running) < self._max_rows:
+            request = self._waiting[0]
+            rows = [*(running.row for running in self._running.values()), request.row]
+            if self._generation is not None and (
+                _choice(request.params) != _choice(self._params) or not self._decoder._fits(rows, request.params)
+            ):
+                break
+            if self._generation is None:
+                self._params = request.params
+                verifier = self._decoder._pick_verifier(request.params)
+                self._generation = self._decoder._make_generation(rows, request.params, verifier, self._max_rows)
+                self._passes = self._generation.passes()
+                request.index = 0
+            else:
+                request.index = self._generation.add(request.row)
+            self._running[request.index] = request
+            self._waiting.popleft()
+            admitted = True
+        if admitted:
+            async with self._room:
+                self._room.notify_all()
+
+    def _cancel(self, request: _Request) -> None:
+        self._cancelled.append(request)
+        self._changed.set()
+
+    def _drop(self, request: _Request) -> None:
+        """End a cancelled request; between passes only."""
+        if request.row.finish_reason is not None:
+            return
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif self._generation is not None:
+            self._generation.cancel(request.row)
+            self._running.pop(request.index, None)
+        self._end(request, "cancelled")
+
+    def _end(self, request: _Request, reason: Any) -> None:
+        if request.row.finish_reason is None:
+            request.row.finish_reason = reason
+        request.pieces.put_nowait(None)
+
+
+def _choice(params: SamplingParams | None) -> tuple[Any, ...] | None:
+    """What chooses a token; rows of a batch have it in common. A seed matters to which trees may be drafted."""
+    if params is None:
+        return None
+    p = params
+    return p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed is None

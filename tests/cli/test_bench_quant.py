@@ -1,0 +1,65 @@
+"""``specdec bench quant`` on a tiny model: one table, one document, and what cannot be asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import Invoke
+
+from specdec.benchmarks.quant import run_quant
+from specdec.benchmarks.questions import SHIPPED, load_questions
+from specdec.models import load_model
+from specdec.quantization import usable_on_cpu
+from specdec.target import HFTarget
+
+
+def test_one_table_and_one_document(chat_folder: str, invoke: Invoke, tmp_path: Path) -> None:
+    out = tmp_path / "quant.json"
+    result = invoke(
+        "bench", "quant", "-m", chat_folder, "--dtype", "fp32", "-q", "int8", "-q", "int4", "-d", "ngram",
+        "--limit", "2", "-t", "8", "--device", "cpu", "--json", str(out),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(out.read_text())
+    assert [line["precision"] for line in document["precisions"]] == ["fp32", "int8", "int4"]
+    dense, int8, int4 = document["precisions"]
+    assert (dense["perplexity_change"], dense["top_agreement"], dense["text_agreement"]) == (0, 1, 1)
+    assert int8["top_agreement"] > int4["top_agreement"]
+    assert dense["weight_bytes"] > int8["weight_bytes"] > int4["weight_bytes"]
+    assert {*int8["drafters"]} == {"none", "ngram"}
+    assert int8["drafters"]["none"]["tau"] == 1
+    for line in document["precisions"]:
+        row = next(row for row in result.stdout.splitlines() if row.startswith(f"| {line['precision']} "))
+        assert f"{line['perplexity']:.3f}" in row
+
+
+def test_perplexity_is_that_of_the_model_itself(chat_folder: str) -> None:
+    questions = load_questions(SHIPPED).limit(1).questions
+    loaded = load_model(chat_folder, device="cpu")
+    line = run_quant(lambda _: (HFTarget(loaded.model), loaded.tokenizer), ["fp32"], [], questions, 1)[0]
+    chat = [{"role": "user", "content": questions[0].turns[0]}]
+    ids = loaded.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids[:, :512]
+    with torch.no_grad():
+        loss = float(loaded.model(ids, labels=ids).loss)
+    assert line.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("bench", "quant", "-m", "no such model", "-q", "int7")
+    assert result.exit_code == 2
+    assert "unknown quantization 'int7'" in result.stderr
+    result = invoke("bench", "quant", "-m", "no such model", "--json", str(tmp_path / "missing" / "out.json"))
+    assert result.exit_code == 2
+    assert "there is no folder" in result.stderr
+
+
+def test_precisions_that_cannot_run_here_are_left_out_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert usable_on_cpu() == ["int8", "int4"]

@@ -1,0 +1,113 @@
+"""Rows take the places of those that ended while others go on; no text shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.decoder import SpecDecoder
+from specdec.drafters.base import Drafter
+from specdec.drafters.model import ModelDrafter
+from specdec.drafters.none import NoneDrafter
+from specdec.generation import Generation
+from specdec.registry import create_drafter, create_verifier
+from specdec.sampling import SamplingParams
+from specdec.target import HFTarget
+
+VOCAB = 96
+PROMPTS = [
+    [5, 9, 5, 9, 5],
+    [60, 2, 60, 2, 60, 2, 60],
+    [7],
+    [33, 34, 35, 33, 34],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9],
+    [5, 9, 5],
+]
+LENGTHS = [3, 24, 9, 16, 5, 12]
+
+
+def make_model(seed: int, layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    return HFTarget(make_model(1))
+
+
+def run(
+    target: HFTarget, drafter: Drafter, most_rows: int, params: dict[str, Any] | None = None
+) -> tuple[int, list[list[int]]]:
+    """Passes taken and texts of rows of different lengths, so many at a time."""
+    decoder = SpecDecoder(target, drafter, adaptive=False)
+    rows = []
+    for prompt, length in zip(PROMPTS, LENGTHS, strict=True):
+        fields = SamplingParams(max_new_tokens=length, **(params or {}))
+        verifier = decoder._pick_verifier(fields)
+        rows += decoder._make_rows([prompt], fields, verifier)
+    generation = Generation(target, drafter, verifier, rows, raise_drafter_errors=True, most_rows=most_rows)
+    count = sum(1 for _ in generation.passes())
+    return count, [row.emitted for row in rows]
+
+
+def drafters() -> dict[str, Any]:
+    small = {"model": lambda: ModelDrafter(model=make_model(2, layers=1))}
+    return {name: lambda name=name: create_drafter(name) for name in ("none", "ngram", "suffix", "recycling")} | small
+
+
+@pytest.mark.parametrize("name", ["none", "ngram", "suffix", "recycling", "model"])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 4}, {"repetition_penalty": 1.3}], ids=str)
+def test_texts_do_not_depend_on_how_many_run_at_a_time(target: HFTarget, name: str, params: dict[str, Any]) -> None:
+    _, alone = run(target, NoneDrafter(), 1, params)
+    assert [len(text) for text in alone] == LENGTHS
+    for most_rows in (2, 3):
+        assert run(target, drafters()[name](), most_rows, params)[1] == alone
+
+
+def test_a_place_is_taken_as_soon_as_it_is_free(target: HFTarget) -> None:
+    count, _ = run(target, NoneDrafter(), 2)
+    # Without a draft a row takes a pass per token; two places, rows in order, none ever empty while one waits.
+    places = [0, 0]
+    for length in LENGTHS:
+        places[places.index(min(places))] += length
+    assert count == max(places)
+
+
+def test_drafters_that_follow_hidden_states_get_all_rows_at_once(target: HFTarget) -> None:
+    started: list[int] = []
+
+    class Reading(NoneDrafter):
+        features = ("last",)
+
+        def start(self, batch: Any, output: Any) -> None:
+            started.append(len(batch))
+
+        def join(self, batch: Any, count: int) -> None:
+            raise AssertionError("not to be asked")
+
+    _, texts = run(target, Reading(), 4)
+    assert texts == run(target, NoneDrafter(), 1)[1]
+    assert started == [4, 2]
+
+
+def test_a_drafter_that_fails_to_take_rows_in_is_left_out(target: HFTarget) -> None:
+    class Failing(NoneDrafter):
+        def join(self, batch: Any, count: int) -> None:
+            raise RuntimeError("no room")
+
+    decoder, verifier = SpecDecoder(target, Failing(), adaptive=False), create_verifier("greedy")
+    rows = [decoder._make_rows([PROMPTS[0]], SamplingParams(max_new_tokens=n), verifier)[0] for n in (2, 4, 4)]
+    generation = Generation(target, decoder.drafter, verifier, rows, most_rows=2)
+    with pytest.warns(RuntimeWarning, match="no room"):
+        for _ in generation.run():
+            pass
+    assert [len(row.emitted) for row in rows] == [2, 4, 4]
+    assert generation.stats.speculation_off is not None

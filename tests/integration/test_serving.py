@@ -1,0 +1,194 @@
+"""Requests served side by side: each gets its own text, cancelling and waiting disturb nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.decoder import SpecDecoder
+from specdec.drafters.none import NoneDrafter
+from specdec.target import HFTarget
+
+VOCAB = 96
+PROMPTS = [[5, 9, 5, 9, 5], [60, 2, 60, 2], [7], [33, 34, 35, 33, 34], [1, 2, 3, 4, 5, 6]]
+LENGTHS = [4, 20, 9, 14, 6]
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return HFTarget(LlamaForCausalLM(config))
+
+
+def make(target: HFTarget, drafter: Any = "ngram", **options: Any) -> SpecDecoder:
+    return SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise", **options)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Give up where something waits for ever."""
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_every_request_gets_its_own_text(target: HFTarget, max_rows: int) -> None:
+    decoder = make(target)
+    # Parameters differ between requests: length, and how tokens are chosen.
+    fields: list[dict[str, Any]] = [{"max_new_tokens": length} for length in LENGTHS]
+    fields[2] |= {"temperature": 0.8, "seed": 7}
+    fields[4] |= {"temperature": 0.8, "seed": 8}
+    expected = [
+        decoder.generate(prompt, **each).token_ids for prompt, each in zip(PROMPTS, fields, strict=True)
+    ]  # fmt: skip
+
+    async def work() -> list[list[int]]:
+        async def client(prompt: list[int], each: dict[str, Any]) -> list[int]:
+            stream = await server.submit(prompt, **each)
+            pieces = [piece.token_id async for piece in stream]
+            assert pieces == stream.result.token_ids
+            assert stream.result.finish_reason == "length"
+            return stream.result.token_ids
+
+        async with decoder.serve(max_rows=max_rows) as server:
+            return await asyncio.gather(*map(client, PROMPTS, fields))
+
+    assert run(work()) == expected
+
+
+def test_leaving_the_block_waits_for_what_is_under_way(target: HFTarget) -> None:
+    decoder = make(target)
+
+    async def work() -> list[Any]:
+        async with decoder.serve(max_rows=2) as server:
+            streams = [await server.submit(prompt, max_new_tokens=5) for prompt in PROMPTS]
+        with pytest.raises(RuntimeError, match="the server is closed"):
+            await server.submit(PROMPTS[0])
+        return [stream.result for stream in streams]
+
+    results = run(work())
+    assert [result.finish_reason for result in results] == ["length"] * len(PROMPTS)
+    assert [result.token_ids for result in results] == [
+        decoder.generate(prompt, max_new_tokens=5).token_ids for prompt in PROMPTS
+    ]
+
+
+def test_cancelling_frees_the_place_and_disturbs_nobody(target: HFTarget) -> None:
+    decoder = make(target)
+    expected = [decoder.generate(prompt, max_new_tokens=12).token_ids for prompt in PROMPTS]
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=2) as server:
+            endless = await server.submit(PROMPTS[0], max_new_tokens=240)
+            others = [await server.submit(prompt, max_new_tokens=12) for prompt in PROMPTS[1:]]
+            never = await server.submit(PROMPTS[0], max_new_tokens=240)
+            never.cancel()  # before it runs
+            first = await anext(endless)
+            endless.cancel()  # a pass is in flight
+            results = [await stream.wait() for stream in others]
+            assert [result.token_ids for result in results] == expected[1:]
+            assert (await never.wait()).finish_reason == "cancelled"
+            assert never.result.token_ids == []
+            cancelled = await endless.wait()
+            assert cancelled.finish_reason == "cancelled"
+            assert cancelled.token_ids[0] == first.token_id
+            assert len(cancelled.token_ids) < 240
+            again = await server.submit(PROMPTS[0], max_new_tokens=12)
+            assert (await again.wait()).token_ids == expected[0]
+
+    run(work())
+
+
+def test_handing_in_waits_where_the_queue_is_full(target: HFTarget) -> None:
+    decoder = make(target)
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=1, max_waiting=1) as server:
+            long = await server.submit(PROMPTS[0], max_new_tokens=200)
+            await anext(long)
+            second = await server.submit(PROMPTS[1], max_new_tokens=2)
+            third = asyncio.create_task(server.submit(PROMPTS[2], max_new_tokens=2))
+            await anext(long)
+            await anext(long)
+            assert not third.done()
+            long.cancel()
+            assert (await (await third).wait()).finish_reason == "length"
+            assert (await second.wait()).finish_reason == "length"
+
+    run(work())
+
+
+def test_another_generation_ends_the_server(target: HFTarget) -> None:
+    decoder = make(target)
+
+    async def work() -> None:
+        async with decoder.serve() as server:
+            stream = await server.submit(PROMPTS[0], max_new_tokens=240)
+            await anext(stream)
+            assert len(decoder.generate(PROMPTS[1], max_new_tokens=5).token_ids) == 5
+            assert (await stream.wait()).finish_reason == "cancelled"
+            with pytest.raises(RuntimeError, match="the server is closed"):
+                await server.submit(PROMPTS[0])
+
+    run(work())
+
+
+def test_what_cannot_be_served_is_refused_at_once(target: HFTarget) -> None:
+    async def work() -> None:
+        async with make(target).serve() as server:
+            with pytest.raises(ValueError, match="the prompt is empty"):
+                await server.submit([])
+            with pytest.raises(ValueError, match="one completion, got n=2"):
+                await server.submit(PROMPTS[0], n=2)
+            with pytest.raises(ValueError, match="did you mean 'temperature'"):
+                await server.submit(PROMPTS[0], temprature=1)
+        tight = make(target, memory_budget="1MiB")
+        async with tight.serve() as server:
+            with pytest.raises(ValueError, match="Give more memory"):
+                await server.submit([1] * 200, max_new_tokens=50)
+        with pytest.raises(ValueError, match="max_rows must be at least 1"):
+            make(target).serve(max_rows=0)
+
+    run(work())
+
+
+def test_an_exception_in_the_block_cancels_the_rest(target: HFTarget) -> None:
+    streams: list[Any] = []
+
+    async def leave() -> None:
+        async with make(target).serve() as server:
+            streams.append(await server.submit(PROMPTS[0], max_new_tokens=240))
+            raise KeyError
+
+    async def work() -> Any:
+        with pytest.raises(KeyError):
+            await leave()
+        return await streams[0].wait()
+
+    assert run(work()).finish_reason == "cancelled"
+
+
+def test_clients_learn_of_a_failure(target: HFTarget) -> None:
+    class Failing(NoneDrafter):
+        features = ("no such state",)
+
+    seen: list[str] = []
+
+    async def work() -> None:
+        async with make(target, Failing()).serve() as server:
+            stream = await server.submit(PROMPTS[0])
+            try:
+                await stream.wait()
+            except ValueError as error:
+                seen.append(str(error))
+
+    with pytest.raises(ValueError, match="unknown feature"):
+        run(work())
+    assert "unknown feature" in seen[0]

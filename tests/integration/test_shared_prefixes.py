@@ -1,0 +1,124 @@
+"""Batches that share prefixes: each row's text is what it is alone, whichever drafter and however they nest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.decoder import SpecDecoder
+from specdec.drafters.none import NoneDrafter
+from specdec.target import HFTarget
+
+VOCAB = 96
+SYSTEM = [(5 * n) % VOCAB for n in range(40)]
+SHOTS = [(11 * n + 3) % VOCAB for n in range(24)]
+PROMPTS = [
+    [*SYSTEM, *SHOTS, 4, 9, 4, 9],
+    [*SYSTEM, *SHOTS, 17],
+    [*SYSTEM, 50, 60, 70, 50, 60],
+    SYSTEM,
+    [*SYSTEM[:-1], 3],
+    [8, 8, 9],
+]
+
+
+class Counting(HFTarget):
+    """Counts the tokens it computes, padding included."""
+
+    computed = 0
+
+    def run(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        self.computed += tokens.numel()
+        return super().run(tokens, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def target() -> Counting:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return Counting(LlamaForCausalLM(config))
+
+
+def make(target: HFTarget, drafter: Any = "none", **options: Any) -> SpecDecoder:
+    return SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise", **options)
+
+
+@pytest.fixture(scope="module")
+def alone(target: Counting) -> list[list[int]]:
+    decoder = make(target)
+    return [decoder.generate(prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "recycling"])
+def test_every_row_writes_what_it_writes_alone(target: Counting, alone: list[list[int]], drafter: str) -> None:
+    results = make(target, drafter).generate(PROMPTS, max_new_tokens=20)
+    assert [result.token_ids for result in results] == alone
+
+
+def test_sampling_is_that_of_the_row_alone(target: Counting) -> None:
+    fields = {"max_new_tokens": 16, "temperature": 0.8, "seed": 3}
+    decoder = make(target, "ngram")
+    separate = [decoder.generate(prompt, **fields).token_ids for prompt in PROMPTS]
+    assert [result.token_ids for result in decoder.generate(PROMPTS, **fields)] == separate
+
+
+def test_completions_of_one_prompt_share_it(target: Counting) -> None:
+    target.computed = 0
+    make(target).generate(PROMPTS[0], max_new_tokens=1, n=4, temperature=1.0, seed=0)
+    assert target.computed == len(PROMPTS[0]) - 1 + 4
+
+
+def test_a_drafter_that_reads_hidden_states_sees_all_of_them(target: Counting, alone: list[list[int]]) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Reading(NoneDrafter):
+        features = ("last",)
+
+        def start(self, batch: Any, output: Any) -> None:
+            seen.append(output.features["last"])
+
+    decoder = make(target, Reading())
+    results = decoder.generate(PROMPTS, max_new_tokens=20)
+    assert [result.token_ids for result in results] == alone
+    for row, prompt in enumerate(PROMPTS):
+        decoder.generate(prompt, max_new_tokens=1)
+        torch.testing.assert_close(seen[0][row, : len(prompt) - 1], seen[-1][0])
+
+
+def test_a_prefix_is_computed_once_for_all_calls_of_its_block(target: Counting, alone: list[list[int]]) -> None:
+    decoder = make(target, "ngram")
+    with decoder.prefix([*SYSTEM, *SHOTS]) as kept:
+        target.computed = 0
+        decoder.generate(PROMPTS[0], max_new_tokens=1)
+        assert target.computed == len(PROMPTS[0]) - len(kept.tokens)
+        for prompt, text in zip(PROMPTS, alone, strict=True):
+            assert decoder.generate(prompt, max_new_tokens=20).token_ids == text
+        assert [result.token_ids for result in decoder.generate(PROMPTS, max_new_tokens=20)] == alone
+    assert [*SYSTEM, *SHOTS] in decoder.prefixes  # while there is room
+    decoder.prefixes.clear()
+    assert decoder.generate(PROMPTS[0], max_new_tokens=20).token_ids == alone[0]
+
+
+def test_a_prefix_larger_than_the_limit_is_refused(target: Counting) -> None:
+    decoder = make(target, prefix_memory="1KiB")
+    with pytest.raises(ValueError, match="raise prefix_memory or shorten it"), decoder.prefix(SYSTEM):
+        pass
+    with pytest.raises(ValueError, match="a size is a number"):
+        make(target, prefix_memory="much")
+
+
+def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list[int]]) -> None:
+    decoder = make(target)
+    decoder.generate(PROMPTS, max_new_tokens=20)
+    assert decoder.memory_plan is not None
+    budget = decoder.memory_plan.weights + decoder.memory_plan.working // 3
+    tight = make(target, memory_budget=budget)
+    assert [result.token_ids for result in tight.generate(PROMPTS, max_new_tokens=20)] == alone
+    assert tight.memory_plan is not None
+    assert tight.memory_plan.rows < len(PROMPTS)

@@ -1,0 +1,179 @@
+"""Shared prefixes: found whatever the prompts, computed once, kept within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.kv_cache import KVCache
+from specdec.prefix import PrefixStore, prefill_shared, shared_prefixes
+from specdec.target import HFTarget
+
+TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, initializer_range=0.3, max_position_embeddings=512,
+    )  # fmt: skip
+    return HFTarget(LlamaForCausalLM(config))
+
+
+class Counting(HFTarget):
+    """Counts the tokens it computes, padding included."""
+
+    computed = 0
+
+    def run(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        self.computed += tokens.numel()
+        return super().run(tokens, *args, **kwargs)
+
+
+def run_of(token: int, count: int) -> tuple[int, ...]:
+    return tuple((token + 7 * index) % 64 for index in range(count))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=8).map(tuple), min_size=1, max_size=10, unique=True))
+def test_nodes_are_what_several_prompts_begin_with_and_nest(prompts: list[tuple[int, ...]]) -> None:
+    nodes, below = shared_prefixes(prompts, least_saved=1)
+    for node in nodes:
+        members = [prompt for prompt in prompts if prompt[: len(node.tokens)] == node.tokens]
+        assert len(members) > 1
+        if node.parent is not None:
+            parent = nodes[node.parent]
+            assert parent.tokens == node.tokens[: len(parent.tokens)] != node.tokens
+            assert node.level == parent.level + 1
+            assert nodes.index(parent) < nodes.index(node)
+    # Each prompt builds on the longest beginning it shares with any other: nothing is computed twice.
+    for prompt, index in zip(prompts, below, strict=True):
+        shared = max((common(prompt, other) for other in prompts if other != prompt), default=0)
+        assert (0 if index is None else len(nodes[index].tokens)) == shared
+
+
+def common(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def test_what_saves_little_is_no_pass_of_its_own() -> None:
+    prompts = [(1, 2, 3, 4), (1, 2, 3, 5)]
+    assert shared_prefixes(prompts, least_saved=4) == ([], [None, None])
+    assert [node.tokens for node in shared_prefixes(prompts, least_saved=3)[0]] == [(1, 2, 3)]
+
+
+def test_nested_prefixes_are_computed_once_and_exactly(target: HFTarget) -> None:
+    system, shots = run_of(1, 40), run_of(2, 30)
+    prompts = [system + shots + run_of(n, 5 + n % 3) for n in range(3, 7)] + [system + run_of(9, 12), system]
+    counting = Counting(target.model)
+    cache, output = prefill_shared(counting, prompts, 128, ["last", 1])
+    assert output is not None
+    suffixes = [8, 7, 6, 7, 12, 0]
+    assert counting.computed <= 40 + 30 + len(prompts) * max(suffixes)
+    for row, prompt in enumerate(prompts):
+        alone = target.new_cache(1, len(prompt))
+        expected = target.extend([prompt], alone, ["last", 1])
+        assert cache.row_lengths[row] == len(prompt)
+        for layer, buffers in alone.layers.items():
+            torch.testing.assert_close(cache.layers[layer].keys[row, :, : len(prompt)], buffers.keys[0])
+            torch.testing.assert_close(cache.layers[layer].values[row, :, : len(prompt)], buffers.values[0])
+        for name in ("last", 1):
+            torch.testing.assert_close(output.features[name][row, : len(prompt)], expected.features[name][0])
+    cache.check_integrity()
+
+
+def test_empty_prompts_have_nothing_to_cache(target: HFTarget) -> None:
+    cache, output = prefill_shared(target, [()], 8)
+    assert (cache.row_lengths, output) == ([0], None)
+    cache, output = prefill_shared(target, [(), (3, 4)], 8)
+    assert cache.row_lengths == [0, 2]
+    assert output is not None
+
+
+def test_a_kept_prefix_is_built_on_as_far_as_it_goes(target: HFTarget) -> None:
+    counting = Counting(target.model)
+    store = PrefixStore(counting, 2**20, TOKEN_BYTES)
+    with store.hold(run_of(1, 40), ["last"]):
+        counting.computed = 0
+        prompts = [run_of(1, 44), run_of(1, 20) + run_of(5, 6), run_of(1, 40)]
+        cache, output = prefill_shared(counting, prompts, 64, ["last"], store)
+        assert counting.computed == 3 * 6  # rows are padded to the longest rest
+    assert output is not None
+    for row, prompt in enumerate(prompts):
+        alone = target.new_cache(1, 64)
+        expected = target.extend([prompt], alone, ["last"])
+        torch.testing.assert_close(output.features["last"][row, : len(prompt)], expected.features["last"][0])
+        torch.testing.assert_close(
+            cache.layers[1].keys[row, :, : len(prompt)], alone.layers[1].keys[0, :, : len(prompt)]
+        )
+
+
+def test_a_prefix_without_the_hidden_states_asked_for_is_computed_anew(target: HFTarget) -> None:
+    store = PrefixStore(target, 2**20, TOKEN_BYTES)
+    with store.hold(run_of(1, 20)):
+        assert store.find(run_of(1, 25)) is not None
+        assert store.find(run_of(1, 25), ["last"]) is None
+        with store.hold(run_of(1, 20), ["last"]):
+            assert store.find(run_of(1, 25), ["last"]) is not None
+        with pytest.raises(ValueError, match="in use"):
+            store.evict(run_of(1, 20))  # the outer block still holds it
+
+
+def test_the_least_recently_used_goes_first(target: HFTarget) -> None:
+    store = PrefixStore(target, 3 * 20 * TOKEN_BYTES, TOKEN_BYTES)
+    first, second, third, fourth = (run_of(token, 20) for token in (1, 2, 3, 4))
+    for tokens in (first, second, third):
+        with store.hold(tokens):
+            pass
+    assert store.num_bytes == store.budget
+    store.find((*first, 5))  # used again
+    with store.hold(fourth):
+        assert [tokens in store for tokens in (first, second, third, fourth)] == [True, False, True, True]
+
+
+def test_prefixes_in_use_are_never_evicted(target: HFTarget) -> None:
+    store = PrefixStore(target, 2 * 20 * TOKEN_BYTES, TOKEN_BYTES)
+    with store.hold(run_of(1, 20)), store.hold(run_of(2, 15)):
+        with pytest.raises(ValueError, match="prefixes in use"), store.hold(run_of(3, 20)):
+            pass
+        with pytest.raises(ValueError, match="in use: leave its with-block"):
+            store.evict(run_of(1, 20))
+        store.clear()
+        assert len(store) == 2
+    store.evict(run_of(1, 20))
+    assert run_of(1, 20) not in store
+    with pytest.raises(ValueError, match="no prefix of these 20 tokens"):
+        store.evict(run_of(1, 20))
+
+
+def test_a_prefix_larger_than_the_whole_store_is_refused_before_it_is_computed(target: HFTarget) -> None:
+    counting = Counting(target.model)
+    store = PrefixStore(counting, 20 * TOKEN_BYTES, TOKEN_BYTES)
+    with pytest.raises(ValueError, match="prefixes may take"), store.hold(run_of(1, 21)):
+        pass
+    assert (counting.computed, len(store)) == (0, 0)
+    with pytest.raises(ValueError, match="is the limit"), store.hold(run_of(1, 20), ["last"]):
+        pass  # hidden states come on top
+    assert len(store) == 0
+
+
+def test_rows_are_copied_between_caches() -> None:
+    source, into = KVCache(2, 4), KVCache(3, 6)
+    keys = torch.randn(2, 1, 3, 2)
+    source.write(0, keys, 2 * keys, 0)
+    source.advance([3, 2])
+    into.copy_row(2, source, 1, 2)
+    assert into.row_lengths == [0, 0, 2]
+    assert torch.equal(into.layers[0].values[2, :, :2], 2 * keys[1, :, :2])
+    into.check_integrity()
+    with pytest.raises(ValueError, match="3 are asked for"):
+        into.copy_row(0, source, 1, 3)
+    with pytest.raises(ValueError, match="3 slots are needed"):
+        KVCache(1, 2).copy_row(0, source, 0, 3)
