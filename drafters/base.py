@@ -22,11 +22,15 @@ class Drafter(ABC):
         name: as given to ``SpecDecoder(drafter=...)``.
         Config: frozen dataclass of options; the constructor takes one instance of it, or none for the defaults.
         features: hidden states of the target the drafter wants in ``start`` and ``observe``.
+        virtual_nodes: whether its trees hold virtual nodes, which cannot be merged with another drafter's.
+        parts: the drafters it is made of, if any.
     """
 
-    name: ClassVar[str]
+    name: str
     Config: ClassVar[type[Any]]
     features: Sequence[Feature] = ()
+    virtual_nodes: ClassVar[bool] = False
+    parts: Sequence[Drafter] = ()
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         """Meet the target; allocate what depends on it. Raises ValueError where the two do not fit."""
@@ -68,6 +72,10 @@ class Drafter(ABC):
         """
         self.stop()
         self.start(batch, None)
+
+    def survivor(self) -> Drafter | None:
+        """What goes on with the call after one of these methods raised; None is plain decoding."""
+        return None
 
     def stop(self) -> None:
         """The generation is over, or was abandoned; drop its state."""

@@ -59,7 +59,8 @@ def grow(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand
             torch.cat([expanded.parents, above], dim=1),
         )
         place = torch.cat([place, seen + best], dim=1)
-    return _best(TokenTree(torch.cat(tokens, dim=1), torch.cat(parents, dim=1)), joint, max_nodes)
+    candidates = TokenTree(torch.cat(tokens, dim=1), torch.cat(parents, dim=1), confidence=joint.float().exp())
+    return _best(candidates, joint, max_nodes)
 
 
 def _best(tree: TokenTree, joint: Tensor, max_nodes: int) -> TokenTree:

@@ -100,6 +100,7 @@ class PPDDrafter(Drafter):
 
     name = "ppd"
     Config = PPDConfig
+    virtual_nodes = True
 
     def __init__(
         self,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
@@ -118,6 +120,7 @@ class _Candidate:
 
     score: float
     nodes: list[tuple[int, int]]  # (parent, token) in order of the tree, parents first; 0 is the root
+    chances: list[float]  # of each node to be accepted, the root's first
 
 
 @dataclass
@@ -146,7 +149,7 @@ class SuffixDrafter(Drafter):
         self._rows = {row.row_id: _RowState(SuffixAutomaton()) for row in batch.rows}
 
     def propose(self, batch: Batch) -> TokenTree:
-        builders = []
+        builders, chances = [], []
         for row in batch.rows:
             state = self._rows[row.row_id]
             self._consume(state, row.tokens)
@@ -154,11 +157,16 @@ class SuffixDrafter(Drafter):
             candidates = [self._grow(state.automaton, *match, depth) for match in self._own_matches(state)]
             if state.corpus_matched:
                 candidates.append(self._grow(self._corpus, state.corpus_state, state.corpus_matched, depth))
-            builder = TreeBuilder(row.pending, self.config.max_nodes)
+            builder, known = TreeBuilder(row.pending, self.config.max_nodes), {0: 1.0}
             for candidate in sorted(candidates, key=lambda c: -c.score):
-                _merge(builder, candidate.nodes)
+                _merge(builder, candidate, known)
             builders.append(builder)
-        return TokenTree.from_rows(builders, batch.device)
+            chances.append([known[node] for node in range(len(builder.tokens))])
+        tree = TokenTree.from_rows(builders, batch.device)
+        confidence = torch.zeros(tree.tokens.shape)
+        for index, values in enumerate(chances):
+            confidence[index, : len(values)] = torch.tensor(values)
+        return replace(tree, confidence=confidence.to(batch.device))
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         for index in set(range(len(batch))) - set(rows):
@@ -200,9 +208,14 @@ class SuffixDrafter(Drafter):
         return matches
 
     def _grow(self, automaton: SuffixAutomaton, state: int, matched: int, depth: int) -> _Candidate:
-        """Best-first expansion by estimated probability, the share of a state's occurrences that went on this way."""
+        """Best-first expansion by estimated probability, the share of a state's occurrences that went on this way.
+
+        The chance of acceptance discounts that share by how little a short match says: ``m / (m + 1)`` for a match of m
+        tokens, every node being one more.
+        """
         budget = min(self.config.max_nodes - 1, max(1, int(self.config.nodes_per_match * matched)))
         nodes: list[tuple[int, int]] = []
+        chances = [1.0]
         score = 0.0
         tie = 0
         heap: list[tuple[float, int, int, int, int, int]] = []  # (-probability, tie, parent, token, state, depth)
@@ -221,15 +234,19 @@ class SuffixDrafter(Drafter):
         while heap and len(nodes) < budget:
             negative, _, parent, token, child, level = heapq.heappop(heap)
             nodes.append((parent, token))
+            chances.append(-negative * matched / (matched + level))
             score -= negative
             if level < depth:
                 push_children(len(nodes), child, -negative, level + 1)
-        return _Candidate(score * matched / (matched + 1.0), nodes)
+        return _Candidate(score * matched / (matched + 1.0), nodes, chances)
 
 
-def _merge(builder: TreeBuilder, nodes: Sequence[tuple[int, int]]) -> None:
-    """Add a candidate's nodes to a tree that may hold some of them already."""
+def _merge(builder: TreeBuilder, candidate: _Candidate, chances: dict[int, float]) -> None:
+    """Add a candidate's nodes to a tree that may hold some of them already; of two chances the better one counts."""
     place: list[int | None] = [0]
-    for parent, token in nodes:
+    for (parent, token), chance in zip(candidate.nodes, candidate.chances[1:], strict=True):
         at = place[parent]
-        place.append(None if at is None else builder.add(at, token))
+        node = None if at is None else builder.add(at, token)
+        place.append(node)
+        if node is not None:
+            chances[node] = max(chances.get(node, 0.0), chance)

@@ -302,6 +302,11 @@ class Generation:
             if self._raise_drafter_errors:
                 raise
             reason = f"drafter {self.stats.drafter!r} raised {type(error).__name__}: {error}"
+            survivor = self.drafter.survivor()
+            if survivor is not None:
+                warnings.warn(f"{reason}; going on with the rest of it", RuntimeWarning, stacklevel=2)
+                self.drafter = survivor
+                return None
             warnings.warn(f"{reason}; going on without it", RuntimeWarning, stacklevel=2)
             for counted in self._counted(self._rows):
                 counted.speculation_off = counted.speculation_off or reason

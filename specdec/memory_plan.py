@@ -228,7 +228,7 @@ def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:
             tensors += [*value.parameters(), *value.buffers()]
         elif isinstance(value, Tensor):
             tensors.append(value)
-    return stored_bytes(tensors) + cached
+    return stored_bytes(tensors) + cached + sum(drafter_bytes(part, rows, length) for part in drafter.parts)
 
 
 def tree_size(drafter: Drafter) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from specdec.target import TargetOutput
-from specdec.tree import TokenTree
+from specdec.target import Feature, TargetOutput
+from specdec.tree import PADDING, TokenTree
 from specdec.verifiers.base import Verdict
 
 MOST_NODES = 32
@@ -17,7 +18,7 @@ Observe = Callable[[TokenTree, TargetOutput, Verdict], None]
 
 
 class MissedPasses:
-    """Plain passes as one: a chain of the tokens they were about, all of them accepted.
+    """Passes as one: a chain of the tokens that were accepted, whatever else was checked with them.
 
     A drafter that reads hidden states learns from many tokens at once for little more than from a single one.
     """
@@ -25,14 +26,22 @@ class MissedPasses:
     def __init__(self) -> None:
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
 
-    def add(self, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
-        """Remember a pass over a root alone."""
-        self._passes.append((tree, output, verdict))
+    def add(
+        self, tree: TokenTree, output: TargetOutput, verdict: Verdict, features: Sequence[Feature] | None = None
+    ) -> None:
+        """Remember the accepted path of a pass, with these of its features, or all."""
+        names = output.features if features is None else features
+        kept = TargetOutput(output.logits, {name: output.features[name] for name in names})
+        if tree.num_nodes > 1:
+            width = max(verdict.num_accepted) + 1
+            lengths = [count + 1 for count in verdict.num_accepted]
+            tree, kept = _gather(tree.tokens, kept, verdict.path[:, :width], lengths)
+        self._passes.append((tree, kept, verdict))
 
     @property
     def full(self) -> bool:
         """Whether it is time to hand over what there is."""
-        return sum(tree.batch_size for tree, _, _ in self._passes) >= MOST_NODES
+        return sum(tree.tokens.numel() for tree, _, _ in self._passes) >= MOST_NODES
 
     def hand_over(self, observe: Observe) -> None:
         """Show what was missed, if anything, and forget it."""
@@ -60,11 +69,33 @@ class MissedPasses:
 
 
 def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[TokenTree, TargetOutput, Verdict]:
+    """Accepted paths, which stand in the first columns of each pass, one behind the other."""
     trees, outputs, verdicts = zip(*passes, strict=True)
     tokens = torch.cat([tree.tokens for tree in trees], dim=1)
-    columns = torch.arange(len(passes), device=tokens.device).expand_as(tokens)
     logits = torch.cat([output.logits for output in outputs], dim=1)
     features = {name: torch.cat([out.features[name] for out in outputs], dim=1) for name in outputs[0].features}
+    output = TargetOutput(logits, features)
     emitted = [[token for verdict in verdicts for token in verdict.tokens[row]] for row in range(len(tokens))]
-    verdict = Verdict(columns, [len(passes) - 1] * len(tokens), emitted, verdicts[-1].failed)
-    return TokenTree(tokens, columns - 1), TargetOutput(logits, features), verdict
+    starts = [sum(tree.num_nodes for tree in trees[:index]) for index in range(len(trees))]
+    columns = [
+        [start + place for start, verdict in zip(starts, verdicts, strict=True)
+         for place in range(verdict.num_accepted[row] + 1)]
+        for row in range(len(tokens))
+    ]  # fmt: skip
+    lengths = [len(row) for row in columns]
+    width = max(lengths)
+    path = torch.tensor([row + [0] * (width - len(row)) for row in columns], device=tokens.device)
+    tree, output = _gather(tokens, output, path, lengths)
+    order = torch.arange(width, device=tokens.device).expand_as(path)
+    return tree, output, Verdict(order, [length - 1 for length in lengths], emitted, verdicts[-1].failed)
+
+
+def _gather(
+    tokens: Tensor, output: TargetOutput, path: Tensor, lengths: Sequence[int]
+) -> tuple[TokenTree, TargetOutput]:
+    """The chain of some columns ``[B, P]`` of each row, as many as its length; what is beyond is padding."""
+    rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+    order = torch.arange(path.shape[1], device=tokens.device).expand_as(path)
+    beyond = order >= torch.tensor(lengths, device=tokens.device).unsqueeze(1)
+    tree = TokenTree(tokens[rows, path], (order - 1).masked_fill(beyond, PADDING))
+    return tree, TargetOutput(output.logits[rows, path], {k: v[rows, path] for k, v in output.features.items()})

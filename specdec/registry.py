@@ -40,6 +40,9 @@ _BUILT_IN = {
     },
 }
 
+JOIN = "+"
+"""Between the names of drafters that draft one tree together."""
+
 AUTO_DRAFTER = "suffix"
 """What ``drafter="auto"`` stands for where no trained weights ship for the target."""
 
@@ -85,7 +88,11 @@ def _load(group: str, kind: str, name: str) -> Any:
 
 
 def drafter_class(name: str) -> type[Drafter]:
-    """The class of a drafter; "auto" is allowed."""
+    """The class of a drafter; "auto" is allowed, and names joined by ``JOIN``."""
+    if JOIN in name:
+        from specdec.drafters.hybrid import HybridDrafter
+
+        return HybridDrafter
     cls: type[Drafter] = _load("specdec.drafters", "drafter", AUTO_DRAFTER if name == "auto" else name)
     return cls
 
@@ -101,9 +108,48 @@ def resolve_drafter(name: str, target: HFTarget) -> str:
 
 
 def create_drafter(name: str, options: Mapping[str, Any] | None = None) -> Drafter:
-    """A drafter by name, with options of its configuration; strings are converted to the option's type."""
+    """A drafter by name, with options of its configuration; strings are converted to the option's type.
+
+    Of names joined by ``JOIN`` the options of a part carry its name in front ("eagle.width"); others are the whole's.
+    """
+    if JOIN in name:
+        return _create_hybrid(name, options or {})
     cls = drafter_class(name)
     return cls(make_config(cls.Config, options or {}, f"drafter {name!r}"))  # type: ignore[call-arg]
+
+
+def _create_hybrid(name: str, options: Mapping[str, Any]) -> Drafter:
+    from specdec.drafters.hybrid import HybridConfig, HybridDrafter, check_names
+
+    names = name.split(JOIN)
+    check_names(names)
+    for part in names:
+        drafter_class(part)  # unknown names first
+    own: dict[str, Any] = {}
+    of_parts: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in options.items():
+        part, dot, option = key.partition(".")
+        if not dot:
+            own[key] = value
+        elif part in of_parts:
+            of_parts[part][option] = value
+        else:
+            raise ValueError(unknown(f"part of drafter {name!r} in option {key!r}:", part, of_parts))
+    for key in own:
+        if key not in HybridConfig.__dataclass_fields__:
+            choices = HybridConfig.__dataclass_fields__
+            raise ValueError(
+                f"{unknown(f'option of drafter {name!r}', key, choices)}; options of a part carry its name in front: "
+                f"{names[-1]}.{key}"
+            )
+    config = make_config(HybridConfig, own, f"drafter {name!r}")
+    parts = []
+    for part, values in of_parts.items():
+        try:
+            parts.append(create_drafter(part, values))
+        except ValueError as error:
+            raise ValueError(f"{error} (in {name!r} options of this part are given as {part}.NAME=VALUE)") from error
+    return HybridDrafter(parts, config)
 
 
 def check_verifier(name: str) -> None:

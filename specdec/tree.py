@@ -37,6 +37,8 @@ class TokenTree:
         draft_log_probs: ``[B, N, V]`` float32, at each node the draft distribution its children were drawn from.
             None means that children are deterministic proposals.
         siblings: how the children of a node were chosen.
+        confidence: ``[B, N]`` float, the drafter's own estimate of the chance that a node is accepted, 1 at the root;
+            None where it has none. Nothing is accepted by it.
     """
 
     tokens: Tensor
@@ -45,6 +47,7 @@ class TokenTree:
     embeddings: Tensor | None = None
     draft_log_probs: Tensor | None = None
     siblings: SiblingSampling = "deterministic"
+    confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape != self.parents.shape or self.tokens.shape[1] == 0:
@@ -116,7 +119,8 @@ class TokenTree:
         """The tree of the first ``count`` columns; the tree itself where it has no more or is not divisible."""
         if count >= self.num_nodes or not self.divisible:
             return self
-        return TokenTree(self.tokens[:, :count], self.parents[:, :count])
+        confidence = None if self.confidence is None else self.confidence[:, :count]
+        return TokenTree(self.tokens[:, :count], self.parents[:, :count], confidence=confidence)
 
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError where the tree breaks one of its invariants, naming row and column."""
@@ -146,6 +150,10 @@ class TokenTree:
         if self.draft_log_probs is not None and self.draft_log_probs.shape != (*self.tokens.shape, vocab_size):
             raise ValueError(
                 f"draft_log_probs must be {(*self.tokens.shape, vocab_size)}, got {tuple(self.draft_log_probs.shape)}"
+            )
+        if self.confidence is not None and self.confidence.shape != self.tokens.shape:
+            raise ValueError(
+                f"confidence must be {tuple(self.tokens.shape)}, as the tokens, got {tuple(self.confidence.shape)}"
             )
         real = self.valid if self.virtual is None else self.valid & ~self.virtual
         outside = real & ((self.tokens < 0) | (self.tokens >= vocab_size))
@@ -177,6 +185,7 @@ class TokenTree:
             virtual=None if self.virtual is None else self.virtual.gather(1, columns),
             embeddings=None if self.embeddings is None else self.embeddings[rows, columns],
             draft_log_probs=None if self.draft_log_probs is None else self.draft_log_probs[rows, columns],
+            confidence=None if self.confidence is None else self.confidence.gather(1, columns),
         )
 
     def limit_depth(self, limit: Tensor) -> TokenTree:
@@ -215,6 +224,7 @@ class TokenTree:
             virtual=None if self.virtual is None else self.virtual.to(device),
             embeddings=None if self.embeddings is None else self.embeddings.to(device),
             draft_log_probs=None if self.draft_log_probs is None else self.draft_log_probs.to(device),
+            confidence=None if self.confidence is None else self.confidence.to(device),
         )
 
     @classmethod

@@ -17,13 +17,20 @@ import click
 def list_(as_json: bool) -> None:
     """Show drafters with their options, acceptance policies and model aliases."""
     from specdec.models import ALIASES
-    from specdec.registry import AUTO_DRAFTER, drafter_names, verifier_names
+    from specdec.registry import AUTO_DRAFTER, JOIN, drafter_names, verifier_names
 
     drafters = {name: describe_drafter(name) for name in drafter_names()}
     verifiers = {name: describe_verifier(name) for name in verifier_names()}
     models = {alias: str(source) for alias, source in ALIASES.items()}
+    hybrid = describe_drafter(JOIN)
     if as_json:
-        document = {"auto_drafter": AUTO_DRAFTER, "drafters": drafters, "verifiers": verifiers, "models": models}
+        document = {
+            "auto_drafter": AUTO_DRAFTER,
+            "drafters": drafters,
+            "hybrid": hybrid,
+            "verifiers": verifiers,
+            "models": models,
+        }
         click.echo(json.dumps(document, indent=2))
         return
     click.echo(
@@ -34,6 +41,12 @@ def list_(as_json: bool) -> None:
         click.echo(f"  {name:<12} {about['summary']}")
         for option, detail in about["options"].items():
             click.echo(f"      {option}={detail['default']}  {detail['help']}")
+    click.echo(f"  {f'A{JOIN}B':<12} {hybrid['summary']}")
+    click.echo(
+        f"      names joined by {JOIN!r}, such as suffix{JOIN}eagle; a part's options carry its name: -o eagle.width=3"
+    )
+    for option, detail in hybrid["options"].items():
+        click.echo(f"      {option}={detail['default']}  {detail['help']}")
     click.echo("\nVerifiers (--verifier NAME)")
     for name, about in verifiers.items():
         kept = "unknown" if about["lossless"] is None else "lossless" if about["lossless"] else "lossy"

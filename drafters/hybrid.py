@@ -1,0 +1,311 @@
+"""Several drafters in one tree: what copies the text so far and what reads the model's states see different things."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from specdec.batch import Batch
+from specdec.drafters.base import Drafter
+from specdec.drafters.hybrid_calibration import Calibration, Odds, row_odds
+from specdec.drafters.hybrid_cost import Economy, RowGain
+from specdec.drafters.hybrid_tree import MergedTree
+from specdec.missed import MissedPasses
+from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU
+from specdec.target import HFTarget, TargetOutput
+from specdec.tree import PADDING, TokenTree
+from specdec.verifiers.base import Verdict
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """Options of the whole; those of a part carry its name in front.
+
+    Attributes:
+        max_nodes: most nodes of a merged tree, root included.
+        min_probability: nodes with a lower estimated chance of acceptance are left out.
+        ask: parts beyond the cheapest are asked in every pass ("always"), or where the tokens they are expected to add
+            are worth their time ("paying"). A text that depends on the trees and has a seed is not left to a clock:
+            there all are asked.
+    """
+
+    max_nodes: int = 24
+    min_probability: float = 0.01
+    ask: Literal["paying", "always"] = "paying"
+
+    def __post_init__(self) -> None:
+        if self.max_nodes < 1:
+            raise ValueError(f"max_nodes must be at least 1, got {self.max_nodes}")
+        if not 0.0 <= self.min_probability <= 1.0:
+            raise ValueError(f"min_probability must be in [0, 1], got {self.min_probability}")
+        if self.ask not in ("paying", "always"):
+            raise ValueError(f"ask must be 'paying' or 'always', got {self.ask!r}")
+
+
+class PartError(RuntimeError):
+    """A part raised; the others can go on."""
+
+
+@dataclass
+class _RowState:
+    """What is kept of one row."""
+
+    odds: list[Odds]
+    gains: list[RowGain]
+
+
+@dataclass
+class _Round:
+    """A pass from proposal to verdict.
+
+    Attributes:
+        merged: per row.
+        before: per asked part beyond the first, per row: the nodes chosen without it.
+        expected: the same, accepted nodes expected of these.
+    """
+
+    start: float
+    merged: list[MergedTree]
+    asked: list[int] = field(default_factory=list)
+    before: dict[int, list[list[int]]] = field(default_factory=dict)
+    expected: dict[int, list[float]] = field(default_factory=dict)
+    end: float = 0.0
+
+
+class HybridDrafter(Drafter):
+    """Merges the trees of several drafters under one budget, the nodes most likely to be accepted first.
+
+    Children are always chosen deterministically: a choice among drawn ones would bias a text sampled by rejection.
+
+    Args:
+        parts: drafters of different names.
+        config: options of the whole.
+        clock: seconds, for telling what parts cost.
+
+    Raises:
+        ValueError: for fewer than two parts, two of one name, or one whose trees cannot be merged.
+    """
+
+    Config = HybridConfig
+
+    def __init__(
+        self, parts: Sequence[Drafter], config: HybridConfig | None = None, clock: Callable[[], float] = perf_counter
+    ) -> None:
+        self.parts = tuple(parts)
+        self.config = config or HybridConfig()
+        names = [part.name for part in self.parts]
+        self.name = "+".join(names)
+        check_names(names)
+        for part in self.parts:
+            if part.virtual_nodes:
+                raise ValueError(
+                    f"drafter {part.name!r} cannot be merged with others: its trees hold virtual nodes that prepare "
+                    "its next draft below the very nodes it chose"
+                )
+        self._clock = clock
+        self._finish: Callable[[], None] | None = None
+        self._calibrations: dict[tuple[bool, bool], Calibration] = {}
+        self._economy = Economy(len(self.parts), CAUTIOUS_CPU)
+        self._begin([])
+
+    def _begin(self, rows: Sequence[int]) -> None:
+        count = range(len(self.parts))
+        self._rows = {row: _RowState(row_odds(len(self.parts)), [RowGain() for _ in count]) for row in rows}
+        self._alive = list(count)
+        self._fresh = set(count)  # not asked yet in this call
+        self._missed = [MissedPasses() for _ in count]
+        self._round: _Round | None = None
+
+    def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        for part in self.parts:
+            part.bind(target, tokenizer)
+        self.features = tuple(dict.fromkeys(name for part in self.parts for name in part.features))
+        if target.device.type == "cuda":
+            self._finish = torch.cuda.synchronize  # what is queued would be counted where its result is first read
+            self._economy = Economy(len(self.parts), CAUTIOUS_GPU)
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        self._begin([row.row_id for row in batch.rows])
+        view = _view(batch, batch.max_nodes)
+        self._each(lambda index: self.parts[index].start(view, output))
+
+    def propose(self, batch: Batch) -> TokenTree:
+        max_nodes = min(self.config.max_nodes, batch.max_nodes)
+        self._round = None
+        if max_nodes < 2 or max(row.max_depth for row in batch.rows) < 1:
+            return TokenTree.from_pending(batch.pending)
+        view = _view(batch, max_nodes)
+        way = (batch.params.greedy, batch.coupled)
+        calibration = self._calibrations.setdefault(way, Calibration(len(self.parts)))
+        merged = [MergedTree(row.pending, calibration, self._rows[row.row_id].odds) for row in batch.rows]
+        self._round = current = _Round(self._now(), merged)
+        chosen = [[0] for _ in batch.rows]
+        timed = self.config.ask == "paying" and not _repeatable_by_tree(batch)
+
+        def ask(part: int) -> None:
+            nonlocal chosen
+            if current.asked:
+                expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
+                if timed and not self._pays(part, batch, expected, max(map(len, chosen))):
+                    return
+                current.before[part], current.expected[part] = chosen, expected
+            began = self._now()
+            self._ask(part, view, merged)
+            chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
+            self._economy.asked(part, 1000.0 * (self._now() - began), max(map(len, chosen)), part in self._fresh)
+            self._fresh.discard(part)
+            current.asked.append(part)
+
+        self._each(ask, self._order(timed))
+        tree = _assemble(batch, merged, chosen)
+        current.end = self._now()
+        return tree
+
+    def _order(self, timed: bool) -> list[int]:
+        """Parts that read no hidden states, then the others, as they were named; by what they took where that counts."""
+        order = sorted(self._alive, key=lambda part: bool(self.parts[part].features))
+        return self._economy.order(order) if timed else order
+
+    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: int) -> bool:
+        states = [self._rows[row.row_id] for row in batch.rows]
+        gain = sum(
+            self._economy.gain(part, value) * state.gains[part].factor
+            for value, state in zip(expected, states, strict=True)
+        )
+        mean = sum(expected) / len(expected)
+        return self._economy.pays(part, gain, mean, nodes, len(batch), _mean_length(batch))
+
+    def _ask(self, part: int, view: Batch, merged: Sequence[MergedTree]) -> None:
+        """Show a part what it missed, and merge what it proposes then."""
+        drafter = self.parts[part]
+        self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
+        tree = drafter.propose(view).to(view.device)
+        tree.validate(view.vocab_size)
+        if tree.virtual is not None or tree.siblings != "deterministic":
+            raise ValueError(f"drafter {drafter.name!r} proposed nodes that cannot be merged: virtual, or drawn")
+        if tree.batch_size != len(view) or not torch.equal(tree.tokens[:, 0], view.pending):
+            raise ValueError(f"drafter {drafter.name!r} must root one tree per row at the pending tokens")
+        for index, (row, into) in enumerate(zip(view.rows, merged, strict=True)):
+            into.add(part, tree, index, row.max_depth)
+
+    def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
+        current, self._round, began = self._round, None, self._now()
+        if current is not None:
+            self._learn(current, batch, verdict)
+        view = _view(batch, batch.max_nodes)
+        asked = () if current is None else current.asked
+
+        def show(part: int) -> None:
+            drafter = self.parts[part]
+            if drafter.features and part not in asked:
+                self._missed[part].add(tree, output, verdict, drafter.features)
+                if self._missed[part].full:
+                    self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
+                return
+            shown = self._now()
+            features = {name: output.features[name] for name in drafter.features}
+            drafter.observe(view, tree, TargetOutput(output.logits, features), verdict)
+            if part in asked:
+                self._economy.taught(part, 1000.0 * (self._now() - shown))
+
+        self._each(show)
+        if current is not None:
+            tokens = float(sum(map(len, verdict.tokens)))
+            pass_ms, all_ms = 1000.0 * (began - current.end), 1000.0 * (self._now() - current.start)
+            self._economy.passed(tree.num_nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
+
+    def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:
+        for index, (row, merged) in enumerate(zip(batch.rows, current.merged, strict=True)):
+            state, tokens = self._rows[row.row_id], verdict.tokens[index]
+            for place, (part, before) in enumerate(current.before.items()):
+                later = list(current.before.values())[place + 1 :]
+                got = merged.accepted(later[0][index], tokens) if later else verdict.num_accepted[index]
+                gain, expected = float(got - merged.accepted(before[index], tokens)), current.expected[part][index]
+                state.gains[part].see(gain, self._economy.gain(part, expected))
+                self._economy.added(part, expected, gain)
+            merged.learn(tokens)
+
+    def keep(self, batch: Batch, rows: Sequence[int]) -> None:
+        view = _view(batch, batch.max_nodes)
+        self._rows = {row.row_id: self._rows[row.row_id] for row in (batch.rows[index] for index in rows)}
+        for missed in self._missed:
+            missed.keep(rows)
+        self._each(lambda index: self.parts[index].keep(view, rows))
+
+    def stop(self) -> None:
+        alive = self._alive
+        self._begin([])
+        self._each(lambda index: self.parts[index].stop(), alive)
+
+    def _now(self) -> float:
+        if self._finish is not None:
+            self._finish()
+        return self._clock()
+
+    def survivor(self) -> Drafter | None:
+        return self if self._alive else None
+
+    def _each(self, call: Callable[[int], None], parts: Sequence[int] | None = None) -> None:
+        """Call for every part; those that raise are dropped for the rest of the call, and the first error is raised."""
+        failed: Exception | None = None
+        for part in list(self._alive if parts is None else parts):
+            try:
+                call(part)
+            except Exception as error:
+                self._alive = [index for index in self._alive if index != part]
+                failed = failed or self._explain(part, error)
+        if failed is not None:
+            self._round = None
+            raise failed
+
+    def _explain(self, part: int, error: Exception) -> PartError:
+        explained = PartError(f"part {self.parts[part].name!r} raised {type(error).__name__}: {error}")
+        explained.__cause__ = error
+        return explained
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError where parts of these names make no hybrid."""
+    whole = "+".join(names)
+    if len(names) < 2:
+        raise ValueError(f"a hybrid joins at least two drafters, got {whole!r}")
+    for name in names:
+        if name in ("auto", "none", ""):
+            raise ValueError(f"{name!r} cannot be part of a hybrid, got {whole!r}: join names of drafters by '+'")
+        if names.count(name) > 1:
+            raise ValueError(f"drafter {name!r} is there twice in {whole!r}")
+
+
+def _view(batch: Batch, max_nodes: int) -> Batch:
+    """The batch as parts see it: their children are not drawn, and the budget is the hybrid's."""
+    view = copy.copy(batch)
+    view.siblings, view.max_nodes = "deterministic", max_nodes
+    return view
+
+
+def _repeatable_by_tree(batch: Batch) -> bool:
+    """Whether a seed asks for a text again that depends on the trees, which then must not depend on a clock."""
+    return not (batch.params.greedy or batch.coupled or batch.params.seed is None)
+
+
+def _mean_length(batch: Batch) -> int:
+    return sum(len(row.tokens) for row in batch.rows) // len(batch)
+
+
+def _assemble(batch: Batch, merged: Sequence[MergedTree], chosen: Sequence[Sequence[int]]) -> TokenTree:
+    """The chosen nodes of all rows, padded at the end."""
+    rows = [tree.columns(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
+    width = max(map(len, chosen))
+    tokens = [row + [0] * (width - len(row)) for row, _, _ in rows]
+    parents = [row + [PADDING] * (width - len(row)) for _, row, _ in rows]
+    chances = [row + [0.0] * (width - len(row)) for _, _, row in rows]
+    return TokenTree(
+        torch.tensor(tokens, device=batch.device),
+        torch.tensor(parents, device=batch.device),
+        confidence=torch.tensor(chances, device=batch.device),
+    )
