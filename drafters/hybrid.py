@@ -167,7 +167,7 @@ class HybridDrafter(Drafter):
         return tree
 
     def _order(self, timed: bool) -> list[int]:
-        """Parts that read no hidden states, then the others, as they were named; by what they took where that counts."""
+        """Parts that read no hidden states, then the others, as named; by what they took where that counts."""
         order = sorted(self._alive, key=lambda part: bool(self.parts[part].features))
         return self._economy.order(order) if timed else order
 

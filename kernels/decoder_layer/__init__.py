@@ -48,7 +48,11 @@ class Kernels:
         self._rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
         self._gated.argtypes = (pointer, pointer, number, number)
         self._attention.argtypes = (ctypes.POINTER(_Attention),)
-        for function in (self._rms_norm, self._gated, self._attention):
+        self._quantize_rows, self._rescale_rows = library.quantize_rows, library.rescale_rows
+        self._quantize_rows.argtypes = (pointer, pointer, pointer, number, number)
+        self._rescale_rows.argtypes = (pointer, pointer, pointer, pointer, pointer, number, number)
+        functions = (self._rms_norm, self._gated, self._attention, self._quantize_rows, self._rescale_rows)
+        for function in functions:
             function.restype = None
         runtime = _openmp()
         if runtime is not None:
@@ -68,6 +72,34 @@ class Kernels:
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         self._gated(gate_up.data_ptr(), out.data_ptr(), gate_up.numel() // (2 * width), width)
+        return out
+
+    def quantize_rows(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations in 8 bit: ``[rows, d]`` uint8 around 128, and the rows' scales ``[rows]`` float32.
+
+        A row that holds NaN or infinity gets the scale NaN.
+        """
+        rows, width = inputs.shape
+        out = torch.empty(rows, width, dtype=torch.uint8)
+        scales = torch.empty(rows, dtype=torch.float32)
+        self._quantize_rows(inputs.data_ptr(), out.data_ptr(), scales.data_ptr(), rows, width)
+        return out, scales
+
+    def rescale_rows(
+        self, sums: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """``sums * scales + bias + residual``, rounded once: ``[rows, d]``.
+
+        Args:
+            sums: ``[rows, d]`` float32.
+            scales: ``[rows]`` float32.
+            bias: ``[d]``.
+            residual: ``[rows, d]``.
+        """
+        rows, width = sums.shape
+        out = torch.empty(rows, width, dtype=torch.bfloat16)
+        added = (None if value is None else value.data_ptr() for value in (bias, residual))
+        self._rescale_rows(sums.data_ptr(), scales.data_ptr(), *added, out.data_ptr(), rows, width)
         return out
 
     def attention(

@@ -127,6 +127,45 @@ void gated(const bf16 *in, bf16 *out, long rows, long d) {
     }
 }
 
+/* ---- activations in 8 bit, each row with a scale of its own (LLM.int8, Dettmers et al. 2022, section 2.1) ---- */
+
+/* To unsigned bytes around 128: in / scale + 128, scale = largest / 127. A row with NaN or infinity gets scale NaN. */
+void quantize_rows(const bf16 *in, uint8_t *out, float *scales, long rows, long d) {
+  for (long row = 0; row < rows; row++, in += d, out += d) {
+    vec most = {0}, broken = {0};
+    for (long i = 0; i < d; i += LANES) {
+      vec x = load(in + i), size = (vec)((ivec)x & 0x7fffffff);
+      ivec larger = size > most;
+      most = (vec)((larger & (ivec)size) | (~larger & (ivec)most));
+      broken += x * 0.0f; /* NaN where x is not finite */
+    }
+    float largest = 1e-12f * 127;
+    for (int lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
+    scales[row] = largest / 127.0f + sum(broken);
+    float inverse = 127.0f / largest;
+    for (long i = 0; i < d; i += LANES) {
+      vec shifted = load(in + i) * inverse + 12582912.0f; /* 1.5 * 2^23: rounds to an integer, ties to even */
+      ivec whole = (ivec)shifted - (ivec)splat(12582912.0f) + 128;
+      typedef uint8_t bytes __attribute__((vector_size(LANES)));
+      bytes small = __builtin_convertvector(whole, bytes);
+      __builtin_memcpy(out + i, &small, sizeof small);
+    }
+  }
+}
+
+/* out = in * its row's scale + bias + residual, rounded once; bias and residual may be null. */
+void rescale_rows(const float *in, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *out, long rows,
+                  long d) {
+  for (long row = 0; row < rows; row++, in += d, out += d) {
+    for (long i = 0; i < d; i += LANES) {
+      vec value = loadf(in + i) * scales[row];
+      if (bias) value += load(bias + i);
+      if (residual) value += load(residual + row * d + i);
+      store(out + i, value);
+    }
+  }
+}
+
 /* ---- rotary embeddings, cache write and attention ---- */
 
 typedef struct {
