@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from specdec.kernels.decoder_layer import PassArguments
 from specdec.kernels.tree_attention import tree_attention
 from specdec.kv_cache import KVCache
 
@@ -38,6 +39,9 @@ class AttentionPass:
         self.windows: dict[int, int | None] = {}  # layer -> the window it asked for
         self._masks: dict[int | None, Tensor] = {}
         self._key_positions: Tensor | None = None
+        self.arguments: PassArguments | None = None
+        """Of compiled layers; ``held`` keeps their tensors alive."""
+        self.held: tuple[Tensor, ...] = ()
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.attention import AttentionPass, attend
-from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, find_kernels
-from specdec.packing import FusedPart, PackedLinear, PackedWeight
+from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArguments, PassArguments, find_kernels
+from specdec.packing import FusedPart, PackedLinear
+from specdec.panels import PanelWeight
 
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
@@ -87,14 +88,24 @@ class LeanLayer:
         named = config if type(layer).__name__ == "MistralDecoderLayer" else attention
         self._window: int | None = getattr(named, "sliding_window", None)
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self._qkv: PackedWeight = attention.q_proj.product.packed
-        self._gate_up: PackedWeight = mlp.gate_proj.product.packed
-        self._out: PackedWeight = attention.o_proj.packed
-        self._down: PackedWeight = mlp.down_proj.packed
+        self._qkv, self._out = attention.q_proj.product.packed, attention.o_proj.packed
+        self._gate_up, self._down = mlp.gate_proj.product.packed, mlp.down_proj.packed
         self._hidden: int = mlp.intermediate_size
         widths = (config.hidden_size, self._hidden, self._head_dim // 2)
         fits = all(width % LANES == 0 for width in widths) and self._head_dim <= MOST_WIDTH
         self._kernels = find_kernels() if fits else None
+        self._arguments = self._whole() if self._kernels is not None else None
+
+    def _whole(self) -> LayerArguments | None:
+        """The layer for ``Kernels.layer``; None where its weights lie in another layout."""
+        linears = (self._qkv, self._out, self._gate_up, self._down)
+        if not all(isinstance(linear, PanelWeight) for linear in linears):
+            return None
+        norms = self._input_norm, self._mlp_norm
+        return LayerArguments.of(
+            linears, (norms[0].weight, norms[1].weight), (norms[0].variance_epsilon, norms[1].variance_epsilon),
+            self._scale, self._heads, self._kv_heads, self._head_dim, self._window,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -120,7 +131,9 @@ class LeanLayer:
         attended = attend(specdec_pass, self._index, query, key, value, self._scale, self._window)
         hidden_states = self._out.add_to(hidden_states, attended.transpose(1, 2).reshape(batch_size, num_nodes, -1))
         gate_up = self._gate_up(_rms_norm(self._mlp_norm, hidden_states))
-        return self._down.add_to(hidden_states, F.silu(gate_up[..., : self._hidden]) * gate_up[..., self._hidden :])
+        gated = F.silu(gate_up[..., : self._hidden]) * gate_up[..., self._hidden :]
+        out: Tensor = self._down.add_to(hidden_states, gated)
+        return out
 
     def _compiled(
         self, kernels: Kernels, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
@@ -130,6 +143,9 @@ class LeanLayer:
         buffers = specdec_pass.cache.open(
             self._index, depth.shape[1], self._kv_heads, self._head_dim, hidden_states.dtype
         )
+        if self._arguments is not None:
+            arguments = specdec_pass.arguments or self._begin(kernels, rotary, specdec_pass)
+            return kernels.layer(self._arguments, arguments, hidden_states, buffers.keys, buffers.values)
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         attended = kernels.attention(
@@ -139,7 +155,23 @@ class LeanLayer:
         hidden_states = self._out.add_to(hidden_states, attended)
         norm = self._mlp_norm
         gate_up = self._gate_up(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
-        return self._down.add_to(hidden_states, kernels.gated(gate_up))
+        out: Tensor = self._down.add_to(hidden_states, kernels.gated(gate_up))
+        return out
+
+
+    def _begin(
+        self, kernels: Kernels, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
+    ) -> PassArguments:
+        """What the layers of this pass share, made at the first of them."""
+        assert self._arguments is not None
+        batch_size, num_nodes, tree = specdec_pass.ancestors.shape
+        space = kernels.space(self._arguments, batch_size * num_nodes)
+        tensors = (*rotary, specdec_pass.cache.lengths, specdec_pass.depth, specdec_pass.ancestors, space)
+        specdec_pass.arguments = PassArguments(
+            *(tensor.data_ptr() for tensor in tensors), batch_size, num_nodes, tree, torch.get_num_threads()
+        )
+        specdec_pass.held = tensors
+        return specdec_pass.arguments
 
 
 def _rms_norm(norm: Any, states: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specdec.panels import PanelWeight, panels_pay
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
 
@@ -48,7 +50,7 @@ def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
 
     Args:
         model: changed in place.
-        pack: what weights become; oneDNN's layout where None.
+        pack: what weights become; panels or oneDNN's layout where None, whichever is faster here.
 
     Returns:
         How many linear layers were packed.
@@ -69,6 +71,12 @@ def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
                     setattr(module, name, PackedLinear(linear, pack))
                     count += 1
     return count
+
+
+def pack_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A bfloat16 weight in the layout that is fastest on this CPU."""
+    kind = PanelWeight if PanelWeight.fits(weight) and panels_pay() else PackedWeight
+    return kind(weight, bias)
 
 
 class PackedWeight(nn.Module):
@@ -148,10 +156,12 @@ class PackedWeight(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight; ``weight`` gives it back dense."""
 
+    packed: Any
+
     def __init__(self, linear: nn.Linear, pack: WeightFactory | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = (pack or PackedWeight)(linear.weight, linear.bias)
+        self.packed = (pack or pack_weight)(linear.weight, linear.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -162,7 +172,8 @@ class PackedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """``[out]``."""
-        return self.packed.bias
+        bias: Tensor | None = self.packed.bias
+        return bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         out: Tensor = self.packed(inputs)
@@ -172,11 +183,13 @@ class PackedLinear(nn.Module):
 class FusedLinear(nn.Module):
     """Several linear layers as one; the last input's outputs are kept until each was asked for."""
 
+    packed: Any
+
     def __init__(self, linears: Sequence[nn.Linear], pack: WeightFactory | None = None) -> None:
         super().__init__()
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat(biases) if biases else None
-        self.packed = (pack or PackedWeight)(torch.cat([linear.weight for linear in linears]), bias)
+        self.packed = (pack or pack_weight)(torch.cat([linear.weight for linear in linears]), bias)
         self._widths = [linear.out_features for linear in linears]
         self._inputs: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[int, Tensor] = {}

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels.decoder_layer import LANES, Kernels, find_kernels
 from specdec.packing import WeightFactory, pack_linears
+from specdec.panels import Panel8Weight, panels_pay
 from specdec.registry import unknown
 
 GROUP = 32
@@ -104,35 +104,21 @@ class W8A8Weight(_IntegerWeight):
         return {"weight": packed, "scales": scales, "zero_points": torch.zeros_like(scales, dtype=torch.int32)}
 
     def product(self, inputs: Tensor) -> Tensor:
-        kernels = self._kernels(inputs)
-        if kernels is not None:
-            rows, scales = kernels.quantize_rows(inputs)
-            return kernels.rescale_rows(self._sums(rows), scales)
         exact = inputs.float()
         scale = exact.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1 / 127)  # NaN stays, and fails the row
         rows = exact.div_(scale) if exact is not inputs else exact / scale
         shifted = rows.round_().add_(_ZERO_POINT).nan_to_num_(0.0).to(torch.uint8)
-        return self._sums(shifted).mul_(scale).to(inputs.dtype)
-
-    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        kernels = self._kernels(inputs)
-        if kernels is None:
-            return super().add_to(residual, inputs)
-        rows, scales = kernels.quantize_rows(inputs.reshape(-1, self._in_features).contiguous())
-        added = residual.reshape(len(rows), -1).contiguous()
-        return kernels.rescale_rows(self._sums(rows), scales, self.bias, added).view(residual.shape)
-
-    def _sums(self, rows: Tensor) -> Tensor:
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, _ZERO_POINT, self.weight, self.scales, self.zero_points, None, 1.0, 0, torch.float32,
+            shifted, 1.0, _ZERO_POINT, self.weight, self.scales, self.zero_points, None, 1.0, 0, torch.float32,
             "none", [], "",
         )  # fmt: skip
-        return out
+        return out.mul_(scale).to(inputs.dtype)
 
-    def _kernels(self, inputs: Tensor) -> Kernels | None:
-        """What does it in two calls, where it is there and fits."""
-        fits = inputs.dtype == torch.bfloat16 and self._in_features % LANES == 0 and len(self.scales) % LANES == 0
-        return find_kernels() if fits else None
+
+def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Our own kernels where they run, else oneDNN's."""
+    kind = Panel8Weight if Panel8Weight.fits(weight) and panels_pay() else W8A8Weight
+    return kind(weight, bias)
 
 
 class Int4Weight(_IntegerWeight):
@@ -254,7 +240,7 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(Int8Weight, _with_torchao("Int8WeightOnlyConfig")),
-    "w8a8": Scheme(W8A8Weight, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
+    "w8a8": Scheme(_w8a8, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
     "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
     "nf4": Scheme(None, _with_bitsandbytes),
 }

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a decoder layer, compiled for small passes in bfloat16 on a CPU."""
+"""A decoder layer of Llama's kind, compiled for small passes in bfloat16 on a CPU, whole and in parts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import ctypes
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.decoder_layer.build import NotBuilt, load_library
+from specdec.kernels.decoder_layer.structures import (
+    Attention,
+    LayerArguments,
+    Panels,
+    PassArguments,
+    Product,
+    pointer_to,
+)
 
-__all__ = ["LANES", "MOST_WIDTH", "Kernels", "find_kernels"]
+__all__ = ["LANES", "MOST_WIDTH", "PANEL", "Kernels", "LayerArguments", "Panels", "PassArguments", "find_kernels"]
 
 LANES = 16
 """Widths must be multiples of this, a head's of twice as much."""
@@ -20,20 +29,8 @@ LANES = 16
 MOST_WIDTH = 512
 """Widest head."""
 
-
-_TENSORS = ("qkv", "cos", "sin", "keys", "values", "lengths", "depth", "seen", "out")
-_NUMBERS = ("batch", "nodes", "tree", "heads", "kv_heads", "width", "slots", "window")
-
-
-class _Attention(ctypes.Structure):
-    """``attention_arguments`` of cpu.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _TENSORS),
-        *((name, ctypes.c_long) for name in _NUMBERS),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int),
-    )  # fmt: skip
+PANEL = 32
+"""Output channels of a panel."""
 
 
 class Kernels:
@@ -43,17 +40,24 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._rms_norm, self._gated, self._attention = library.rms_norm, library.gated, library.tree_attention
-        pointer, number = ctypes.c_void_p, ctypes.c_long
-        self._rms_norm.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float)
-        self._gated.argtypes = (pointer, pointer, number, number)
-        self._attention.argtypes = (ctypes.POINTER(_Attention),)
-        self._quantize_rows, self._rescale_rows = library.quantize_rows, library.rescale_rows
-        self._quantize_rows.argtypes = (pointer, pointer, pointer, number, number)
-        self._rescale_rows.argtypes = (pointer, pointer, pointer, pointer, pointer, number, number)
-        functions = (self._rms_norm, self._gated, self._attention, self._quantize_rows, self._rescale_rows)
-        for function in functions:
-            function.restype = None
+        pointer, number, structure = ctypes.c_void_p, ctypes.c_long, ctypes.POINTER
+
+        def declare(name: str, *arguments: Any, result: Any = None) -> Any:
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+            return function
+
+        self._rms_norm = declare("rms_norm", pointer, pointer, pointer, number, number, ctypes.c_float)
+        self._gated = declare("gated", pointer, pointer, number, number)
+        self._attention = declare("tree_attention", structure(Attention))
+        self._quantize_rows = declare("quantize_rows", pointer, pointer, pointer, number, number)
+        self._product = declare("product", structure(Product))
+        self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
+        self._layer = declare(
+            "decoder_layer", structure(LayerArguments), structure(PassArguments), *[pointer] * 4, number
+        )
+        self.has_products = bool(declare("has_products", result=ctypes.c_int)())
+        """Whether this processor has what ``product`` and ``layer`` need."""
         runtime = _openmp()
         if runtime is not None:
             library.use_threads.argtypes = (pointer,)
@@ -85,21 +89,34 @@ class Kernels:
         self._quantize_rows(inputs.data_ptr(), out.data_ptr(), scales.data_ptr(), rows, width)
         return out, scales
 
-    def rescale_rows(
-        self, sums: Tensor, scales: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """``sums * scales + bias + residual``, rounded once: ``[rows, d]``.
+    def product(self, inputs: Tensor, weight: Panels, residual: Tensor | None = None) -> Tensor:
+        """``inputs @ weight.T + bias + residual``, rounded once: ``[rows, out]``.
 
         Args:
-            sums: ``[rows, d]`` float32.
-            scales: ``[rows]`` float32.
-            bias: ``[d]``.
-            residual: ``[rows, d]``.
+            inputs: ``[rows, in]``.
+            weight: in 8 bit, inputs are quantized row by row.
+            residual: ``[rows, out]``.
         """
-        rows, width = sums.shape
-        out = torch.empty(rows, width, dtype=torch.bfloat16)
-        added = (None if value is None else value.data_ptr() for value in (bias, residual))
-        self._rescale_rows(sums.data_ptr(), scales.data_ptr(), *added, out.data_ptr(), rows, width)
+        rows, width = inputs.shape
+        out = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
+        read, sizes = (inputs, None) if weight.scales is None else self.quantize_rows(inputs)
+        tensors = (read, weight.weight, weight.scales, weight.shifts, sizes, weight.bias, residual, out)
+        pointers = (pointer_to(tensor) for tensor in tensors)
+        self._product(Product(*pointers, rows, width, weight.out_features, torch.get_num_threads()))
+        return out
+
+    def space(self, layer: LayerArguments, rows: int) -> Tensor:
+        """Memory that ``layer`` works in, to be used for one layer after the other."""
+        return torch.empty(self._layer_space(layer, rows), dtype=torch.uint8)
+
+    def layer(
+        self, layer: LayerArguments, arguments: PassArguments, states: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """A whole decoder layer: ``[B, n, d]`` to ``[B, n, d]``; keys and values as ``attention`` takes them."""
+        out = torch.empty_like(states)
+        self._layer(
+            layer, arguments, states.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        )
         return out
 
     def attention(
@@ -133,11 +150,11 @@ class Kernels:
         heads = total // width - 2 * kv_heads
         out = qkv.new_empty(batch_size, num_nodes, heads * width)
         cos, sin = rotary
+        tensors = (qkv, cos, sin, keys, values, lengths, depth, seen, out)
         self._attention(
-            _Attention(
-                qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(),
-                depth.data_ptr(), seen.data_ptr(), out.data_ptr(), batch_size, num_nodes, depth.shape[1], heads,
-                kv_heads, width, slots, window or 0, scale, torch.get_num_threads(),
+            Attention(
+                *(pointer_to(tensor) for tensor in tensors), batch_size, num_nodes, depth.shape[1], heads, kv_heads,
+                width, slots, window or 0, scale, torch.get_num_threads(),
             )
         )  # fmt: skip
         return out

@@ -127,6 +127,144 @@ void gated(const bf16 *in, bf16 *out, long rows, long d) {
     }
 }
 
+/* ---- products of a few rows with a large weight ----
+
+   Weights lie in panels of 32 output channels, in the order they are read: one stream per thread, each weight once. Up
+   to 12 rows stay in registers while a panel passes; further rows find it in the cache. Every sum runs over the input
+   channels from the first to the last, however many rows there are. */
+
+#define PANEL 32
+#define MOST_ROWS 12
+#define AHEAD 2048 /* bytes that are asked for before they are needed */
+
+typedef struct {
+  const void *in;        /* [rows, in_width] bfloat16, or bytes around 128 */
+  const void *weight;    /* [panels][in_width / 2 or 4][PANEL][2 or 4] bfloat16 or int8 */
+  const float *scales;   /* int8: [panels * PANEL] of the output channels */
+  const int32_t *shifts; /* int8: [panels * PANEL] 128 times the sum of a channel's weights */
+  const float *sizes;    /* int8: [rows] scales of the inputs */
+  const bf16 *bias;      /* [out_width], or null */
+  const bf16 *residual;  /* [rows, out_width], or null */
+  bf16 *out;             /* [rows, out_width] */
+  long rows, in_width, out_width;
+  int threads;
+} product_arguments;
+
+static inline void finish(const product_arguments *a, long row, long first, vec value) {
+  long left = a->out_width - first;
+  bf16 *out = a->out + row * a->out_width + first;
+  if (left >= LANES) {
+    if (a->bias) value += load(a->bias + first);
+    if (a->residual) value += load(a->residual + row * a->out_width + first);
+    store(out, value);
+  } else if (left > 0) {
+    bf16 whole[LANES] = {0}, part[LANES] = {0};
+    if (a->bias) __builtin_memcpy(whole, a->bias + first, (size_t)left * sizeof(bf16));
+    if (a->bias) value += load(whole);
+    if (a->residual) __builtin_memcpy(part, a->residual + row * a->out_width + first, (size_t)left * sizeof(bf16));
+    if (a->residual) value += load(part);
+    store(whole, value);
+    __builtin_memcpy(out, whole, (size_t)left * sizeof(bf16));
+  }
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+/* Whether this processor has the instructions; without them nothing below may be called. */
+int has_products(void) { return 1; }
+
+#define TILE static inline __attribute__((always_inline)) void
+
+TILE tile(const int count, const product_arguments *a, long panel, long row) {
+  const long width = a->in_width;
+  const bf16 *in = (const bf16 *)a->in + row * width, *weight = (const bf16 *)a->weight + panel * PANEL * width;
+  __m512 sums[MOST_ROWS][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (long k = 0; k < width; k += 2, weight += 2 * PANEL) {
+    __m512bh left = (__m512bh)_mm512_loadu_si512(weight), right = (__m512bh)_mm512_loadu_si512(weight + PANEL);
+    __builtin_prefetch((const char *)weight + AHEAD);
+    __builtin_prefetch((const char *)weight + AHEAD + 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) {
+      int32_t pair;
+      __builtin_memcpy(&pair, in + r * width + k, sizeof pair);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], left, x);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, x);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < count; r++) {
+    finish(a, row + r, panel * PANEL, (vec)sums[r][0]);
+    finish(a, row + r, panel * PANEL + LANES, (vec)sums[r][1]);
+  }
+}
+
+TILE tile8(const int count, const product_arguments *a, long panel, long row) {
+  const long width = a->in_width;
+  const uint8_t *in = (const uint8_t *)a->in + row * width;
+  const int8_t *weight = (const int8_t *)a->weight + panel * PANEL * width;
+  __m512i sums[MOST_ROWS][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+  for (long k = 0; k < width; k += 4, weight += 4 * PANEL) {
+    __m512i left = _mm512_loadu_si512(weight), right = _mm512_loadu_si512(weight + 2 * PANEL);
+    __builtin_prefetch((const char *)weight + AHEAD);
+    __builtin_prefetch((const char *)weight + AHEAD + 64);
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++) {
+      int32_t four;
+      __builtin_memcpy(&four, in + r * width + k, sizeof four);
+      __m512i x = _mm512_set1_epi32(four);
+      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, left);
+      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, right);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < count; r++)
+    for (int half = 0; half < 2; half++) {
+      long first = panel * PANEL + half * LANES;
+      __m512i whole = _mm512_sub_epi32(sums[r][half], _mm512_loadu_si512(a->shifts + first));
+      vec exact = (vec)_mm512_cvtepi32_ps(whole) * loadf(a->scales + first) * a->sizes[row + r];
+      finish(a, row + r, first, exact);
+    }
+}
+
+#define ROWS(count, name) \
+  case count: \
+    name(count, a, panel, row); \
+    break;
+#define PANELS(task, name) \
+  static void task(const void *pointer, long panel) { \
+    const product_arguments *a = pointer; \
+    long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, row = 0; \
+    for (long part = 0; part < parts; part++) { \
+      long count = (a->rows - row + parts - part - 1) / (parts - part); \
+      switch (count) { \
+        ROWS(1, name) ROWS(2, name) ROWS(3, name) ROWS(4, name) ROWS(5, name) ROWS(6, name) \
+        ROWS(7, name) ROWS(8, name) ROWS(9, name) ROWS(10, name) ROWS(11, name) ROWS(12, name) \
+      } \
+      row += count; \
+    } \
+  }
+
+PANELS(panel_task, tile)
+PANELS(panel_task8, tile8)
+
+void product(const product_arguments *a) {
+  run(a->sizes ? panel_task8 : panel_task, a, (a->out_width + PANEL - 1) / PANEL, a->threads);
+}
+
+#else
+
+int has_products(void) { return 0; }
+
+void product(const product_arguments *a) { (void)a; }
+
+#endif
+
 /* ---- activations in 8 bit, each row with a scale of its own (LLM.int8, Dettmers et al. 2022, section 2.1) ---- */
 
 /* To unsigned bytes around 128: in / scale + 128, scale = largest / 127. A row with NaN or infinity gets scale NaN. */
@@ -149,19 +287,6 @@ void quantize_rows(const bf16 *in, uint8_t *out, float *scales, long rows, long 
       typedef uint8_t bytes __attribute__((vector_size(LANES)));
       bytes small = __builtin_convertvector(whole, bytes);
       __builtin_memcpy(out + i, &small, sizeof small);
-    }
-  }
-}
-
-/* out = in * its row's scale + bias + residual, rounded once; bias and residual may be null. */
-void rescale_rows(const float *in, const float *scales, const bf16 *bias, const bf16 *residual, bf16 *out, long rows,
-                  long d) {
-  for (long row = 0; row < rows; row++, in += d, out += d) {
-    for (long i = 0; i < d; i += LANES) {
-      vec value = loadf(in + i) * scales[row];
-      if (bias) value += load(bias + i);
-      if (residual) value += load(residual + row * d + i);
-      store(out + i, value);
     }
   }
 }
@@ -327,4 +452,88 @@ void tree_attention(const attention_arguments *a) {
   for (long row = 0; row < a->batch; row++) write_cache(a, row);
   long parts = (a->nodes + NODES_PER_TASK - 1) / NODES_PER_TASK;
   run(attend, a, a->batch * a->kv_heads * parts, a->threads);
+}
+
+/* ---- a whole layer of Llama's kind ---- */
+
+typedef struct {
+  const void *weight;
+  const float *scales;   /* null: weights are bfloat16 */
+  const int32_t *shifts;
+  const bf16 *bias;
+  long in_width, out_width;
+} linear;
+
+typedef struct {
+  linear qkv, out, gate_up, down;
+  const bf16 *input_norm, *mlp_norm;
+  float input_eps, mlp_eps, scale;
+  long heads, kv_heads, width, window;
+} layer;
+
+typedef struct {
+  const bf16 *cos, *sin;
+  const int64_t *lengths, *depth;
+  const uint8_t *seen;
+  char *space; /* layer_space() bytes, aligned to 64 */
+  long batch, nodes, tree;
+  int threads;
+} pass;
+
+typedef struct {
+  bf16 *normed, *qkv, *attended, *gate_up, *gated;
+  uint8_t *bytes;
+  float *sizes;
+} buffers;
+
+static long place(const layer *l, long rows, char *space, buffers *b) {
+  long at = 0, widest = l->qkv.in_width;
+  if (l->out.in_width > widest) widest = l->out.in_width;
+  if (l->down.in_width > widest) widest = l->down.in_width;
+#define PLACE(field, type, count) \
+  b->field = (type *)(space + at); \
+  at += ((count) * (long)sizeof(type) + 63) / 64 * 64;
+  PLACE(normed, bf16, rows * l->qkv.in_width)
+  PLACE(qkv, bf16, rows * l->qkv.out_width)
+  PLACE(attended, bf16, rows * l->out.in_width)
+  PLACE(gate_up, bf16, rows * l->gate_up.out_width)
+  PLACE(gated, bf16, rows * l->down.in_width)
+  PLACE(bytes, uint8_t, rows * widest)
+  PLACE(sizes, float, rows)
+  return at;
+}
+
+long layer_space(const layer *l, long rows) {
+  buffers unused;
+  return place(l, rows, 0, &unused);
+}
+
+static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf16 *residual, bf16 *out, long rows,
+                     int threads) {
+  product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, rows, l->in_width,
+                         l->out_width, threads};
+  if (l->scales) {
+    quantize_rows(in, b->bytes, b->sizes, rows, l->in_width);
+    a.in = b->bytes;
+    a.sizes = b->sizes;
+  }
+  product(&a);
+}
+
+void decoder_layer(const layer *l, const pass *p, const bf16 *in, bf16 *out, bf16 *keys, bf16 *values, long slots) {
+  long rows = p->batch * p->nodes, d = l->qkv.in_width;
+  int threads = p->threads;
+  buffers b;
+  place(l, rows, p->space, &b);
+  rms_norm(in, l->input_norm, b.normed, rows, d, l->input_eps);
+  multiply(&l->qkv, &b, b.normed, 0, b.qkv, rows, threads);
+  attention_arguments a = {b.qkv, p->cos, p->sin, keys, values, p->lengths, p->depth, p->seen, b.attended,
+                           p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window,
+                           l->scale, threads};
+  tree_attention(&a);
+  multiply(&l->out, &b, b.attended, in, out, rows, threads);
+  rms_norm(out, l->mlp_norm, b.normed, rows, d, l->mlp_eps);
+  multiply(&l->gate_up, &b, b.normed, 0, b.gate_up, rows, threads);
+  gated(b.gate_up, b.gated, rows, l->down.in_width);
+  multiply(&l->down, &b, b.gated, out, out, rows, threads);
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from specdec.packing import FusedPart, PackedLinear, can_pack, pack_linears
+from specdec.packing import FusedPart, PackedLinear, PackedWeight, can_pack, pack_linears
+from specdec.panels import Panel8Weight, PanelWeight, panels_run
 
 
 class Block(nn.Module):
@@ -15,9 +19,9 @@ class Block(nn.Module):
         self.q_proj = nn.Linear(48, 32, bias=bias)
         self.k_proj = nn.Linear(48, 16, bias=bias)
         self.v_proj = nn.Linear(48, 16, bias=bias)
-        self.o_proj = nn.Linear(32, 48, bias=bias)
-        self.gate_proj = nn.Linear(48, 80)
-        self.up_proj = nn.Linear(40, 80)  # reads another input: no sibling
+        self.o_proj = nn.Linear(32, 64, bias=bias)
+        self.gate_proj = nn.Linear(48, 96)
+        self.up_proj = nn.Linear(40, 96)  # reads another input: no sibling
 
     def projections(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         return [self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)]
@@ -109,14 +113,17 @@ def test_float32_is_left_alone() -> None:
     assert not can_pack(nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("shape", [(576, 1536), (96, 48)])
-def test_sums_of_one_row_are_those_among_many(shape: tuple[int, int]) -> None:
-    """For one row and a wide input the library takes another kernel, whose sums have another order."""
+@pytest.mark.parametrize("kind", [PackedWeight, PanelWeight, Panel8Weight])
+@pytest.mark.parametrize("shape", [(576, 1536), (100, 48)])
+def test_sums_of_one_row_are_those_among_many(
+    shape: tuple[int, int], kind: Callable[[torch.Tensor, torch.Tensor], Any]
+) -> None:
+    """For one row and a wide input oneDNN takes another kernel, whose sums have another order."""
     torch.manual_seed(0)
     layer = nn.Linear(shape[1], shape[0]).to(torch.bfloat16).requires_grad_(False)
-    if not can_pack(layer):
+    if not can_pack(layer) or (kind is not PackedWeight and not panels_run()):
         pytest.skip("this CPU does not compute in bfloat16")
-    packed = PackedLinear(layer).packed
+    packed = kind(layer.weight, layer.bias)
     inputs = torch.randn(40, shape[1], dtype=torch.bfloat16)
     # Nearly all cancels against the rounded value: what is left are the last bits of the float32 sums.
     rounded = -packed(inputs)
@@ -125,3 +132,41 @@ def test_sums_of_one_row_are_those_among_many(shape: tuple[int, int]) -> None:
         assert torch.equal(packed(inputs[:rows].clone()), -rounded[:rows]), rows
         assert torch.equal(packed.add_to(rounded[:rows].clone(), inputs[:rows].clone()), expected[:rows]), rows
     assert packed(inputs[:1].view(1, 1, -1)).shape == (1, 1, shape[0])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 40])
+@pytest.mark.parametrize("shape", [(64, 32), (33, 16), (100, 1536)])
+def test_panels_give_the_product_in_float64(shape: tuple[int, int], rows: int) -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+    inputs, residual = torch.randn(rows, shape[1]).bfloat16(), torch.randn(rows, shape[0]).bfloat16()
+    exact = inputs.double() @ weight.double().T + bias.double()
+    size = inputs.double().abs() @ weight.double().abs().T + bias.double().abs() + residual.double().abs()
+    panels = PanelWeight(weight, bias)
+    assert torch.equal(panels.dense(), weight)
+    # Half an ulp of rounding, and float32 sums over the width, whose roundings add up to width * 2 ** -24 of all terms.
+    for got, expected in ((panels(inputs), exact), (panels.add_to(residual, inputs), exact + residual.double())):
+        assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + shape[1] * 2.0**-23 * size).all()
+    # In 8 bit each factor is off by half a step of its row: 1 / 254 of the row's largest.
+    steps = inputs.double().abs().amax(1, keepdim=True) * weight.double().abs().amax(1) * shape[1] / 254
+    near = (inputs.double().abs().sum(1, keepdim=True) * weight.double().abs().amax(1)
+            + inputs.double().abs().amax(1, keepdim=True) * weight.double().abs().sum(1)) / 254  # fmt: skip
+    coarse = Panel8Weight(weight, bias)
+    assert ((coarse.dense() - weight).abs() <= weight.abs().amax(1, keepdim=True) / 250).all()
+    error = (coarse(inputs).double() - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + near + steps / 254 + 1e-6).all()
+    both = coarse.add_to(residual, inputs).double() - residual.double() - exact
+    assert (both.abs() <= 2.0**-7 * (exact.abs() + residual.double().abs()) + near + steps / 254 + 1e-6).all()
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    inputs = torch.ones(3, 32).bfloat16()
+    inputs[1, 7] = torch.nan
+    for kind in (PanelWeight, Panel8Weight):
+        out = kind(torch.ones(32, 32).bfloat16(), None)(inputs)
+        assert out.isnan().all(1).tolist() == [False, True, False]
+        assert not out[[0, 2]].isnan().any()

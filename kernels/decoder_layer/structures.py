@@ -1,0 +1,95 @@
+"""The structures of cpu.c, filled from tensors. Whoever fills one keeps the tensors alive."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Panels(Protocol):
+    """A weight as ``Kernels.product`` reads it.
+
+    Attributes:
+        weight: ``[panels, in / k, PANEL, k]``, bfloat16 with k = 2 or int8 with k = 4; channels beyond the last are 0.
+        scales: ``[panels * PANEL]`` float32, of int8 output channels; None for bfloat16.
+        shifts: ``[panels * PANEL]`` int32, 128 times the sum of each int8 channel's weights.
+        bias: ``[out]`` bfloat16.
+        in_features: input channels.
+        out_features: output channels.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+    shifts: Tensor | None
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
+def pointer_to(tensor: Tensor | None) -> int | None:
+    """A tensor's address, NULL for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _fields(pointers: str, numbers: str = "", *others: tuple[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_long) for name in numbers.split()),
+        *others,
+    ]
+
+
+class Attention(ctypes.Structure):
+    """``attention_arguments``."""
+
+    _fields_ = _fields(
+        "qkv cos sin keys values lengths depth seen out", "batch nodes tree heads kv_heads width slots window",
+        ("scale", ctypes.c_float), ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Product(ctypes.Structure):
+    """``product_arguments``."""
+
+    _fields_ = _fields(
+        "inputs weight scales shifts sizes bias residual out", "rows in_width out_width", ("threads", ctypes.c_int)
+    )
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = _fields("weight scales shifts bias", "in_width out_width")
+
+    @classmethod
+    def of(cls, panels: Panels) -> _Linear:
+        tensors = (panels.weight, panels.scales, panels.shifts, panels.bias)
+        return cls(*(pointer_to(tensor) for tensor in tensors), panels.in_features, panels.out_features)
+
+
+class LayerArguments(ctypes.Structure):
+    """``layer``: weights and sizes of a decoder layer."""
+
+    _fields_ = [
+        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *_fields("input_norm mlp_norm"),
+        *((name, ctypes.c_float) for name in ("input_eps", "mlp_eps", "scale")),
+        *_fields("", "heads kv_heads width window"),
+    ]
+
+    @classmethod
+    def of(
+        cls, linears: tuple[Panels, Panels, Panels, Panels], norms: tuple[Tensor, Tensor], eps: tuple[float, float],
+        scale: float, heads: int, kv_heads: int, width: int, window: int | None,
+    ) -> LayerArguments:  # fmt: skip
+        """For a layer's products (query-key-value, output, gate-up, down), the weights of its norms, and sizes."""
+        return cls(
+            *(_Linear.of(panels) for panels in linears), *(pointer_to(norm) for norm in norms), *eps, scale, heads,
+            kv_heads, width, window or 0,
+        )  # fmt: skip
+
+
+class PassArguments(ctypes.Structure):
+    """``pass``: what the layers of one pass share."""
+
+    _fields_ = _fields("cos sin lengths depth seen space", "batch nodes tree", ("threads", ctypes.c_int))

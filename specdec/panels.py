@@ -1,0 +1,110 @@
+"""Weights as our own CPU kernels read them: each once, in order, a stream per thread.
+
+oneDNN's kernels read a weight of a few megabytes at two thirds of the memory's speed, and their sums have another order
+for one row than for many. These do neither (``specdec.kernels.decoder_layer``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, find_kernels
+
+
+def panels_run() -> bool:
+    """Whether this processor has the instructions the kernels need, and a compiler was found."""
+    kernels = find_kernels() if torch.cpu._is_avx512_bf16_supported() else None
+    return kernels is not None and kernels.has_products
+
+
+def panels_pay() -> bool:
+    """Whether they are faster than oneDNN's: not where that has a matrix unit (AMX)."""
+    return panels_run() and not torch.cpu._is_amx_tile_supported()
+
+
+class PanelWeight(nn.Module):
+    """A bfloat16 weight in panels of output channels.
+
+    Args:
+        weight: ``[out, in]``, bfloat16 on the CPU; ``in`` is even.
+        bias: ``[out]``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scales: Tensor | None
+    shifts: Tensor | None
+    step = 2
+    """Input channels that lie beside each other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", None if bias is None else bias.detach().clone().contiguous(), persistent=False)
+        for name, value in self.laid_out(weight.detach()).items():
+            self.register_buffer(name, value, persistent=False)
+        kernels = find_kernels()
+        assert kernels is not None
+        self._kernels: Kernels = kernels
+
+    @classmethod
+    def fits(cls, weight: Tensor) -> bool:
+        """Whether the kernels take a weight of this shape."""
+        return weight.dtype == torch.bfloat16 and weight.shape[1] % cls.step == 0
+
+    def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
+        """The buffers ``weight``, ``scales`` and ``shifts``."""
+        return {"weight": self._panels(weight), "scales": None, "shifts": None}
+
+    def _panels(self, weight: Tensor) -> Tensor:
+        padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+        return padded.view(-1, PANEL, weight.shape[1] // self.step, self.step).permute(0, 2, 1, 3).contiguous()
+
+    def _rows(self) -> Tensor:
+        """``weight`` as ``[out, in]``."""
+        return self.weight.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[: self.out_features]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        rows = inputs.reshape(-1, self.in_features).contiguous()
+        return self._kernels.product(rows, self).view(*inputs.shape[:-1], self.out_features)
+
+    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """``residual`` plus the layer's output, rounded once."""
+        rows = inputs.reshape(-1, self.in_features).contiguous()
+        added = residual.reshape(-1, self.out_features).contiguous()
+        return self._kernels.product(rows, self, added).view(residual.shape)
+
+    def dense(self) -> Tensor:
+        """``[out, in]``, a copy."""
+        return self._rows().contiguous()
+
+
+class Panel8Weight(PanelWeight):
+    """The same in int8 with a scale per output channel, for activations in 8 bit with a scale per row."""
+
+    scales: Tensor
+    shifts: Tensor
+    step = 4
+
+    @classmethod
+    def fits(cls, weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
+
+    def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
+        exact = weight.float()
+        scales = exact.abs().amax(-1).clamp(min=1e-12) / 127
+        whole = (exact / scales.unsqueeze(-1)).round().to(torch.int8)
+        missing = -len(weight) % PANEL
+        shifts = 128 * whole.int().sum(-1)
+        return {
+            "weight": self._panels(whole),
+            "scales": F.pad(scales, (0, missing)),
+            "shifts": F.pad(shifts, (0, missing)).to(torch.int32),
+        }
+
+    def dense(self) -> Tensor:
+        rows = self._rows().float() * self.scales[: self.out_features].unsqueeze(1)
+        return rows.to(torch.bfloat16)
