@@ -20,7 +20,7 @@ def accept(
 ) -> Acceptance:
     """Descend from the root while a child holds what the target chooses.
 
-    The choice at a node is the argmax of its logits, ``logits / temperature + g`` with ``keys``; of equal ones the first
+    The choice at a node is the argmax of its logits, ``logits / temperature + g`` with ``keys``; of equals the first
     is taken. Without ``keys`` this is greedy matching, with them the coupled one (Daliri et al. 2024).
 
     Args:

@@ -17,7 +17,8 @@ class KVFormat:
 
     Attributes:
         block_table: ``[B, P]`` int32 or int64: slot s of row b is slot ``s % page`` of page
-            ``block_table[b, s // page]``; keys and values are then ``[num_pages, H_kv, page, d]``. None where they are ``[B, H_kv, S, d]``.
+            ``block_table[b, s // page]``; keys and values are then ``[num_pages, H_kv, page, d]``. None where they are
+            ``[B, H_kv, S, d]``.
         key_scales: broadcastable to keys without their last dimension, ``[B, H_kv, S]`` or ``[num_pages, H_kv, page]``;
             a key is its stored numbers times its scale. Needed when keys are int8 or float8_e4m3fn. A scale per channel
             belongs into the query.

@@ -53,30 +53,37 @@ def _tree_block(
     FP8: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running maximum, sum and output of a tile of rows, brought up to date."""
-    slot = first + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_N)
+    slot = first + column
     inside = slot < end
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
+    d = tl.arange(0, BLOCK_D)[:, None]
+    dv = tl.arange(0, BLOCK_DV)[None, :]
     if PAGE:
         page = tl.load(block_table + seq * stride_table + slot // PAGE, mask=inside, other=0).to(tl.int64)
         place = slot % PAGE
+        k_places = (keys + kv_head * stride_kh + page * stride_kb + place * stride_ks)[None, :] + d
+        v_places = (values + kv_head * stride_vh + page * stride_vb + place * stride_vs)[:, None] + dv
     else:
-        page = tl.zeros([BLOCK_N], tl.int64) + seq
+        page = seq
         place = slot
-    k_rows = keys + page * stride_kb + kv_head * stride_kh + place.to(tl.int64) * stride_ks
-    v_rows = values + page * stride_vb + kv_head * stride_vh + place.to(tl.int64) * stride_vs
+        # One 64-bit base and offsets that are the same in every block: few registers.
+        block = tl.zeros([], tl.int64) + first
+        k_places = keys + seq * stride_kb + kv_head * stride_kh + block * stride_ks + (column * stride_ks)[None, :] + d
+        v_places = (
+            values + seq * stride_vb + kv_head * stride_vh + block * stride_vs + (column * stride_vs)[:, None] + dv
+        )
     if MASKED:
-        k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0)
-        v = tl.load(v_rows[:, None] + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0)
+        k = tl.load(k_places, mask=inside[None, :] & (d < D), other=0)
+        v = tl.load(v_places, mask=inside[:, None] & (dv < DV), other=0)
     else:
         if D == BLOCK_D:
-            k = tl.load(k_rows[None, :] + d[:, None])
+            k = tl.load(k_places)
         else:
-            k = tl.load(k_rows[None, :] + d[:, None], mask=d[:, None] < D, other=0)
+            k = tl.load(k_places, mask=d < D, other=0)
         if DV == BLOCK_DV:
-            v = tl.load(v_rows[:, None] + dv[None, :])
+            v = tl.load(v_places)
         else:
-            v = tl.load(v_rows[:, None] + dv[None, :], mask=dv[None, :] < DV, other=0)
+            v = tl.load(v_places, mask=dv < DV, other=0)
     scores = tl.dot(q, _decode(k, q.dtype, FP8), input_precision=PRECISION)
     if SCALED:
         k_scale = tl.load(
@@ -91,12 +98,17 @@ def _tree_block(
         seen = inside[None, :] & valid[:, None]
         relative = slot - length
         if TREE:
-            in_tree = (relative >= 0) & inside
-            word = tl.load(
-                bits + ((seq * num_nodes + node) * num_words)[:, None] + (relative // 32)[None, :],
-                mask=in_tree[None, :] & valid[:, None], other=0,
-            )  # fmt: skip
-            seen = seen & ((relative < 0)[None, :] | (((word >> (relative % 32)[None, :]) & 1) != 0))
+            ancestor = tl.zeros([q.shape[0], BLOCK_N], tl.int32)
+            lowest = (first - length) >> 5
+            for i in tl.static_range((BLOCK_N + 31) // 32 + 1):  # words that a block at any offset may reach into
+                index = tl.zeros_like(node) + lowest + i
+                word = tl.load(
+                    bits + (seq * num_nodes + node) * num_words + index,
+                    mask=valid & (index >= 0) & (index < num_words), other=0,
+                )  # fmt: skip
+                here = ((relative >> 5) == lowest + i)[None, :]
+                ancestor = tl.where(here, word[:, None] >> (relative & 31)[None, :], ancestor)
+            seen = seen & ((relative < 0)[None, :] | ((ancestor & 1) != 0))
         if WINDOW:
             deep = tl.load(depth + seq * num_tree + relative, mask=(relative >= 0) & inside, other=0)
             key_position = tl.where(relative >= 0, length + deep, slot)
@@ -121,7 +133,6 @@ def _tree_block(
     do_not_specialize=[
         "window", "num_nodes", "num_tree", "num_words", "part_stride", "first_part", "num_splits", "num_kv_heads",
         "stride_kcb", "stride_kch", "stride_kcs", "stride_vcb", "stride_vch", "stride_vcs", "stride_table",
-        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_vb",
     ]
 )  # fmt: skip
 def tree_attention_kernel(
@@ -262,13 +273,12 @@ def choose_config(query: Tensor, num_rows: int, width: int, storage_dtype: torch
     AMD's local memory has 64 KiB; there one stage less is asked for.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
-    wide = width * query.element_size()  # bytes of a key as the dot product reads it
-    if wide > 512:
-        config = Config(min(block_m, 32), 16, 4, 2)
-    elif wide > 256:
+    if query.dtype == torch.float32:  # no exact products on tensor cores: registers are what there is least of
+        config = Config(16, 32 if width <= 128 else 16, 8, 2)
+    elif width > 128:
         config = Config(min(block_m, 32), 32, 4, 2)
     else:
-        config = Config(block_m, 64, 4, 3)
+        config = Config(block_m, 64, 8 if block_m == 64 else 4, 3)
     if is_amd():
         config = Config(config.block_m, min(config.block_n, 32), config.num_warps, 1)
     return config
