@@ -10,6 +10,9 @@ from specdec.kernels.tree_attention.combine import apply_sinks, combine
 from specdec.kernels.tree_attention.mask import TreeMask
 from specdec.kernels.tree_attention.storage import PLAIN, KVFormat
 
+_UNMASKED_FROM = 4096
+"""Committed slots from which a second call and the merge cost less than a mask over them."""
+
 
 def tree_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """See ``specdec.kernels.tree_attention.tree_attention``; without soft-cap and sinks."""
@@ -40,18 +43,19 @@ def tree_attention_with_lse(
         return reference.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)
     keys, values = storage.dense(keys, values, query.dtype)
     if isinstance(mask, TreeMask):
-        out, lse = _in_two_parts(query, keys, values, mask, scale)
+        out, lse = _by_rules(query, keys, values, mask, scale)
     else:
         out, lse = _fused(query, keys, values, mask, scale)
     return (out if sinks is None else apply_sinks(out, lse, sinks)), lse
 
 
-def _in_two_parts(query: Tensor, keys: Tensor, values: Tensor, mask: TreeMask, scale: float) -> tuple[Tensor, Tensor]:
-    """What is committed in every row without a mask, the rest with one: a mask as long as the context is not read."""
+def _by_rules(query: Tensor, keys: Tensor, values: Tensor, mask: TreeMask, scale: float) -> tuple[Tensor, Tensor]:
+    """Long contexts in two parts: what is committed in every row without a mask, which need not be read then."""
     lengths = mask.lengths.tolist()
-    start, common, end = 0, min(lengths), min(max(lengths) + mask.num_tree, keys.shape[2])
-    if mask.window is not None:  # nodes see different stretches of it
-        start = common = max(0, common - mask.window + 1)
+    end = min(max(lengths) + mask.num_tree, keys.shape[2])
+    # Nothing before is inside any node's window.
+    start = 0 if mask.window is None else max(0, min(lengths) - mask.window + 1)
+    common = min(lengths) if mask.window is None and min(lengths) >= _UNMASKED_FROM else start
     parts = []
     if common > start:
         parts.append(_fused(query, keys[:, :, :common], values[:, :, :common], None, scale))

@@ -267,30 +267,27 @@ class Config:
     num_stages: int
 
 
-def choose_config(query: Tensor, num_rows: int, width: int, storage_dtype: torch.dtype) -> Config:
-    """The tile for ``num_rows`` rows of a KV head, heads ``width`` wide; what the compile test holds to the devices.
+def choose_config(dtype: torch.dtype, num_rows: int, width: int) -> Config:
+    """The tile for ``num_rows`` rows of a KV head, heads ``width`` wide.
 
-    AMD's local memory has 64 KiB; there one stage less is asked for.
+    Chosen so that registers of sm_80 and sm_90 suffice, by the compiler's own account; not tuned by time.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
-    if query.dtype == torch.float32:  # no exact products on tensor cores: registers are what there is least of
+    if dtype == torch.float32:  # no exact products on tensor cores: registers are what there is least of
         config = Config(16, 32 if width <= 128 else 16, 8, 2)
     elif width > 128:
         config = Config(min(block_m, 32), 32, 4, 2)
     else:
         config = Config(block_m, 64, 8 if block_m == 64 else 4, 3)
-    if is_amd():
+    if _is_amd():  # 64 KiB of local memory
         config = Config(config.block_m, min(config.block_n, 32), config.num_warps, 1)
     return config
 
 
-def is_amd() -> bool:
-    """Whether kernels are compiled for an AMD device."""
-    return bool(triton.runtime.driver.active.get_current_target().backend == "hip") if not _interpreted() else False
-
-
-def _interpreted() -> bool:
-    return not isinstance(merge_kernel, triton.JITFunction)
+def _is_amd() -> bool:
+    if not isinstance(merge_kernel, triton.JITFunction):  # in the interpreter there is no device to ask
+        return False
+    return bool(triton.runtime.driver.active.get_current_target().backend == "hip")
 
 
 def choose_splits(device: torch.device, num_programs: int, num_slots: int, block_n: int) -> int:
@@ -358,7 +355,7 @@ class Launch:
         """The tile, and the programs of one split."""
         num_kv_heads = self.keys.shape[1]
         rows = self.max_rows * query.shape[2] * (query.shape[1] // num_kv_heads)
-        config = choose_config(query, rows, max(self.keys.shape[-1], self.values.shape[-1]), self.keys.dtype)
+        config = choose_config(query.dtype, rows, max(self.keys.shape[-1], self.values.shape[-1]))
         return config, triton.cdiv(rows, config.block_m) * len(self.lengths) * num_kv_heads
 
     def splits(self, query: Tensor) -> int:

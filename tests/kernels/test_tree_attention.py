@@ -47,7 +47,7 @@ def attend(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [[50, 50], [70, 1, 33], [513]], ids=str)
+@pytest.mark.parametrize("lengths", [[50, 50], [70, 1, 33], [4100, 4200]], ids=str)
 def test_equals_attention_over_what_each_node_sees(
     lengths: list[int], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
