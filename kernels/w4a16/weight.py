@@ -17,7 +17,8 @@ class Int4Weight:
 
     Attributes:
         codes: ``[N, K / 2]`` uint8, two codes of 0 to 15 each. Byte ``g * G / 2 + j`` of a row holds input
-            ``g * G + j`` in its low half and ``g * G + G / 2 + j`` in its high half, as blocks of GGUF's Q4_1 do for G = 32.
+            ``g * G + j`` in its low half and ``g * G + G / 2 + j`` in its high half, as blocks of GGUF's Q4_1 do for
+            G = 32.
         scales: ``[N, K / G]`` floating point.
         offsets: ``[N, K / G]``: zero points (uint8), the weight is ``scale * (code - offset)``; or minima (of the
             scales' type), the weight is ``scale * code + offset``.
