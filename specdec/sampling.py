@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-6
 """Lowest temperature above 0; logits divided by less may overflow float32."""
 
 _NUCLEUS = 256
+_TARGET_STREAM = 0
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -195,6 +196,22 @@ def derive_seed(seed: int | None, index: int) -> int:
     return _mix64(_mix64(secrets.randbits(64) if seed is None else seed & _MASK64) ^ index)
 
 
+def noise_key(seed: int, stream: int, position: int) -> int:
+    """The 64-bit key from which the noise of one position follows; ``stream`` keeps uses of noise independent."""
+    return _mix64(_mix64(seed ^ _mix64(stream)) ^ position)
+
+
+def keyed_uniform(key: int, index: Tensor) -> Tensor:
+    """Numbers in (0, 1), float64, each a function of the key and its index (integers in int64) alone."""
+    bits = _hash32(_hash32(index ^ (key & _MASK32)) ^ (key >> 32))
+    return (bits.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def keyed_gumbel(key: int, index: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise, float32: computed in float64, so that devices agree but for their logarithms' last bit."""
+    return -torch.log(-torch.log(keyed_uniform(key, index))).float()
+
+
 class PositionNoise:
     """Random numbers of one row, each a function of (seed, stream, position, index) alone.
 
@@ -209,15 +226,17 @@ class PositionNoise:
         self._gumbel: dict[int, Tensor] = {}
 
     def _uniform(self, stream: int, position: int, index: Tensor) -> Tensor:
-        key = _mix64(_mix64(self.seed ^ _mix64(stream)) ^ position)
-        bits = _hash32(_hash32(index ^ (key & _MASK32)) ^ (key >> 32))
-        return (bits.to(torch.float64) + 0.5) * 2.0**-32
+        return keyed_uniform(noise_key(self.seed, stream, position), index)
+
+    def gumbel_key(self, position: int) -> int:
+        """The key that ``gumbel`` of this position is made from, for a kernel that makes it itself."""
+        return noise_key(self.seed, _TARGET_STREAM, position)
 
     def gumbel(self, position: int) -> Tensor:
         """``[V]`` float32 Gumbel(0, 1) noise for the token that will stand at ``position``; kept until forgotten."""
         noise = self._gumbel.get(position)
         if noise is None:
-            noise = -torch.log(-torch.log(self._uniform(0, position, self._index))).float()
+            noise = keyed_gumbel(self.gumbel_key(position), self._index)
             self._gumbel[position] = noise
         return noise
 
@@ -227,7 +246,7 @@ class PositionNoise:
 
     def draft_gumbel(self, position: int, draw: int) -> Tensor:
         """``[V]`` float32 noise independent of the target's choices, to sample draft tokens with."""
-        return -torch.log(-torch.log(self._uniform(2 + draw, position, self._index))).float()
+        return keyed_gumbel(noise_key(self.seed, 2 + draw, position), self._index)
 
     def forget_before(self, position: int) -> None:
         """Drop kept noise of positions that are settled."""

@@ -7,6 +7,7 @@ import click
 from specdec.cli import LazyGroup
 
 BENCHMARKS = {
+    "kernels": "specdec.cli.bench.kernels:kernels",
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
     "peers": "specdec.cli.bench.peers:peers",
     "quant": "specdec.cli.bench.quant:quant",

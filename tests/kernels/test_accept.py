@@ -1,0 +1,108 @@
+"""Acceptance on the CPU: the reference, the fast path and the verifiers agree."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accept_cases import AcceptCase, accept_case
+
+from specdec.kernels.accept import accept, noise_keys, reference
+from specdec.sampling import SamplingParams
+from specdec.tree import ROOT, TokenTree
+from specdec.verifiers.match import CoupledVerifier, GreedyVerifier
+
+
+def verdict(case: AcceptCase, temperature: float | None) -> Any:
+    """What the verifier that ``SpecDecoder`` uses decides."""
+    rows = [
+        SimpleNamespace(noise=noise, tokens=[0] * position)
+        for noise, position in zip(case.rows, case.positions, strict=True)
+    ]
+    batch: Any = SimpleNamespace(params=SamplingParams(temperature=temperature or 0.0), seen=None, rows=rows)
+    verifier = GreedyVerifier() if temperature is None else CoupledVerifier()
+    return verifier.accept(TokenTree(case.tokens, case.parents), case.logits, batch)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_reference_and_the_verifiers(seed: int, dtype: torch.dtype, temperature: float | None) -> None:
+    for num_nodes in (1, 2, 29):
+        case = accept_case(3, num_nodes, 100, dtype, temperature, seed)
+        out = accept(*case.operands())
+        assert torch.equal(out.packed, reference.accept(*case.operands()).packed)
+        expected = verdict(case, temperature)
+        assert out.num_accepted.tolist() == expected.num_accepted
+        assert out.failed.tolist() == expected.failed
+        for b, tokens in enumerate(expected.tokens):
+            path = out.path[b, : len(tokens)]
+            assert path.tolist() == expected.path[b, : len(tokens)].tolist()
+            assert [*case.tokens[b, path[1:]].tolist(), int(out.bonus[b])] == tokens
+
+
+def test_the_cases_reach_deep() -> None:
+    """The tests above would see little if trees were left at the root."""
+    case = accept_case(8, 29, 100, torch.float32, None)
+    assert int(accept(*case.operands()).num_accepted.max()) >= 4
+
+
+def test_a_node_with_a_negative_parent_is_never_accepted() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[0, :, 2] = 1.0
+    for parent, accepted in ((ROOT, 0), (-2, 0), (0, 1)):
+        out = accept(logits, torch.tensor([[0, 2, 1]]), torch.tensor([[ROOT, parent, 0]]))
+        assert (int(out.num_accepted), int(out.bonus)) == (accepted, 2)
+
+
+def test_of_siblings_with_one_token_the_first_is_taken() -> None:
+    logits = torch.zeros(1, 4, 4)
+    logits[0, :, 2] = 1.0
+    out = accept(logits, torch.tensor([[0, 1, 2, 2]]), torch.tensor([[ROOT, 0, 0, 0]]))
+    assert out.path.tolist() == [[0, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("path", [accept, reference.accept])
+def test_nan_on_the_path_fails_the_row(path: Any, node: int) -> None:
+    logits = torch.zeros(1, 2, 4)
+    logits[0, :, 2] = 1.0
+    logits[0, node, 3] = torch.nan
+    out = path(logits, torch.tensor([[0, 2]]), torch.tensor([[ROOT, 0]]))
+    assert (bool(out.failed), int(out.num_accepted), int(out.bonus)) == (True, node, -1)
+
+
+def test_keys_of_any_64_bits_survive_the_tensor() -> None:
+    case = accept_case(2, 5, 50, torch.float32, 1.0)
+    keys = noise_keys(case.rows, case.positions, 4)
+    unsigned = [[key & (1 << 64) - 1 for key in row] for row in keys.tolist()]
+    places = zip(case.rows, case.positions, strict=True)
+    assert unsigned == [[row.gumbel_key(first + depth) for depth in range(4)] for row, first in places]
+    assert min(min(row) for row in keys.tolist()) < 0
+
+
+def operands(**changes: Any) -> dict[str, Any]:
+    """Valid arguments but for ``changes``."""
+    tree = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "parents": torch.tensor([[-1, 0, 0]] * 2)}
+    return {"logits": torch.zeros(2, 3, 5), **tree, "keys": torch.zeros(2, 2, dtype=torch.int64), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.zeros(2, 3)}, r"logits must be \[B, N, V\]"),
+        ({"logits": torch.zeros(2, 4, 5)}, r"\(2, 4, 5\)"),
+        ({"parents": torch.zeros(2, 2, dtype=torch.int64)}, r"\(2, 2\)"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.int32)}, "torch.int32"),
+        ({"logits": torch.zeros(2, 3, 5, dtype=torch.int64)}, "floating point"),
+        ({"keys": torch.zeros(1, 2, dtype=torch.int64)}, r"keys must be \[2, L\]"),
+        ({"keys": torch.zeros(2, 2)}, "torch.float32"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_operands_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
+    accept(**operands())
+    with pytest.raises(ValueError, match=message):
+        accept(**operands(**changes))
