@@ -88,12 +88,20 @@ class ModelDrafter(Drafter):
                 packed=True,
             )
             model, tokenizer = loaded.model, loaded.tokenizer
-        self.draft_model = HFTarget(model)
         self._tokenizer = tokenizer
         self._cache: KVCache | None = None
         self._prompts: DraftPrompts | None = None
+        self._draft_with(model)
+
+    def _draft_with(self, model: Any) -> None:
+        """Take a transformers model for drafting."""
+        self.draft_model = self._wrap(model)
         if self.config.prompt_tokens:
             self._prompts = DraftPrompts(Path(self.config.prompt_tokens).expanduser(), self.draft_model)
+
+    def _wrap(self, model: Any) -> HFTarget:
+        """What runs a draft model."""
+        return HFTarget(model)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         if self.draft_model.vocab_size != target.vocab_size:

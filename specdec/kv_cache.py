@@ -73,13 +73,16 @@ class KVCache:
         Raises:
             ValueError: when the nodes do not fit the capacity.
         """
+        if layer not in self.layers:
+            self.layers[layer] = LayerBuffers(self._allocate(keys), self._allocate(values))
+        return self._store(self.layers[layer], keys, values, offset)
+
+    def _store(self, buffers: LayerBuffers, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """``write`` into given buffers."""
         num_nodes = keys.shape[2]
         end = self.max_length + offset + num_nodes
         if end > self.capacity:
             raise ValueError(f"{end} slots are needed, the cache has {self.capacity}: reserve more")
-        if layer not in self.layers:
-            self.layers[layer] = LayerBuffers(self._allocate(keys), self._allocate(values))
-        buffers = self.layers[layer]
         if min(self._host_lengths) == self.max_length:
             start = self.max_length + offset
             buffers.keys[:, :, start:end] = keys

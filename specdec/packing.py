@@ -105,6 +105,12 @@ class _Product(nn.Module):
         self._inputs: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[int, Tensor] = {}
 
+    def dense(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[out, in]`` and bias ``[out]`` of one of them, copies."""
+        bias = self._packed.bias
+        weight = torch.split(self._packed.weight.to_dense(), self._widths)[index]
+        return weight, None if bias is None else torch.split(bias, self._widths)[index]
+
     def part(self, index: int, inputs: Tensor) -> Tensor:
         version = 0 if inputs.is_inference() else inputs._version  # inference tensors count no changes
         known = self._inputs is not None and self._inputs[0] is inputs and self._inputs[1] == version
@@ -123,6 +129,16 @@ class FusedPart(nn.Module):
     def __init__(self, product: _Product, index: int) -> None:
         super().__init__()
         self._product, self._index = product, index
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, a copy."""
+        return self._product.dense(self._index)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``."""
+        return self._product.dense(self._index)[1]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self._product.part(self._index, inputs)
