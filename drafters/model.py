@@ -14,7 +14,9 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
+from specdec.drafters.pruned import build_pruned, read_pruned
 from specdec.kv_cache import KVCache
+from specdec.models import find_device, find_dtype
 from specdec.sampling import filter_logits
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import PADDING, ROOT, TokenTree
@@ -25,7 +27,8 @@ class ModelConfig:
     """Options of the model drafter.
 
     Attributes:
-        model: alias, folder or hub id of the draft model; "" where a loaded one is passed to the drafter.
+        model: alias, folder or hub id of the draft model, or a folder that ``specdec train model`` wrote; "" where a
+            loaded one is passed to the drafter.
         depth: passes of the draft model per step, depth of the tree.
         beams: nodes expanded per depth, and children per node.
         max_nodes: most nodes of a tree, root included.
@@ -74,9 +77,17 @@ class ModelDrafter(Drafter):
         self, config: ModelConfig | None = None, model: Any | None = None, tokenizer: Any | None = None
     ) -> None:
         self.config = config or ModelConfig()
+        self._tokenizer = tokenizer
+        self._cache: KVCache | None = None
+        self._prompts: DraftPrompts | None = None
+        self._pruned = None if model is not None else read_pruned(self.config.model)
+        if self._pruned is not None:
+            return  # shares parts of the target, which ``bind`` brings
         if model is None:
             if not self.config.model:
-                raise ValueError("drafter 'model' needs a draft model: -o model=NAME, or ModelDrafter(model=...)")
+                raise ValueError(
+                    f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...)"
+                )
             from specdec.models import load_model
 
             loaded = load_model(
@@ -87,10 +98,7 @@ class ModelDrafter(Drafter):
                 trust_remote_code=self.config.trust_remote_code,
                 packed=True,
             )
-            model, tokenizer = loaded.model, loaded.tokenizer
-        self._tokenizer = tokenizer
-        self._cache: KVCache | None = None
-        self._prompts: DraftPrompts | None = None
+            model, self._tokenizer = loaded.model, loaded.tokenizer
         self._draft_with(model)
 
     def _draft_with(self, model: Any) -> None:
@@ -104,6 +112,12 @@ class ModelDrafter(Drafter):
         return HFTarget(model)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        if self._pruned is not None:
+            device = target.device if self.config.device == "auto" else find_device(self.config.device)
+            dtype = find_dtype(self.config.dtype, device)
+            self._draft_with(
+                build_pruned(self._pruned, target, device, dtype if isinstance(dtype, torch.dtype) else target.dtype)
+            )
         if self.draft_model.vocab_size != target.vocab_size:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft_model.vocab_size}, the target of "

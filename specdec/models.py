@@ -73,7 +73,8 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: an alias, a folder, a ``.gguf`` file or a hub id.
+        name: an alias, a folder, a ``.gguf`` file or a hub id; a folder may also hold a draft model made to order,
+            whose target is loaded with it.
         dtype: of the weights; "auto" is float32 on the CPU and the checkpoint's own elsewhere.
         device: where the model goes; "auto" is CUDA where there is one.
         allow_pickle: accept weights in pickle files, which can run code as they load.
@@ -87,8 +88,11 @@ def load_model(
         ModelNotFoundError: when no model goes by the name.
         ValueError: when its files are missing, damaged or not allowed, or dtype or device is unknown.
     """
-    where = _device(device)
-    what = _dtype(dtype, where)
+    where = find_device(device)
+    what = find_dtype(dtype, where)
+    found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, cache_dir, progress)
+    if found is not None:
+        return found
     if name in ALIASES:
         folder = _alias_folder(name, cache_dir, allow_pickle, trust_remote_code, progress)
     elif Path(name).expanduser().exists():
@@ -102,6 +106,30 @@ def load_model(
     if packed and can_pack(model):
         pack_linears(model)
     return LoadedModel(model, tokenizer, name)
+
+
+def _made_to_order(
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    packed: bool,
+    cache_dir: Path | None,
+    progress: Callable[[str], None] | None,
+) -> LoadedModel | None:
+    """A draft model that ``specdec train model`` wrote, with the parts it shares with its target; None for others."""
+    from specdec.drafters.pruned import build_pruned, read_pruned
+    from specdec.target import HFTarget
+
+    weights = read_pruned(name)
+    if weights is None:
+        return None
+    target = load_model(
+        str(weights.facts.get("target", "")), dtype=dtype, device=device, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress,
+    )  # fmt: skip
+    return LoadedModel(build_pruned(weights, HFTarget(target.model), packed=packed), target.tokenizer, name)
 
 
 @contextmanager
@@ -296,7 +324,8 @@ def _download(name: str, allow_pickle: bool, trust_remote_code: bool, progress: 
         raise ValueError(f"{name} cannot be fetched from the hub: {error}") from error
 
 
-def _device(device: torch.device | str) -> torch.device:
+def find_device(device: torch.device | str) -> torch.device:
+    """The device that is meant; raises ValueError where it is unknown or not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -308,7 +337,7 @@ def _device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
+def find_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
     """The dtype that is meant; the string "auto" stays where the checkpoint's own is."""
     if isinstance(dtype, torch.dtype):
         return dtype
