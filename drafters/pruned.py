@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters.heads import HeadModule, drafting_head
+from specdec.drafters.heads import HeadModule, OutputHead, drafting_head
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, load_weights
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
@@ -66,12 +66,14 @@ class PrunedLayers(HeadModule):
 
         This module is part of it afterwards, and no longer one to train.
         """
-        self.requires_grad_(False).to(device, dtype)
         whole = self._whole[0]
         embeddings = target.model.get_input_embeddings()
-        head: nn.Module = drafting_head(target, self.vocabulary)
-        if device != target.device:
-            embeddings, head = copy.deepcopy(embeddings).to(device), copy.deepcopy(head).to(device)
+        if device == target.device:
+            head: nn.Module = drafting_head(target, self.vocabulary)
+        else:  # layouts for the target's device would not do
+            embeddings = copy.deepcopy(embeddings).to(device, dtype)
+            head = OutputHead(target, self.vocabulary).to(device, dtype)
+        self.requires_grad_(False).to(device, dtype)
         if self.vocabulary is not None:
             head = DraftHead(head, self.vocabulary, target.vocab_size)
         whole.set_input_embeddings(embeddings)

@@ -26,6 +26,7 @@ from specdec.memory_plan import (
     plan_memory,
     tree_size,
 )
+from specdec.placement import with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
@@ -51,7 +52,8 @@ class SpecDecoder:
             every lossless policy is greedy.
         tokenizer: needed for text with a model that was passed in loaded.
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
-        device: where to load: "auto" or a torch device.
+        device: where to load the target: "auto" or a torch device.
+        draft_device: where a draft model goes, None for its drafter's own choice; see docs/draft-models.md.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
             text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
             as the drafter makes them, since a clock must not choose the text.
@@ -73,6 +75,7 @@ class SpecDecoder:
         tokenizer: Any | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        draft_device: str | torch.device | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
@@ -85,6 +88,8 @@ class SpecDecoder:
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
+        if draft_device is not None:
+            drafter_options = with_draft_device(drafter, drafter_options, draft_device)
         if isinstance(verifier, str):
             check_verifier(verifier)
         if isinstance(drafter, str) and drafter != "auto":

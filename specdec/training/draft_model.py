@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.drafters.model import ModelConfig
+from specdec.drafters.model import USUAL_DEPTH
 from specdec.drafters.pruned import PrunedLayers
 from specdec.packing import PackedLinear
 from specdec.target import HFTarget
@@ -82,8 +82,7 @@ class DraftModelMethod(HeadMethod):
     def hits(self, batch: TrainingBatch, ranks: int = 10) -> tuple[Tensor, Tensor]:
         """See ``Method.hits``. A draft model is no worse deeper in the tree, the true tokens before given."""
         found, totals = super().hits(batch, ranks)
-        depth = ModelConfig().depth
-        return found.expand(depth, -1), totals.expand(depth)
+        return found.expand(USUAL_DEPTH, -1), totals.expand(USUAL_DEPTH)
 
 
 def choose_layers(num_layers: int, count: int) -> list[int]:
