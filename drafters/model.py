@@ -14,7 +14,8 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
-from specdec.drafters.pruned import build_pruned, read_pruned
+from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
+from specdec.drafters.weights import TargetFacts, find_pretrained
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyKey, load_curve
 from specdec.models import find_device, find_dtype
@@ -32,8 +33,8 @@ class ModelConfig:
     """Options of the model drafter.
 
     Attributes:
-        model: alias, folder or hub id of the draft model, or a folder that ``specdec train model`` wrote; "" where a
-            loaded one is passed to the drafter.
+        model: alias, folder or hub id of the draft model, or a folder that ``specdec train model`` wrote; "" is what
+            ships for the target, or the loaded one that is passed to the drafter.
         depth: passes of the draft model per step, depth of the tree; 0 chooses what pays by the profiles of both models
             and the way between their devices, and is 5 where ``specdec profile`` has not measured both.
         beams: nodes expanded per depth, and children per node.
@@ -89,14 +90,13 @@ class ModelDrafter(Drafter):
         self._cache: KVCache | None = None
         self._prompts: DraftPrompts | None = None
         self._pruned = None if model is not None else read_pruned(self.config.model)
-        if self._pruned is not None:
+        self._shipped = model is None and not self.config.model and ships_any()
+        if self._pruned is not None or self._shipped:
             find_device(self.config.device)  # a mistake shows at once
             return  # shares parts of the target, which ``bind`` brings
         if model is None:
             if not self.config.model:
-                raise ValueError(
-                    f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...)"
-                )
+                raise self._missing()
             from specdec.models import load_model
 
             loaded = load_model(
@@ -116,11 +116,21 @@ class ModelDrafter(Drafter):
         if self.config.prompt_tokens:
             self._prompts = DraftPrompts(Path(self.config.prompt_tokens).expanduser(), self.draft_model)
 
+    def _missing(self) -> ValueError:
+        return ValueError(
+            f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...)"
+        )
+
     def _wrap(self, model: Any) -> HFTarget:
         """What runs a draft model."""
         return HFTarget(model)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        if self._shipped:
+            folder = find_pretrained(NAME, TargetFacts.of(target))
+            if folder is None:
+                raise self._missing()
+            self._pruned = read_pruned(str(folder))
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)
             dtype = find_dtype(self.config.dtype, device)

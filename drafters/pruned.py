@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.drafters import weights as weights_module
 from specdec.drafters.heads import HeadModule, OutputHead, drafting_head
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, load_weights
 from specdec.packing import can_pack, pack_linears
@@ -116,6 +117,11 @@ class DraftHead(nn.Module):
         logits: Tensor = self._rows(hidden)
         whole = logits.new_full((*logits.shape[:-1], self._size), -torch.inf)
         return whole.index_copy_(-1, self.vocabulary, logits)
+
+
+def ships_any() -> bool:
+    """Whether draft models ship at all; which one for a target, ``find_pretrained`` knows."""
+    return any(weights_module.PRETRAINED.glob(f"{NAME}*"))
 
 
 def read_pruned(name: str) -> DrafterWeights | None:

@@ -14,6 +14,7 @@ from torch import nn
 from specdec import SpecDecoder
 from specdec.cli import main
 from specdec.cli import train as command
+from specdec.drafters import weights
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned, read_pruned
 from specdec.models import load_model
@@ -73,9 +74,10 @@ def test_a_draft_vocabulary_leaves_the_other_tokens_out() -> None:
     assert bool((again.softmax(-1)[..., 40:] == 0).all())
 
 
-def test_layers_are_spread_evenly_and_the_ends_kept() -> None:
-    assert choose_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+def test_layers_are_taken_from_both_ends() -> None:
+    assert choose_layers(30, 6) == [0, 1, 2, 27, 28, 29]
     assert choose_layers(4, 3) == [0, 2, 3]
+    assert choose_layers(3, 2) == [0, 2]
     assert choose_layers(4, 1) == [3]
     assert DraftModelOptions(keep="0,1,5").chosen(8) == [0, 1, 5]
 
@@ -130,9 +132,9 @@ def test_hits_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
     assert len(rates) == ModelConfig().depth
     assert len(set(rates)) == 1
     method.save(tmp_path, {})
-    weights = read_pruned(str(tmp_path))
-    assert weights is not None
-    model = build_pruned(weights, target)
+    stored = read_pruned(str(tmp_path))
+    assert stored is not None
+    model = build_pruned(stored, target)
     with torch.inference_mode():
         guesses = model(batch.tokens).logits.argmax(-1)
     anchors = Anchors.of(batch, 1)
@@ -169,9 +171,9 @@ def test_the_command_trains_stores_and_says_how_to_use_it(tmp_path: Path, monkey
     arguments = ["model", "--layers", "1", "--tokens", "150", "--batch-size", "6", "--reply-tokens", "20"]
     result = CliRunner().invoke(main, ["train", *arguments, "--out", str(tmp_path), "--batch-tokens", "256"])
     assert result.exit_code == 0, result.stderr
-    weights = read_pruned(str(tmp_path))
-    assert weights is not None
-    assert weights.shape["layers"] == [1]
+    stored = read_pruned(str(tmp_path))
+    assert stored is not None
+    assert stored.shape["layers"] == [1]
     assert "--drafter model -o model=FOLDER" in (tmp_path / "README.md").read_text()
     again = SpecDecoder(target, ModelDrafter(ModelConfig(model=str(tmp_path))), tokenizer=tokenizer)
     assert (
@@ -186,10 +188,10 @@ def test_a_folder_loads_as_a_model_with_the_target_it_names(tmp_path: Path) -> N
     method = prepared(DraftModelMethod(target, DraftModelOptions(layers=2, vocab_size=60)), random_batch(target))
     method.save(tmp_path / "draft", {"target": str(tmp_path / "target")})
     loaded = load_model(str(tmp_path / "draft"), dtype="fp32")
-    weights = read_pruned(str(tmp_path / "draft"))
-    assert weights is not None
+    stored = read_pruned(str(tmp_path / "draft"))
+    assert stored is not None
     with torch.inference_mode():
-        assert torch.equal(loaded.model(TOKENS).logits, build_pruned(weights, target)(TOKENS).logits)
+        assert torch.equal(loaded.model(TOKENS).logits, build_pruned(stored, target)(TOKENS).logits)
 
 
 def test_prompt_tokens_train_and_draft_on_such_a_model(tmp_path: Path) -> None:
@@ -198,9 +200,9 @@ def test_prompt_tokens_train_and_draft_on_such_a_model(tmp_path: Path) -> None:
     method = prepared(DraftModelMethod(target, DraftModelOptions(layers=2, vocab_size=80)), batch)
     train(method, batch, 40, 1e-2)
     method.save(tmp_path / "draft", {})
-    weights = read_pruned(str(tmp_path / "draft"))
-    assert weights is not None
-    prompts = create_method("ppd", HFTarget(build_pruned(weights, target, packed=False)), {"num_tokens": 2})
+    stored = read_pruned(str(tmp_path / "draft"))
+    assert stored is not None
+    prompts = create_method("ppd", HFTarget(build_pruned(stored, target, packed=False)), {"num_tokens": 2})
     prepared(prompts, batch)
     loss = float(prompts.loss(batch)[0].detach())
     train(prompts, batch, 20, 1e-2)
@@ -223,6 +225,18 @@ def test_prompt_tokens_train_and_draft_on_such_a_model(tmp_path: Path) -> None:
         assert result.token_ids == generate_alone(target.model, [5, 6, 7], 24, eos_token_id=None)
         passes[bool(extra)] = count / decoder.stats.passes
     assert passes[True] < 0.6 * passes[False]  # 2 passes for 5 levels, not 5
+
+
+def test_the_one_that_ships_for_the_target_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PRETRAINED", tmp_path)
+    target = target_of()
+    method = prepared(DraftModelMethod(target, DraftModelOptions(layers=2)), random_batch(target))
+    method.save(tmp_path / "model", {})
+    decoder = SpecDecoder(target, "model")
+    assert isinstance(decoder.drafter, ModelDrafter)
+    assert decoder.drafter.draft_model.num_layers == 2
+    with pytest.raises(ValueError, match="drafter 'model' needs a draft model: -o model=NAME"):
+        SpecDecoder(target_of(layers=6), "model")
 
 
 def test_its_layers_can_run_in_groups(tmp_path: Path) -> None:
