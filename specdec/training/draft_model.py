@@ -86,7 +86,7 @@ class DraftModelMethod(HeadMethod):
 
 
 def choose_layers(num_layers: int, count: int) -> list[int]:
-    """``count`` of the indices 0 .. ``num_layers`` - 1: half of them from the front and half, or one more, from the back.
+    """``count`` of the indices 0 .. ``num_layers`` - 1: half from the front, half or one more from the back.
 
     The ends learn far faster than layers evenly spaced; docs/draft-models.md has the figures.
     """
