@@ -14,10 +14,18 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
+from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
+from specdec.drafters.weights import TargetFacts, find_pretrained
 from specdec.kv_cache import KVCache
+from specdec.latency import LatencyKey, load_curve
+from specdec.models import find_device, find_dtype
+from specdec.placement import measure_link, plan_draft
 from specdec.sampling import filter_logits
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import PADDING, ROOT, TokenTree
+
+USUAL_DEPTH = 5
+"""Of trees, where nothing is known of what passes cost."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,15 @@ class ModelConfig:
     """Options of the model drafter.
 
     Attributes:
-        model: alias, folder or hub id of the draft model; "" where a loaded one is passed to the drafter.
-        depth: passes of the draft model per step, depth of the tree.
+        model: alias, folder or hub id of the draft model, or a folder that ``specdec train model`` wrote; "" is what
+            ships for the target, or the loaded one that is passed to the drafter.
+        depth: passes of the draft model per step, depth of the tree; 0 chooses what pays by the profiles of both models
+            and the way between their devices, and is 5 where ``specdec profile`` has not measured both.
         beams: nodes expanded per depth, and children per node.
         max_nodes: most nodes of a tree, root included.
         dtype: weights' dtype when loading.
-        device: where the draft model runs.
+        device: where the draft model runs, whatever the target's device; "auto" is the target's for a draft model made
+            to order, CUDA where there is one for others.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
         prompt_tokens: folder of PPD weights trained for the draft model; with k prompt tokens each of its passes drafts
@@ -38,7 +49,7 @@ class ModelConfig:
     """
 
     model: str = ""
-    depth: int = 5
+    depth: int = USUAL_DEPTH
     beams: int = 4
     max_nodes: int = 24
     dtype: str = "auto"
@@ -48,9 +59,9 @@ class ModelConfig:
     prompt_tokens: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "beams", "max_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("depth", 0), ("beams", 1), ("max_nodes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class ModelDrafter(Drafter):
@@ -74,9 +85,18 @@ class ModelDrafter(Drafter):
         self, config: ModelConfig | None = None, model: Any | None = None, tokenizer: Any | None = None
     ) -> None:
         self.config = config or ModelConfig()
+        self.depth = self.config.depth or USUAL_DEPTH
+        self._tokenizer = tokenizer
+        self._cache: KVCache | None = None
+        self._prompts: DraftPrompts | None = None
+        self._pruned = None if model is not None else read_pruned(self.config.model)
+        self._shipped = model is None and not self.config.model and ships_any()
+        if self._pruned is not None or self._shipped:
+            find_device(self.config.device)  # a mistake shows at once
+            return  # shares parts of the target, which ``bind`` brings
         if model is None:
             if not self.config.model:
-                raise ValueError("drafter 'model' needs a draft model: -o model=NAME, or ModelDrafter(model=...)")
+                raise self._missing()
             from specdec.models import load_model
 
             loaded = load_model(
@@ -87,15 +107,36 @@ class ModelDrafter(Drafter):
                 trust_remote_code=self.config.trust_remote_code,
                 packed=True,
             )
-            model, tokenizer = loaded.model, loaded.tokenizer
-        self.draft_model = HFTarget(model)
-        self._tokenizer = tokenizer
-        self._cache: KVCache | None = None
-        self._prompts: DraftPrompts | None = None
+            model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._draft_with(model)
+
+    def _draft_with(self, model: Any) -> None:
+        """Take a transformers model for drafting."""
+        self.draft_model = self._wrap(model)
         if self.config.prompt_tokens:
             self._prompts = DraftPrompts(Path(self.config.prompt_tokens).expanduser(), self.draft_model)
 
+    def _missing(self) -> ValueError:
+        return ValueError(
+            f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...)"
+        )
+
+    def _wrap(self, model: Any) -> HFTarget:
+        """What runs a draft model."""
+        return HFTarget(model)
+
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
+        if self._shipped:
+            folder = find_pretrained(NAME, TargetFacts.of(target))
+            if folder is None:
+                raise self._missing()
+            self._pruned = read_pruned(str(folder))
+        if self._pruned is not None:
+            device = target.device if self.config.device == "auto" else find_device(self.config.device)
+            dtype = find_dtype(self.config.dtype, device)
+            self._draft_with(
+                build_pruned(self._pruned, target, device, dtype if isinstance(dtype, torch.dtype) else target.dtype)
+            )
         if self.draft_model.vocab_size != target.vocab_size:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft_model.vocab_size}, the target of "
@@ -110,11 +151,23 @@ class ModelDrafter(Drafter):
                     f"{theirs.get(word)} for the target"
                 )
 
+        if self.config.depth == 0:
+            self.depth = self._plan(target)
+
+    def _plan(self, target: HFTarget) -> int:
+        """The depth that pays by what passes of both models are known to take."""
+        curves = [load_curve(LatencyKey.of(model)) for model in (target, self.draft_model)]
+        if curves[0] is None or curves[1] is None:
+            return USUAL_DEPTH
+        link = measure_link(target.device, self.draft_model.device)
+        beams, most = self.config.beams, self.config.max_nodes
+        return max(1, plan_draft(curves[0], curves[1], link, beams=beams, max_nodes=most).depth)
+
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._cache = self.draft_model.new_cache(len(batch), max(len(row.tokens) for row in batch.rows) + 64)
 
     def propose(self, batch: Batch) -> TokenTree:
-        depth = min(self.config.depth, max(row.max_depth for row in batch.rows))
+        depth = min(self.depth, max(row.max_depth for row in batch.rows))
         if self.draft_model.max_context is not None:
             longest = max(len(row.tokens) for row in batch.rows)
             depth = min(depth, self.draft_model.max_context - longest)

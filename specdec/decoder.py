@@ -27,6 +27,7 @@ from specdec.memory_plan import (
     plan_memory,
     tree_size,
 )
+from specdec.placement import with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
 from specdec.prefix import KeptText, PrefixStore
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
@@ -56,7 +57,8 @@ class SpecDecoder:
             every lossless policy is greedy.
         tokenizer: needed for text with a model that was passed in loaded.
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
-        device: where to load: "auto" or a torch device.
+        device: where to load the target: "auto" or a torch device.
+        draft_device: where a draft model goes, None for its drafter's own choice; see docs/draft-models.md.
         quantize: precision of the linear layers' weights when loading, "int8", "w8a8", "int4" or "nf4"; the text is
             then the quantized model's own.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
@@ -82,6 +84,7 @@ class SpecDecoder:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         quantize: str | None = None,
+        draft_device: str | torch.device | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
@@ -97,6 +100,8 @@ class SpecDecoder:
         self._prefixes: PrefixStore | None = None
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
+        if draft_device is not None:
+            drafter_options = with_draft_device(drafter, drafter_options, draft_device)
         if isinstance(verifier, str):
             check_verifier(verifier)
         if isinstance(drafter, str) and drafter != "auto":

@@ -73,11 +73,14 @@ class KVCache:
         Raises:
             ValueError: when the nodes do not fit the capacity.
         """
-        num_nodes = keys.shape[2]
-        end = self._end(offset + num_nodes)
         if layer not in self.layers:
             self.layers[layer] = LayerBuffers(self._allocate(keys), self._allocate(values))
-        buffers = self.layers[layer]
+        return self._store(self.layers[layer], keys, values, offset)
+
+    def _store(self, buffers: LayerBuffers, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """``write`` into given buffers."""
+        num_nodes = keys.shape[2]
+        end = self._end(offset + num_nodes)
         if min(self._host_lengths) == self.max_length:
             start = self.max_length + offset
             buffers.keys[:, :, start:end] = keys

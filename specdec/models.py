@@ -76,7 +76,8 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: an alias, a folder, a ``.gguf`` file or a hub id.
+        name: an alias, a folder, a ``.gguf`` file or a hub id; a folder may also hold a draft model made to order,
+            whose target is loaded with it.
         dtype: of the weights; "auto" is float32 on the CPU and the checkpoint's own elsewhere.
         device: where the model goes; "auto" is CUDA where there is one.
         allow_pickle: accept weights in pickle files, which can run code as they load.
@@ -93,12 +94,15 @@ def load_model(
         ValueError: when its files are missing, damaged or not allowed, dtype, device or quantization is unknown, or a
             library is missing that quantized weights need.
     """
-    where = _device(device)
-    what = _dtype(dtype, where)
+    where = find_device(device)
+    what = find_dtype(dtype, where)
     if quantize is not None:
         check_scheme(quantize)
         if dtype == "auto" and where.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             what = torch.bfloat16
+    found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
+    if found is not None:
+        return found
     if name in ALIASES:
         folder = _alias_folder(name, cache_dir, allow_pickle, trust_remote_code, progress)
     elif Path(name).expanduser().exists():
@@ -118,6 +122,33 @@ def load_model(
         pack_linears(model)
         make_lean(model)
     return LoadedModel(model, tokenizer, name)
+
+
+def _made_to_order(
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    packed: bool,
+    quantize: str | None,
+    cache_dir: Path | None,
+    progress: Callable[[str], None] | None,
+) -> LoadedModel | None:
+    """A draft model that ``specdec train model`` wrote, with the parts it shares with its target; None for others."""
+    from specdec.drafters.pruned import build_pruned, read_pruned
+    from specdec.target import HFTarget
+
+    weights = read_pruned(name)
+    if weights is None:
+        return None
+    if quantize is not None:
+        raise ValueError(f"{name!r} is a draft model in 8 bit already: load it without quantize={quantize!r}")
+    target = load_model(
+        str(weights.facts.get("target", "")), dtype=dtype, device=device, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress,
+    )  # fmt: skip
+    return LoadedModel(build_pruned(weights, HFTarget(target.model), packed=packed), target.tokenizer, name)
 
 
 @contextmanager
@@ -314,19 +345,22 @@ def _download(name: str, allow_pickle: bool, trust_remote_code: bool, progress: 
         raise ValueError(f"{name} cannot be fetched from the hub: {error}") from error
 
 
-def _device(device: torch.device | str) -> torch.device:
+def find_device(device: torch.device | str) -> torch.device:
+    """The device that is meant; raises ValueError where it is unknown or not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no values: use 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return found
 
 
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
+def find_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
     """The dtype that is meant; the string "auto" stays where the checkpoint's own is."""
     if isinstance(dtype, torch.dtype):
         return dtype

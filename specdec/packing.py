@@ -194,6 +194,13 @@ class FusedLinear(nn.Module):
         self._inputs: tuple[Tensor, int] | None = None  # and its version
         self._waiting: dict[int, Tensor] = {}
 
+    def dense(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[out, in]`` and bias ``[out]`` of one of them, copies."""
+        dense: Tensor = self.packed.dense()
+        bias: Tensor | None = self.packed.bias
+        parts = torch.split(dense, self._widths)
+        return parts[index], None if bias is None else torch.split(bias, self._widths)[index]
+
     def part(self, index: int, inputs: Tensor) -> Tensor:
         version = 0 if inputs.is_inference() else inputs._version  # inference tensors count no changes
         known = self._inputs is not None and self._inputs[0] is inputs and self._inputs[1] == version
@@ -212,6 +219,16 @@ class FusedPart(nn.Module):
     def __init__(self, product: FusedLinear, index: int) -> None:
         super().__init__()
         self.product, self.index = product, index
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, a copy."""
+        return self.product.dense(self.index)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``."""
+        return self.product.dense(self.index)[1]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.product.part(self.index, inputs)

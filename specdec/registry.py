@@ -27,6 +27,7 @@ _BUILT_IN = {
         "suffix": "specdec.drafters.suffix:SuffixDrafter",
         "recycling": "specdec.drafters.recycling:RecyclingDrafter",
         "model": "specdec.drafters.model:ModelDrafter",
+        "layer_parallel": "specdec.drafters.layer_parallel:LayerParallelDrafter",
         "medusa": "specdec.drafters.medusa:MedusaDrafter",
         "clover": "specdec.drafters.clover:CloverDrafter",
         "ppd": "specdec.drafters.ppd:PPDDrafter",

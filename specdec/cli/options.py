@@ -27,6 +27,7 @@ class ModelOptions:
     verifier: str
     dtype: str
     device: str
+    draft_device: str | None
     allow_pickle: bool
     trust_remote_code: bool
     threads: int | None
@@ -42,6 +43,7 @@ _MODEL = (
     click.option("--verifier", default="auto", show_default=True, help="Acceptance policy; see `specdec list`."),
     click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16."),
     click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ..."),
+    click.option("--draft-device", help="Where a draft model runs, if not where its drafter would put it."),
     click.option("--allow-pickle", is_flag=True, help="Load pickled weights, which can execute code."),
     click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the weights."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default."),
@@ -129,6 +131,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         from specdec.decoder import SpecDecoder
         from specdec.memory_plan import parse_size
         from specdec.models import load_model
+        from specdec.placement import with_draft_device
         from specdec.registry import check_verifier, create_drafter, resolve_drafter
         from specdec.target import HFTarget
 
@@ -138,6 +141,8 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         if options.memory_budget is not None:
             parse_size(options.memory_budget)
         drafter_options = split_assignments(options.drafter_options)
+        if options.draft_device is not None:
+            drafter_options = with_draft_device(options.drafter, drafter_options, options.draft_device)
         drafter = create_drafter(options.drafter, drafter_options)  # before the model loads: a mistake shows at once
         loaded = load_model(
             options.model,

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches of a step.")
 @click.option("--lr", type=float, help="Highest learning rate; by default what suits the drafter.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training.")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of a draft model; short for -o layers=N.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method; repeatable.")
 def train(
     name: str,
@@ -62,6 +63,7 @@ def train(
     accumulate: int,
     lr: float | None,
     resume: bool,
+    layers: int | None,
     options: tuple[str, ...],
 ) -> None:
     """Train the drafter NAME for a model and write its weights to a folder.
@@ -88,7 +90,7 @@ def train(
         cache=cache or out / "cache",
         tokens=tokens,
         data=data,
-        options=split_assignments(options),
+        options=split_assignments(options if layers is None else (*options, f"layers={layers}")),
         synthesis=SynthesisSettings(seed=seed, batch_size=batch_size, reply_tokens=reply_tokens),
         trainer=TrainerSettings(epochs=epochs, learning_rate=rate, accumulate=accumulate, seed=seed),
         batch_tokens=batch_tokens,

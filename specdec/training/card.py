@@ -18,11 +18,12 @@ def make_card(facts: Mapping[str, Any]) -> str:
         The text of README.md. Names that users gave are escaped.
     """
     drafter, target = escape(facts.get("drafter", "?")), escape(facts.get("target", "?"))
+    option = "model" if drafter == "model" else "weights"
     sections = [
         f"# {drafter} drafter for {target}",
         "Drafts tokens for speculative decoding with specdec; the target checks every one of them, so the text stays "
         f"the target's own.\n\n    specdec generate --model {_plain(facts.get('target', '?'))} --drafter "
-        f'{_plain(facts.get("drafter", "?"))} -o weights=FOLDER "..."',
+        f'{_plain(facts.get("drafter", "?"))} -o {option}=FOLDER "..."',
         _held_out(facts.get("held_out") or {}),
         _texts(facts.get("texts") or {}),
         _how(facts),

@@ -20,6 +20,7 @@ METHODS = {
     "clover": "specdec.training.clover:CloverMethod",
     "eagle": "specdec.training.eagle:EagleMethod",
     "ppd": "specdec.training.ppd:PPDMethod",
+    "model": "specdec.training.draft_model:DraftModelMethod",
 }
 """Drafter -> "module:Class" of its training."""
 

@@ -14,6 +14,7 @@ import torch
 
 from specdec.benchmarks.record import commit, machine, versions
 from specdec.drafters.weights import TargetFacts
+from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.registry import make_config
 from specdec.target import HFTarget
@@ -168,6 +169,7 @@ def packed_copy(target: HFTarget) -> HFTarget:
         return target
     model = copy.deepcopy(target.model)
     pack_linears(model)
+    make_lean(model)
     return HFTarget(model)
 
 

@@ -8,6 +8,7 @@ from specdec.cli import LazyGroup
 
 BENCHMARKS = {
     "kernels": "specdec.cli.bench.kernels:kernels",
+    "layer-parallel": "specdec.cli.bench.layer_parallel:layer_parallel",
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
     "peers": "specdec.cli.bench.peers:peers",
     "quant": "specdec.cli.bench.quant:quant",

@@ -1,0 +1,148 @@
+"""Target and draft model on different devices (Dovetail, Zhang et al. 2024): what crosses, and the tree that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from specdec.latency import LatencyCurve
+from specdec.optimal_tree import OptimalTrees
+from specdec.registry import drafter_class
+
+NODE_BYTES = 16
+"""What a node of a ranked tree is: token and parent, int64 each."""
+
+USUAL_CHANCES = (0.6, 0.13, 0.06, 0.04)
+"""That a draft model's guess of each rank is the target's token: a small model of the same family, where nothing is
+known of it."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between devices.
+
+    Attributes:
+        latency_ms: of the smallest copy, the wait for it included.
+        bytes_per_ms: of large ones.
+
+    Raises:
+        ValueError: for a latency below 0 or a rate that is not positive.
+    """
+
+    latency_ms: float = 0.0
+    bytes_per_ms: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not self.latency_ms >= 0 or not self.bytes_per_ms > 0:
+            raise ValueError(f"a link takes time and has a rate above 0, got {self}")
+
+    def ms(self, num_bytes: float) -> float:
+        """Milliseconds of a copy."""
+        return self.latency_ms + num_bytes / self.bytes_per_ms
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """A tree that pays on given devices.
+
+    Attributes:
+        nodes: root included; 1 where none pays.
+        depth: passes of the draft model; 0 where none pays.
+        tokens: expected per step, the bonus token included.
+        speedup: over plain decoding, at least 1.
+    """
+
+    nodes: int
+    depth: int
+    tokens: float
+    speedup: float
+
+
+def plan_draft(
+    target: LatencyCurve,
+    draft: LatencyCurve,
+    link: Link | None = None,
+    *,
+    chances: Sequence[float] = USUAL_CHANCES,
+    beams: int = 4,
+    max_nodes: int = 24,
+    max_depth: int = 5,
+    batch: int = 1,
+    length: int = 0,
+    node_bytes: int = NODE_BYTES,
+) -> DraftPlan:
+    """The best tree by Sequoia's rule, of a step that takes
+
+        L_target(nodes) + depth * L_draft(beams) + 2 * latency + batch * nodes * node_bytes / rate
+
+    as the draft's nodes go one way and what was accepted comes back.
+
+    Args:
+        target: the target's passes on its device.
+        draft: the draft model's on its own.
+        link: between the two; None where they share a device.
+        chances: that the child of each rank is accepted, given that its parent is.
+        beams: nodes the draft model expands per level.
+        max_nodes: largest tree.
+        max_depth: deepest one.
+        batch: rows.
+        length: committed tokens per row.
+        node_bytes: that cross for a node; a tree whose children were drawn brings a distribution over the vocabulary.
+    """
+    link = link or Link()
+    plain = target.at(1, batch, length)
+    crossing = link.ms(0) + link.latency_ms
+
+    def pass_ms(nodes: int) -> float:
+        if nodes == 1:
+            return plain
+        return target.at(nodes, batch, length) + crossing + batch * nodes * node_bytes / link.bytes_per_ms
+
+    trees = OptimalTrees(chances, max_nodes, max_depth)
+    best = trees.fastest(pass_ms, draft.at(beams, batch, length))
+    depth, nodes = best.depth, len(best.parents)
+    ms = pass_ms(nodes) + depth * draft.at(beams, batch, length)
+    return DraftPlan(nodes, depth, best.tokens, best.tokens * plain / ms)
+
+
+def measure_link(first: torch.device, second: torch.device, rounds: int = 7) -> Link:
+    """A link's median times, there and back, of 8 bytes and of 4 MiB; instantaneous within one device."""
+    if first == second:
+        return Link()
+    small, large = _copy_ms(first, second, 1, rounds), _copy_ms(first, second, 1 << 19, rounds)
+    return Link(small, (8 << 19) / max(large - small, 1e-6))
+
+
+def _copy_ms(first: torch.device, second: torch.device, count: int, rounds: int) -> float:
+    samples = []
+    values = torch.zeros(count, dtype=torch.int64, device=first)
+    for _ in range(rounds + 1):
+        start = perf_counter()
+        back = values.to(second).to(first)
+        back[-1].item()  # waits
+        samples.append(1000.0 * (perf_counter() - start) / 2)
+    return sorted(samples[1:])[rounds // 2]
+
+
+def with_draft_device(drafter: Any, options: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, Any]:
+    """A drafter's options with the device of its draft model.
+
+    Args:
+        drafter: its name.
+        options: its other options.
+        device: as ``specdec.models.find_device`` takes it.
+
+    Raises:
+        ValueError: for a drafter that is constructed already or runs no model of its own, and for a device given twice.
+    """
+    if not isinstance(drafter, str):
+        raise ValueError(f"draft_device {str(device)!r} goes with a drafter's name; this one is constructed already")
+    if "device" not in drafter_class(drafter).Config.__dataclass_fields__:
+        raise ValueError(f"drafter {drafter!r} runs on the target's device: it takes no draft_device {str(device)!r}")
+    if options and "device" in options:
+        raise ValueError(f"the draft model's device is given twice: {str(device)!r} and {str(options['device'])!r}")
+    return {**(options or {}), "device": str(device)}

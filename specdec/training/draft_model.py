@@ -1,0 +1,94 @@
+"""Training of a draft model made of the target's own layers: distilled on the target's own text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.model import USUAL_DEPTH
+from specdec.drafters.pruned import PrunedLayers
+from specdec.packing import PackedLinear
+from specdec.target import HFTarget
+from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
+from specdec.training.method import TrainingBatch
+
+
+@dataclass(frozen=True)
+class DraftModelOptions(DistillationOptions):
+    """Options of a draft model.
+
+    Attributes:
+        layers: how many of the target's layers it starts from; ``choose_layers`` says which.
+        keep: their indices instead, as "0,1,28,29".
+    """
+
+    layers: int = 6
+    keep: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers < 1:
+            raise ValueError(f"layers must be at least 1, got {self.layers}")
+        try:
+            [int(index) for index in self.keep.split(",") if self.keep]
+        except ValueError:
+            raise ValueError(f"keep must be indices as '0,1,28,29', got {self.keep!r}") from None
+
+    def chosen(self, num_layers: int) -> list[int]:
+        """The target's layers that are kept; ``PrunedLayers`` checks them."""
+        if self.keep:
+            return [int(index) for index in self.keep.split(",")]
+        return choose_layers(num_layers, self.layers)
+
+
+class DraftModelMethod(HeadMethod):
+    """The state at each token learns to give the distribution that the target's state there gives.
+
+    Args:
+        target: the model drafted for.
+        options: how to train.
+    """
+
+    name = "model"
+    Options = DraftModelOptions
+    features = ("last",)
+    num_drafts = 1
+    options: DraftModelOptions
+    module: PrunedLayers
+
+    def __init__(self, target: HFTarget, options: DraftModelOptions | None = None) -> None:
+        options = options or DraftModelOptions()
+        if any(isinstance(module, PackedLinear) for module in target.model.modules()):
+            raise ValueError("layers cannot be taken out of packed weights: load the model anew")
+        if options.layers >= target.num_layers:
+            raise ValueError(f"layers must be fewer than the model's {target.num_layers}, got {options.layers}")
+        super().__init__(target, options)
+        self.module = PrunedLayers(target, **self.shape).to(target.device)
+        self.module.copy_layers(target)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"layers": self.options.chosen(self.target.num_layers), "vocab_size": self.vocab_size}
+
+    def drafts(self, batch: TrainingBatch, anchors: Anchors) -> Tensor:
+        with torch.no_grad():
+            embedded = self.target.model.get_input_embeddings()(batch.tokens).float()
+        # An anchor is the last token whose state a head knows; a draft model reads the one behind it as well.
+        return anchors.pick(self.module(embedded), 1).unsqueeze(1)
+
+    def hits(self, batch: TrainingBatch, ranks: int = 10) -> tuple[Tensor, Tensor]:
+        """See ``Method.hits``. A draft model is no worse deeper in the tree, the true tokens before given."""
+        found, totals = super().hits(batch, ranks)
+        return found.expand(USUAL_DEPTH, -1), totals.expand(USUAL_DEPTH)
+
+
+def choose_layers(num_layers: int, count: int) -> list[int]:
+    """``count`` of the indices 0 .. ``num_layers`` - 1: half from the front, half or one more from the back.
+
+    The ends learn far faster than layers evenly spaced; docs/draft-models.md has the figures.
+    """
+    front = count // 2
+    return [*range(front), *range(num_layers - count + front, num_layers)]

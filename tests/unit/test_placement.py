@@ -1,0 +1,147 @@
+"""Draft models beside their target: the tree that pays by both curves and the way between, and what lies where."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.architectures import generate_alone, tiny_model
+
+from specdec import SpecDecoder
+from specdec.drafters import model as model_module
+from specdec.drafters.model import USUAL_DEPTH, ModelConfig, ModelDrafter
+from specdec.drafters.pruned import PrunedLayers
+from specdec.drafters.weights import TargetFacts
+from specdec.latency import LatencyCurve, LatencyKey
+from specdec.models import find_device
+from specdec.optimal_tree import OptimalTrees
+from specdec.placement import USUAL_CHANCES, DraftPlan, Link, measure_link, plan_draft
+from specdec.target import HFTarget
+
+FAST = LatencyCurve.simple({1: 1.0, 64: 1.2})  # a device that waits for its memory
+SLOW = LatencyCurve.simple({1: 100.0, 4: 160.0, 16: 220.0, 64: 380.0})
+SMALL_ON_SLOW = LatencyCurve.simple({1: 12.0, 4: 16.0, 16: 20.0})
+
+
+def by_hand(target: LatencyCurve, draft: LatencyCurve, link: Link, node_bytes: int) -> tuple[float, int, int]:
+    """Tokens per millisecond, nodes and depth of the best tree, all of them tried."""
+    trees = OptimalTrees(USUAL_CHANCES, 12, 4)
+    found = (1 / target.at(1), 1, 0)
+    for depth, nodes in product(range(1, 5), range(2, 13)):
+        tokens = trees.tokens(nodes, depth)
+        if tokens is not None:
+            copies = 2 * link.latency_ms + nodes * node_bytes / link.bytes_per_ms
+            found = max(found, (tokens / (target.at(nodes) + depth * draft.at(4) + copies), nodes, depth))
+    return found
+
+
+@pytest.mark.parametrize("link", [Link(), Link(0.05, 1e7), Link(20.0, 100.0)])
+@pytest.mark.parametrize("curves", [(SLOW, FAST), (FAST, SMALL_ON_SLOW), (SLOW, SMALL_ON_SLOW), (FAST, FAST)])
+def test_the_plan_is_the_best_of_all_trees(curves: tuple[LatencyCurve, LatencyCurve], link: Link) -> None:
+    target, draft = curves
+    plan = plan_draft(target, draft, link, max_nodes=12, max_depth=4, node_bytes=400)
+    rate, _, _ = by_hand(target, draft, link, 400)
+    assert plan.speedup == pytest.approx(rate * target.at(1))
+    assert plan.speedup >= 1.0
+
+
+def test_a_slow_target_takes_deep_but_small_trees_from_a_fast_drafter() -> None:
+    """Dovetail's case: every node costs the target, levels are nearly free."""
+    crossed = plan_draft(SLOW, FAST, Link(0.05, 1e7))
+    flat = plan_draft(LatencyCurve.simple({1: 100.0, 64: 120.0}), FAST, Link(0.05, 1e7))
+    assert crossed.depth >= 2
+    assert crossed.nodes < flat.nodes
+    assert crossed.speedup > 1.3
+    levels = plan_draft(SLOW, SMALL_ON_SLOW)
+    assert levels.depth <= crossed.depth, "levels that cost something are fewer"
+
+
+def test_where_nothing_pays_nothing_is_drafted() -> None:
+    nothing = DraftPlan(nodes=1, depth=0, tokens=1.0, speedup=1.0)
+    assert plan_draft(FAST, SMALL_ON_SLOW) == nothing
+    assert plan_draft(SLOW, FAST, Link(latency_ms=200.0)) == nothing
+    assert plan_draft(SLOW, FAST, Link(bytes_per_ms=1e3), node_bytes=200_000) == nothing  # whole distributions cross
+
+
+@pytest.mark.parametrize("values", [{"latency_ms": -1.0}, {"bytes_per_ms": 0.0}, {"latency_ms": float("nan")}])
+def test_links_that_are_none_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a link takes time and has a rate above 0"):
+        Link(**values)
+
+
+def test_within_a_device_nothing_crosses() -> None:
+    assert measure_link(torch.device("cpu"), torch.device("cpu")) == Link(0.0, float("inf"))
+
+
+def test_the_drafter_plans_its_depth_by_the_profiles_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = HFTarget(tiny_model()), tiny_model(seed=1)
+    curves: dict[LatencyKey, LatencyCurve] = {}
+    monkeypatch.setattr(model_module, "load_curve", curves.get)
+
+    def depth_of(draft_curve: LatencyCurve | None) -> int:
+        drafter = ModelDrafter(ModelConfig(depth=0), draft)
+        curves.clear()
+        curves[LatencyKey.of(target)] = SLOW
+        if draft_curve is not None:
+            curves[LatencyKey.of(drafter.draft_model)] = draft_curve
+        drafter.bind(target, None)
+        return drafter.depth
+
+    assert TargetFacts.of(target).fingerprint != TargetFacts.of(HFTarget(draft)).fingerprint
+    assert depth_of(None) == USUAL_DEPTH
+    assert depth_of(FAST) == plan_draft(SLOW, FAST).depth
+    assert depth_of(SLOW) == 1, "at least one level; the planner decides whether to ask for it"
+    assert ModelDrafter(ModelConfig(depth=3), draft).depth == 3
+
+
+def test_text_does_not_depend_on_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "load_curve", lambda _: SLOW)
+    target = tiny_model()
+    drafter = ModelDrafter(ModelConfig(depth=0), tiny_model(seed=1))
+    decoder = SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise")
+    result = decoder.generate([5, 6, 7], max_new_tokens=16, ignore_eos=True)
+    assert drafter.depth == 1
+    assert max(decoder.stats.offered_depth) == 1
+    assert result.token_ids == generate_alone(target, [5, 6, 7], 16, eos_token_id=None)
+
+
+def test_a_draft_model_elsewhere_takes_copies_and_leaves_the_target_where_it_is() -> None:
+    target = HFTarget(tiny_model())
+    module = PrunedLayers(target, [0, 1], vocab_size=40)
+    module.copy_layers(target)
+    elsewhere = module.model(target, torch.device("meta"), torch.float32)
+    assert {tensor.device.type for tensor in elsewhere.parameters()} == {"meta"}
+    assert {tensor.device.type for tensor in elsewhere.buffers()} == {"meta"}
+    assert {tensor.device.type for tensor in target.model.parameters()} == {"cpu"}
+    assert {tensor.device.type for tensor in target.model.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drafter": "ngram"}, "drafter 'ngram' runs on the target's device: it takes no draft_device 'cpu'"),
+        ({"drafter": ModelDrafter(model=tiny_model())}, "goes with a drafter's name; this one is constructed already"),
+        ({"drafter": "model", "drafter_options": {"device": "cuda"}}, "given twice: 'cpu' and 'cuda'"),
+    ],
+)
+def test_a_draft_device_that_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpecDecoder(tiny_model(), draft_device="cpu", **arguments)
+
+
+def test_devices_are_checked_before_anything_loads(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'meta' holds no values"):
+        find_device("meta")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        SpecDecoder(str(tmp_path / "nowhere"), "model", drafter_options={"model": str(tmp_path)}, draft_device="gpu")
+
+
+def test_the_draft_device_reaches_the_draft_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    decoder = SpecDecoder(tiny_model(), "model", drafter_options={"model": str(tmp_path)}, draft_device="cpu")
+    assert isinstance(decoder.drafter, ModelDrafter)
+    assert decoder.drafter.draft_model.device == torch.device("cpu")
+    assert decoder.drafter.config.device == "cpu"
