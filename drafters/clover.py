@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from specdec.attention import AttentionPass
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
-from specdec.drafters.layer import Attend, DraftLayer, LayerShape, cached_attention
+from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -171,7 +171,7 @@ class CloverDrafter(HeadDrafter):
         depth = torch.arange(width, device=hidden.device).expand(size, -1)
         causal = torch.ones(width, width, dtype=torch.bool, device=hidden.device).tril().expand(size, -1, -1)
         shared = AttentionPass(self._cache, depth, causal)
-        states = self.module.augment(hidden, embedded, shared.positions, lambda layer: cached_attention(shared, layer))
+        states = self.module.augment(hidden, embedded, shared.positions, lambda layer: CachedAttention(shared, layer))
         self._cache.advance(part)
         return states[rows, last]
 

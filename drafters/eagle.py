@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from specdec.attention import AttentionPass
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
-from specdec.drafters.layer import Attend, DraftLayer, LayerShape, cached_attention
+from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -176,7 +176,7 @@ class EagleDrafter(HeadDrafter):
         if needed > self._cache.capacity:
             self._cache.reserve(2 * needed)
         shared = AttentionPass(self._cache, depth, ancestors)
-        states: Tensor = self.module(hidden, self._table[tokens], shared.positions, cached_attention(shared, 0))
+        states: Tensor = self.module(hidden, self._table[tokens], shared.positions, CachedAttention(shared, 0))
         return states
 
     def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:

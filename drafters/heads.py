@@ -15,7 +15,8 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
-from specdec.packing import PackedLinear, can_pack, pack_linears
+from specdec.packing import PackedLinear, can_pack, pack_linears, pack_weight
+from specdec.panels import Panel8Weight, panels_pay
 from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
@@ -108,7 +109,16 @@ def drafting_head(target: HFTarget, vocabulary: Tensor | None) -> nn.Module:
     linear.weight = nn.Parameter(rows.weight, requires_grad=False)
     if rows.bias is not None:
         linear.bias = nn.Parameter(rows.bias, requires_grad=False)
-    return PackedLinear(linear) if can_pack(linear) else linear
+    return PackedLinear(linear, pack_head) if can_pack(linear) else linear
+
+
+def pack_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The head's weight in 8 bit where our kernels run: it is half of what a draft reads, and need not be exact.
+
+    The module's own layers are not: they read raw states, of which a few channels are hundreds of times the others, and
+    activations in 8 bit would lose the rest.
+    """
+    return Panel8Weight(weight, bias) if Panel8Weight.fits(weight) and panels_pay() else pack_weight(weight, bias)
 
 
 def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.attention import AttentionPass
-from specdec.kernels.tree_attention import tree_attention
+from specdec.attention import AttentionPass, attend
+from specdec.kernels.decoder_layer import LANES, find_kernels
+from specdec.lean import MOST_NODES
+from specdec.packing import FusedPart, PackedLinear
 from specdec.target import HFTarget
 
 _CONFIG_NAMES = (
@@ -107,6 +109,10 @@ class DraftLayer(nn.Module):
             positions: ``[B, n]`` int64.
             attend: the attention.
         """
+        if isinstance(attend, CachedAttention):
+            compiled = self._compiled(inputs, residual, positions, attend)
+            if compiled is not None:
+                return compiled
         shape = self.shape
         query = self.q_proj(inputs).unflatten(-1, (shape.num_heads, shape.head_dim)).transpose(1, 2)
         key = self.k_proj(inputs).unflatten(-1, (shape.num_kv_heads, shape.head_dim)).transpose(1, 2)
@@ -116,6 +122,33 @@ class DraftLayer(nn.Module):
         hidden = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(hidden)
         mixed: Tensor = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return mixed
+
+    def _compiled(
+        self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: CachedAttention
+    ) -> Tensor | None:
+        """The same through the target's compiled kernels; None where they do not fit."""
+        shape, shared = self.shape, attend.shared
+        modules: list[Any] = [self.q_proj, self.gate_proj, self.o_proj, self.down_proj]
+        query, gate, out, down = modules
+        packed = isinstance(query, FusedPart) and isinstance(gate, FusedPart)
+        widths = (shape.hidden_size, shape.intermediate_size, shape.head_dim // 2)
+        fits = inputs.dtype == torch.bfloat16 and all(width % LANES == 0 for width in widths)
+        kernels = find_kernels() if packed and fits and inputs.shape[1] <= MOST_NODES else None
+        if kernels is None or not (isinstance(out, PackedLinear) and isinstance(down, PackedLinear)):
+            return None
+        cos, sin = (angles.squeeze(1).contiguous() for angles in rotary(positions, shape, inputs.dtype))
+        buffers = shared.cache.open(
+            attend.layer, shared.depth.shape[1], shape.num_kv_heads, shape.head_dim, inputs.dtype
+        )
+        attended = kernels.attention(
+            query.product.packed(inputs), (cos, sin), buffers.keys, buffers.values, shared.cache.lengths, shared.depth,
+            shared.ancestors, shape.head_dim**-0.5,
+        )  # fmt: skip
+        hidden = out.packed.add_to(residual, attended)
+        norm = self.post_attention_layernorm
+        normed = kernels.rms_norm(hidden, norm.weight, norm.eps or shape.norm_eps)
+        mixed: Tensor = down.packed.add_to(hidden, kernels.gated(gate.product.packed(normed)))
         return mixed
 
 
@@ -148,14 +181,20 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat([-right, left], dim=-1) * sin
 
 
-def cached_attention(shared: AttentionPass, layer: int) -> Attend:
-    """Attention over a drafter's own cache and the tree in flight, as the target's layers do it."""
+class CachedAttention:
+    """Attention over a drafter's own cache and the tree in flight, as the target's layers do it.
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = shared.cache.write(layer, key, value, shared.offset)
-        return tree_attention(query, keys, values, shared.mask(None), query.shape[-1] ** -0.5)
+    Args:
+        shared: the pass.
+        layer: of the cache.
+    """
 
-    return attend
+    def __init__(self, shared: AttentionPass, layer: int) -> None:
+        self.shared = shared
+        self.layer = layer
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(self.shared, self.layer, query, key, value, query.shape[-1] ** -0.5)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def quantize_linears(model: nn.Module, name: str) -> None:
     if scheme.cpu is None or any(linear.weight.device.type != "cpu" for linear in linears):
         scheme.other(model)
         return
-    if scheme.cpu is W8A8Weight and not torch.cpu._is_vnni_supported():
+    if scheme.cpu is _w8a8 and not torch.cpu._is_vnni_supported():
         # Without VNNI's instructions products of 8 bit are added in 16, where they overflow.
         raise ValueError("quantize='w8a8' needs a CPU with AVX-512 VNNI: use 'int8'")
     pack_linears(model, scheme.cpu)
