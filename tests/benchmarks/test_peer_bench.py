@@ -355,7 +355,7 @@ def test_the_list_has_every_peer_and_how_to_install_it(tmp_path: Path, monkeypat
     [
         (["--resume"], "--resume needs --json"),
         (["--peer", "vllm-bf15"], "unknown peer 'vllm-bf15'; did you mean 'vllm-bf16'"),
-        (["--dtype", "int8"], "unknown dtype 'int8' (choices: float32, fp32, bfloat16, bf16, float16, fp16)"),
+        (["--dtype", "int3"], "unknown dtype 'int3' (choices: float32, fp32, bfloat16, bf16, float16, fp16)"),
         (["-d", "ngrm"], "unknown drafter 'ngrm'; did you mean 'ngram'"),
         (["--json", "/nowhere/out.json"], "there is no folder '/nowhere'"),
         (["--reference", "vllm-bf16"], "unknown reference 'vllm-bf16'"),

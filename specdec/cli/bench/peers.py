@@ -24,7 +24,10 @@ CACHE_DIR = "~/.cache/specdec/peers"
 @click.option("--peer", "names", multiple=True, metavar="NAME", help="Peer to run; repeatable. --list shows them.")
 @click.option("-d", "--drafter", "drafters", multiple=True, default=("auto",), help="Drafter of ours; repeatable.")
 @click.option("-o", "options", multiple=True, metavar="DRAFTER.NAME=VALUE", help="Drafter option; repeatable.")
-@click.option("--dtype", "dtypes", multiple=True, default=("bf16",), help="Our weights' type: bf16, fp32; repeatable.")
+@click.option(
+    "--dtype", "dtypes", multiple=True, default=("bf16",),
+    help="Our weights: bf16, fp32, or int8, w8a8, int4 (quantized); repeatable."
+)
 @click.option("--reference", metavar="ROW", help="Row of ours to compare with; the fastest by default.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")
 @click.option("--limit", type=click.IntRange(min=1), help="So many questions, spread evenly over the categories.")
@@ -88,6 +91,7 @@ def peers(
     from specdec.cli.bench.peers_screen import PeersScreen, report
     from specdec.cli.console import note, slow_status
     from specdec.models import load_model
+    from specdec.quantization import SCHEMES
     from specdec.registry import resolve_drafter
     from specdec.target import HFTarget
 
@@ -102,7 +106,10 @@ def peers(
     targets = {}
     for precision, dtype in precisions.items():
         with slow_status(f"loading {model} in {precision}") as say:
-            weights = load_model(model, dtype=dtype, device="cpu", packed=True, progress=say)
+            quantize = dtype if dtype in SCHEMES else None
+            weights = load_model(
+                model, dtype="bf16" if quantize else dtype, device="cpu", packed=True, quantize=quantize, progress=say
+            )
             targets[precision] = HFTarget(weights.model)
     tokenizer, target = weights.tokenizer, targets[precision]
     if tokenizer is None:
@@ -157,7 +164,7 @@ def list_peers(peers_dir: Path | None) -> str:
 
 
 def precision_of(dtype: str) -> str:
-    """The name that peers give the precision of weights of a type: "fp32", "bf16" or "f16".
+    """The name that peers give the precision of weights of a type: "fp32", "bf16" or "f16"; ours of quantized ones.
 
     Raises:
         ValueError: for another type; the sentence gives the choices.
@@ -165,7 +172,10 @@ def precision_of(dtype: str) -> str:
     import torch
 
     from specdec.models import DTYPES
+    from specdec.quantization import SCHEMES
 
+    if dtype in SCHEMES:
+        return dtype
     precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f16"}
     found = precisions.get(DTYPES.get(dtype, torch.int8))
     if found is None:
