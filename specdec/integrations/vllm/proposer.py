@@ -30,6 +30,7 @@ class SpecdecProposer:
 
     Args:
         vllm_config: vLLM's configuration; ours is its ``additional_config["specdec"]`` (see ``Settings``).
+        runner_class: the model runner to hook into; vLLM's where None.
 
     Attributes:
         sees_steps: tells the hooks that this proposer is theirs.
@@ -40,13 +41,13 @@ class SpecdecProposer:
 
     sees_steps = True
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, runner_class: type[Any] | None = None) -> None:
         self._config = vllm_config
         self._num_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_len = int(vllm_config.model_config.max_model_len)
         self._vocab_size = int(vllm_config.model_config.get_vocab_size())
         self._settings = Settings.read(vllm_config.additional_config)
-        self._hooks = hooks.install()
+        self._hooks = hooks.install(runner_class)
         self._drafter: Drafter | None = None
         self._device = torch.device("cpu")
         self._requests: dict[str, ServedRequest] = {}
@@ -59,6 +60,11 @@ class SpecdecProposer:
     def drafter_name(self) -> str:
         """The drafter's name; "auto" until the target is there."""
         return self._settings.drafter if self._drafter is None else self._drafter.name
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of which something is kept."""
+        return len(self._requests)
 
     def load_model(self, target_model: Any) -> None:
         """Meet the target, which vLLM has just loaded.
