@@ -254,7 +254,7 @@ def test_a_drafter_that_needs_a_hook_says_so(runner: Callable[..., FakeRunner], 
     proposer = SpecdecProposer(config, runner_class=Other)
     run = runner(name)
     proposer._settings = run.drafter._settings
-    with pytest.raises(ValueError, match="needs vLLM's .*propose_draft_token_ids"):
+    with pytest.raises(ValueError, match=r"needs vLLM's .*propose_draft_token_ids"):
         proposer.bind(run.target, None)
 
 
