@@ -26,8 +26,8 @@ from specdec.panels import PanelWeight
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
 
-MOST_NODES = 64
-"""Of a pass per row that runs through compiled kernels; beyond it PyTorch's own are faster."""
+MOST_NODES = 512
+"""Of a pass per row that runs through compiled kernels, a chunk of a prompt among them; beyond it PyTorch's run."""
 
 
 def make_lean(model: nn.Module) -> int:
@@ -70,7 +70,7 @@ class LeanLayer:
     """The ``forward`` of a decoder layer during our passes; others go to the layer's own.
 
     Passes over up to ``MOST_NODES`` nodes run through compiled kernels, where there are any. There a row's result is
-    the same to the bit however many rows ride in the pass and whatever the tree holds. Prompts go through PyTorch's.
+    the same to the bit however many rows ride in the pass and whatever the tree holds.
 
     Args:
         layer: of a class in ``KNOWN``, packed.

@@ -21,13 +21,26 @@ from specdec.kernels.decoder_layer.structures import (
     pointer_to,
 )
 
-__all__ = ["LANES", "MOST_WIDTH", "PANEL", "Kernels", "LayerArguments", "Panels", "PassArguments", "find_kernels"]
+__all__ = [
+    "LANES",
+    "MOST_LEVELS",
+    "MOST_WIDTH",
+    "PANEL",
+    "Kernels",
+    "LayerArguments",
+    "Panels",
+    "PassArguments",
+    "find_kernels",
+]
 
 LANES = 16
 """Widths must be multiples of this, a head's of twice as much."""
 
 MOST_WIDTH = 512
 """Widest head."""
+
+MOST_LEVELS = 8
+"""Of segments that rows share."""
 
 PANEL = 32
 """Output channels of a panel."""
@@ -47,15 +60,16 @@ class Kernels:
             function.argtypes, function.restype = arguments, result
             return function
 
-        self._rms_norm = declare("rms_norm", pointer, pointer, pointer, number, number, ctypes.c_float)
-        self._gated = declare("gated", pointer, pointer, number, number)
+        self._rms_norm = declare("rms_norm", pointer, pointer, pointer, number, number, ctypes.c_float, ctypes.c_int)
+        self._gated = declare("gated", pointer, pointer, number, number, ctypes.c_int)
         self._attention = declare("tree_attention", structure(Attention))
-        self._quantize_rows = declare("quantize_rows", pointer, pointer, pointer, number, number)
+        self._quantize_rows = declare("quantize_rows", pointer, pointer, pointer, number, number, ctypes.c_int)
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
         self._layer = declare(
-            "decoder_layer", structure(LayerArguments), structure(PassArguments), *[pointer] * 4, number
-        )
+            "decoder_layer", structure(LayerArguments), structure(PassArguments), *[pointer] * 4, number, pointer,
+            number,
+        )  # fmt: skip
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
         runtime = _openmp()
@@ -68,14 +82,16 @@ class Kernels:
         out = torch.empty_like(states)
         width = states.shape[-1]
         rows = states.numel() // width
-        self._rms_norm(states.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+        pointers = (tensor.data_ptr() for tensor in (states, weight, out))
+        self._rms_norm(*pointers, rows, width, eps, torch.get_num_threads())
         return out
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """``SiLU(gate) * up`` of ``[..., 2 m]``, gates first: ``[..., m]``, rounded once."""
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
-        self._gated(gate_up.data_ptr(), out.data_ptr(), gate_up.numel() // (2 * width), width)
+        rows = gate_up.numel() // (2 * width)
+        self._gated(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
 
     def quantize_rows(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +102,8 @@ class Kernels:
         rows, width = inputs.shape
         out = torch.empty(rows, width, dtype=torch.uint8)
         scales = torch.empty(rows, dtype=torch.float32)
-        self._quantize_rows(inputs.data_ptr(), out.data_ptr(), scales.data_ptr(), rows, width)
+        pointers = (tensor.data_ptr() for tensor in (inputs, out, scales))
+        self._quantize_rows(*pointers, rows, width, torch.get_num_threads())
         return out, scales
 
     def product(self, inputs: Tensor, weight: Panels, residual: Tensor | None = None) -> Tensor:
@@ -110,13 +127,18 @@ class Kernels:
         return torch.empty(self._layer_space(layer, rows), dtype=torch.uint8)
 
     def layer(
-        self, layer: LayerArguments, arguments: PassArguments, states: Tensor, keys: Tensor, values: Tensor
+        self,
+        layer: LayerArguments,
+        arguments: PassArguments,
+        states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        segments: Tensor | None = None,
     ) -> Tensor:
-        """A whole decoder layer: ``[B, n, d]`` to ``[B, n, d]``; keys and values as ``attention`` takes them."""
+        """A whole decoder layer: ``[B, n, d]`` to ``[B, n, d]``; keys, values and segments as for ``attention``."""
         out = torch.empty_like(states)
-        self._layer(
-            layer, arguments, states.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        )
+        pointers = (tensor.data_ptr() for tensor in (states, out, keys, values))
+        self._layer(layer, arguments, *pointers, keys.shape[2], pointer_to(segments), _levels(segments))
         return out
 
     def attention(
@@ -130,6 +152,7 @@ class Kernels:
         seen: Tensor,
         scale: float,
         window: int | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to the cache, attend: ``[B, n, H d]``.
 
@@ -144,20 +167,35 @@ class Kernels:
                 before their children.
             scale: factor on the scores.
             window: positions back that are seen; None for all.
+            segments: ``[B, levels, 4]`` int64, keys and values that rows share, in order of position: the address of
+                the keys, ``[H_kv, slots, d]``, that of the values, how many tokens, slots; 0 tokens for none. ``keys``
+                and ``values`` then hold what stands behind a row's segments. Results are the same to the bit.
+
+        Raises:
+            ValueError: for more levels than ``MOST_LEVELS``.
         """
         batch_size, num_nodes, total = qkv.shape
         kv_heads, slots, width = keys.shape[1:]
         heads = total // width - 2 * kv_heads
         out = qkv.new_empty(batch_size, num_nodes, heads * width)
         cos, sin = rotary
-        tensors = (qkv, cos, sin, keys, values, lengths, depth, seen, out)
+        tensors = (qkv, cos, sin, keys, values, lengths, depth, seen, segments, out)
         self._attention(
             Attention(
                 *(pointer_to(tensor) for tensor in tensors), batch_size, num_nodes, depth.shape[1], heads, kv_heads,
-                width, slots, window or 0, scale, torch.get_num_threads(),
+                width, slots, window or 0, _levels(segments), scale, torch.get_num_threads(),
             )
         )  # fmt: skip
         return out
+
+
+def _levels(segments: Tensor | None) -> int:
+    if segments is None:
+        return 0
+    levels = segments.shape[1]
+    if levels > MOST_LEVELS:
+        raise ValueError(f"a row can share {MOST_LEVELS} segments at most, got {levels}: copy the last ones")
+    return levels
 
 
 @cache

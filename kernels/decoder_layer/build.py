@@ -23,15 +23,15 @@ class NotBuilt(RuntimeError):
 
 
 def load_library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
-    """The library of a C source, compiled where that was not done before.
+    """The library of a C source and the headers beside it, compiled where that was not done before.
 
     The compiler is ``$CC``, ``cc``, ``gcc`` or ``clang``, whichever is found first.
 
     Raises:
         NotBuilt: without a compiler, or where it fails.
     """
-    code = source.read_bytes()
-    digest = hashlib.sha256(b"\0".join([code, " ".join(FLAGS).encode(), _processor()])).hexdigest()[:16]
+    code = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+    digest = hashlib.sha256(b"\0".join([*code, " ".join(FLAGS).encode(), _processor()])).hexdigest()[:16]
     library = (folder or FOLDER).expanduser() / f"{source.stem}-{digest}.so"
     if not library.exists():
         _compile(source, library)

@@ -45,8 +45,9 @@ class Attention(ctypes.Structure):
     """``attention_arguments``."""
 
     _fields_ = _fields(
-        "qkv cos sin keys values lengths depth seen out", "batch nodes tree heads kv_heads width slots window",
-        ("scale", ctypes.c_float), ("threads", ctypes.c_int),
+        "qkv cos sin keys values lengths depth seen segments out",
+        "batch nodes tree heads kv_heads width slots window levels",
+        ("scale", ctypes.c_float), ("threads", ctypes.c_int), ("nodes_per_task", ctypes.c_long),
     )  # fmt: skip
 
 

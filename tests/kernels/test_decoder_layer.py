@@ -104,7 +104,7 @@ class Case:
         return out, keys, values
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 1, 32), (2, 2, 96), (8, 2, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (14, 2, 32), (2, 2, 96), (8, 2, 128)])
 @pytest.mark.parametrize(
     ("lengths", "nodes", "earlier"), [([0], 1, 0), ([50, 3], 7, 0), ([513], 17, 4), ([16, 15], 63, 1)]
 )
@@ -145,6 +145,52 @@ def test_a_row_does_not_depend_on_the_tree_it_rides_in(kernels: Kernels) -> None
             torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 1, dtype=torch.bool), tree.scale,
         )  # fmt: skip
         assert torch.equal(single[0, 0], whole[0, node]), step
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_segments_that_rows_share_are_as_good_as_their_own(kernels: Kernels, window: int | None) -> None:
+    """A prefix all rows have, one that two have, and none: the bits of rows that hold everything themselves."""
+    torch.manual_seed(4)
+    lengths, shared = [91, 87, 60], [(33, 50), (33, 50), (33, 0)]
+    case = Case(lengths, 11, 2)
+    for row in (1, 2):
+        case.keys[row, :, :33], case.values[row, :, :33] = case.keys[0, :, :33], case.values[0, :, :33]
+    case.keys[1, :, :83], case.values[1, :, :83] = case.keys[0, :, :83], case.values[0, :, :83]
+    whole, keys, values = case.run(kernels.attention, window)
+    parts = [
+        [case.keys[0, :, :33].clone(), case.values[0, :, :33].clone()],
+        [torch.cat([part[0, :, 33:83], part[0, :, :9]], dim=1) for part in (case.keys, case.values)],  # with some slack
+    ]
+    segments = torch.tensor(
+        [
+            [
+                (keys.data_ptr(), values.data_ptr(), length, keys.shape[1])
+                for (keys, values), length in zip(parts, row, strict=True)
+            ]
+            for row in shared
+        ]
+    )
+    own_keys, own_values = torch.full_like(keys, torch.nan), torch.full_like(values, torch.nan)
+    for row, lent in enumerate(map(sum, shared)):
+        own_keys[row, :, : lengths[row] + 2 - lent] = case.keys[row, :, lent : lengths[row] + 2]
+        own_values[row, :, : lengths[row] + 2 - lent] = case.values[row, :, lent : lengths[row] + 2]
+    got = kernels.attention(
+        case.qkv, case.rotary, own_keys, own_values, case.lengths, case.depth, case.seen, case.scale, window, segments
+    )
+    assert torch.equal(got, whole)
+    for row, lent in enumerate(map(sum, shared)):
+        end = lengths[row] + 13
+        assert torch.equal(own_keys[row, :, : end - lent], keys[row, :, lent:end])
+        assert torch.equal(own_values[row, :, : end - lent], values[row, :, lent:end])
+
+
+def test_too_many_levels_of_segments(kernels: Kernels) -> None:
+    case = Case([3], 1)
+    with pytest.raises(ValueError, match="8 segments at most, got 9"):
+        kernels.attention(
+            case.qkv, case.rotary, case.keys, case.values, case.lengths, case.depth, case.seen, case.scale,
+            segments=torch.zeros(1, 9, 4, dtype=torch.int64),
+        )  # fmt: skip
 
 
 def test_a_row_does_not_depend_on_the_batch(kernels: Kernels) -> None:

@@ -1,0 +1,290 @@
+/* ---- rotary embeddings, cache write and attention ----
+
+   A key's score is a sum over the head's width from the first to the last, an output a sum over positions from the first
+   to the last, so neither depends on how keys and queries are put into blocks. Keys are turned once for all queries of a
+   task, values are read once for a block of queries. */
+
+#define KEYS 32   /* of a block: two vectors of scores */
+#define QUERIES 6 /* of a block: 24 vectors of sums with 4 of values */
+#define NODES_PER_TASK 8
+#define TASKS_PER_THREAD 3 /* fewer would leave threads waiting for the last one */
+
+typedef struct {
+  int64_t keys, values; /* addresses: [H_kv, slots, d] */
+  int64_t length, slots;
+} segment;
+
+typedef struct {
+  const bf16 *qkv;         /* [B, n, (H + 2 H_kv) d] */
+  const bf16 *cos, *sin;   /* [B, n, d] */
+  bf16 *keys, *values;     /* [B, H_kv, S, d]: what stands behind the shared segments */
+  const int64_t *lengths;  /* [B] committed tokens */
+  const int64_t *depth;    /* [B, M] of the tree's nodes */
+  const uint8_t *seen;     /* [B, n, M]: what each computed node sees; the last n of the M nodes are those computed */
+  const segment *segments; /* [B, levels]: each row's shared segments, by position; or null */
+  bf16 *out;               /* [B, n, H d] */
+  long batch, nodes, tree, heads, kv_heads, width, slots, window, levels; /* window 0: none */
+  float scale;
+  int threads;
+  long nodes_per_task; /* set here */
+} attention_arguments;
+
+/* Keys and values that lie one behind the other. */
+typedef struct {
+  const bf16 *keys, *values;
+  long first, count; /* place of the first among the row's, and how many */
+} stretch;
+
+static inline void rotate(const bf16 *head, const bf16 *cos, const bf16 *sin, long d, float *out) {
+  for (long i = 0; i < d / 2; i += LANES) {
+    vec left = load(head + i), right = load(head + d / 2 + i);
+    storef(out + i, left * load(cos + i) - right * load(sin + i));
+    storef(out + d / 2 + i, right * load(cos + d / 2 + i) + left * load(sin + d / 2 + i));
+  }
+}
+
+static long shared_tokens(const attention_arguments *a, long row) {
+  long tokens = 0;
+  for (long level = 0; level < a->levels; level++) tokens += (long)a->segments[row * a->levels + level].length;
+  return tokens;
+}
+
+/* Keys and values of one KV head in one row of the batch. */
+static void write_cache(const attention_arguments *a, long row, long head) {
+  long stride = (a->heads + 2 * a->kv_heads) * a->width, d = a->width;
+  long slot = a->lengths[row] - shared_tokens(a, row) + a->tree - a->nodes;
+  bf16 *key = a->keys + ((row * a->kv_heads + head) * a->slots + slot) * d;
+  bf16 *value = a->values + ((row * a->kv_heads + head) * a->slots + slot) * d;
+  float rotated[MOST_WIDTH];
+  for (long node = 0; node < a->nodes; node++, key += d, value += d) {
+    const bf16 *from = a->qkv + (row * a->nodes + node) * stride + (a->heads + head) * d;
+    const bf16 *cos = a->cos + (row * a->nodes + node) * d, *sin = a->sin + (row * a->nodes + node) * d;
+    rotate(from, cos, sin, d, rotated);
+    for (long i = 0; i < d; i += LANES) store(key + i, loadf(rotated + i));
+    __builtin_memcpy(value, from + a->kv_heads * d, (size_t)d * sizeof(bf16));
+  }
+}
+
+/* Up to 16 keys, one behind the other, as [d][16] at a stride of KEYS; what is missing is zero. */
+static void turn_keys(const bf16 *keys, long count, long d, float *turned) {
+  for (long i = 0; i < d; i += 2 * LANES) {
+    ivec a[LANES], b[LANES]; /* pairs of neighbours in 32 bits */
+    for (long key = 0; key < LANES; key++) {
+      a[key] = (ivec){0};
+      if (key < count) __builtin_memcpy(&a[key], keys + key * d + i, sizeof(ivec));
+    }
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    interleave(b, a);
+    for (long pair = 0; pair < LANES; pair++) {
+      storef(turned + (i + 2 * pair) * KEYS, (vec)(a[pair] << 16));
+      storef(turned + (i + 2 * pair + 1) * KEYS, (vec)(a[pair] & (int32_t)0xffff0000));
+    }
+  }
+}
+
+INLINE score_block(const int count, const float *query, long d, const float *turned, float *scores, long stride) {
+  vec left[QUERIES], right[QUERIES];
+  for (int q = 0; q < count; q++) left[q] = right[q] = (vec){0};
+  for (long i = 0; i < d; i++) {
+    vec first = loadf(turned + i * KEYS), second = loadf(turned + i * KEYS + LANES);
+    for (int q = 0; q < count; q++) {
+      left[q] += query[q * d + i] * first;
+      right[q] += query[q * d + i] * second;
+    }
+  }
+  for (int q = 0; q < count; q++) {
+    storef(scores + q * stride, left[q]);
+    storef(scores + q * stride + LANES, right[q]);
+  }
+}
+
+/* sums[q][d] += weights[q] * values over keys that lie one behind the other, for a part of the width. */
+INLINE add_part(const int count, const int parts, float *sums, long d, const float *weights, long stride,
+                const bf16 *values, long keys) {
+  vec total[QUERIES][4];
+  for (int q = 0; q < count; q++)
+    for (int part = 0; part < parts; part++) total[q][part] = loadf(sums + q * d + part * LANES);
+  for (long key = 0; key < keys; key++, values += d) {
+    vec value[4];
+    for (int part = 0; part < parts; part++) value[part] = load(values + part * LANES);
+    for (int q = 0; q < count; q++)
+      for (int part = 0; part < parts; part++) total[q][part] += weights[q * stride + key] * value[part];
+  }
+  for (int q = 0; q < count; q++)
+    for (int part = 0; part < parts; part++) storef(sums + q * d + part * LANES, total[q][part]);
+}
+
+INLINE add_values(const int count, float *sums, long d, const float *weights, long stride, const bf16 *values,
+                  long keys) {
+  long i = 0;
+  for (; i + 4 * LANES <= d; i += 4 * LANES) add_part(count, 4, sums + i, d, weights, stride, values + i, keys);
+  for (; i < d; i += 2 * LANES) add_part(count, 2, sums + i, d, weights, stride, values + i, keys);
+}
+
+#define BY_COUNT(call) \
+  switch (count) { \
+    case 1: call(1); break; \
+    case 2: call(2); break; \
+    case 3: call(3); break; \
+    case 4: call(4); break; \
+    case 5: call(5); break; \
+    default: call(6); \
+  }
+
+static void score(int count, const float *query, long d, const float *turned, float *scores, long stride) {
+#define CALL(n) score_block(n, query, d, turned, scores, stride)
+  BY_COUNT(CALL)
+#undef CALL
+}
+
+static void weigh(int count, float *sums, long d, const float *weights, long stride, const bf16 *values, long keys) {
+#define CALL(n) add_values(n, sums, d, weights, stride, values, keys)
+  BY_COUNT(CALL)
+#undef CALL
+}
+
+/* Scores to weights, in place; returns their sum. Lanes are told apart by position alone. */
+static float soften(float *line, long count) {
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vec most = splat(-INFINITY), total = {0};
+  ivec broken = {0};
+  for (long i = 0; i < count; i += LANES) {
+    ivec inside = lane < (int32_t)(count - i);
+    vec x = either(inside, loadf(line + i), splat(-INFINITY));
+    broken |= x != x;
+    most = either(x > most, x, most);
+  }
+  float largest = most[0];
+  for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+  for (int i = 0; i < LANES; i++)
+    if (broken[i]) largest = NAN;
+  for (long i = 0; i < count; i += LANES) {
+    ivec inside = lane < (int32_t)(count - i);
+    vec weight = either(inside, vexp(loadf(line + i) - largest), (vec){0});
+    total += weight;
+    storef(line + i, weight);
+  }
+  return sum(total);
+}
+
+/* Memory of this thread, kept from call to call. */
+static char *scratch(size_t bytes) {
+  static __thread char *kept;
+  static __thread size_t size;
+  if (bytes > size) {
+    free(kept);
+    size = (bytes + bytes / 2 + 63) / 64 * 64;
+    kept = aligned_alloc(64, size);
+  }
+  return kept;
+}
+
+/* Where a row's keys and values for one KV head lie; its own last, the tree's behind the committed ones. */
+static long find_stretches(const attention_arguments *a, long row, long kv, stretch *found) {
+  long count = 0, at = 0, d = a->width;
+  for (long level = 0; level < a->levels; level++) {
+    const segment *s = a->segments + row * a->levels + level;
+    if (!s->length) continue;
+    long offset = kv * (long)s->slots * d;
+    found[count++] = (stretch){(const bf16 *)s->keys + offset, (const bf16 *)s->values + offset, at, (long)s->length};
+    at += (long)s->length;
+  }
+  long offset = (row * a->kv_heads + kv) * a->slots * d;
+  found[count++] = (stretch){a->keys + offset, a->values + offset, at, a->lengths[row] + a->tree - at};
+  return count;
+}
+
+/* The heads of one KV head, for some nodes of one row of the batch. */
+static void attend(const void *pointer, long task) {
+  const attention_arguments *a = pointer;
+  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, d = a->width, group = a->heads / a->kv_heads;
+  long part = task % parts, kv = task / parts % a->kv_heads, row = task / parts / a->kv_heads;
+  long first = part * most, nodes = a->nodes - first < most ? a->nodes - first : most;
+  long length = a->lengths[row], tree = a->tree, queries = nodes * group, stride = length + tree + 2 * KEYS;
+  stride = (stride + LANES - 1) / LANES * LANES;
+  long end = length + tree - a->nodes + first + nodes; /* nobody sees what stands behind itself */
+  stretch stretches[MOST_LEVELS + 1];
+  float *query = (float *)scratch((size_t)(queries * (2 * d + stride) + KEYS * d + tree) * sizeof(float));
+  float *sums = query + queries * d, *turned = sums + queries * d, *scores = turned + KEYS * d;
+  int32_t *seen = (int32_t *)(scores + queries * stride);
+
+  if (parts == 1) write_cache(a, row, kv);
+  long count = find_stretches(a, row, kv, stretches);
+  for (long q = 0; q < queries; q++) {
+    long at = row * a->nodes + first + q / group, head = kv * group + q % group;
+    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, query + q * d);
+    for (long i = 0; i < d; i += LANES) storef(query + q * d + i, loadf(query + q * d + i) * a->scale);
+  }
+  for (const stretch *s = stretches; s < stretches + count; s++)
+    for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
+      long left = s->count - at;
+      turn_keys(s->keys + at * d, left, d, turned);
+      if (left > LANES) turn_keys(s->keys + (at + LANES) * d, left - LANES, d, turned + LANES);
+      for (long q = 0; q < queries; q += QUERIES)
+        score(queries - q < QUERIES ? (int)(queries - q) : QUERIES, query + q * d, d, turned,
+              scores + q * stride + s->first + at, stride);
+    }
+
+  /* What each node sees of the tree moves to where it would stand, were it committed; then scores become weights. The
+     last place of a line, which no block of scores reaches, keeps one over their sum. */
+  const stretch *own = stretches + count - 1;
+  const bf16 *behind = own->values + (length - own->first) * d;
+  const int64_t *depth = a->depth + row * tree;
+  long begin[NODES_PER_TASK];
+  for (long i = 0; i < queries * d; i += LANES) storef(sums + i, (vec){0});
+  for (long node = 0; node < nodes; node++) {
+    const uint8_t *sees = a->seen + (row * a->nodes + first + node) * tree;
+    int64_t position = length + depth[tree - a->nodes + first + node];
+    long from = a->window && position - a->window + 1 > 0 ? (long)(position - a->window + 1) : 0, rank = 0;
+    begin[node] = from = from < length ? from : length;
+    for (long other = 0; other < tree; other++)
+      if (sees[other] && (!a->window || position - length - depth[other] < a->window)) seen[rank++] = (int32_t)other;
+    for (long q = node * group; q < (node + 1) * group; q++) {
+      float *line = scores + q * stride;
+      for (long i = 0; i < rank; i++) line[length + i] = line[length + seen[i]];
+      line[stride - 1] = 1.0f / soften(line + from, length - from + rank);
+    }
+  }
+  for (long q = 0; q < queries;) {
+    long from = begin[q / group], next = q + 1;
+    while (next < queries && next - q < QUERIES && begin[next / group] == from) next++;
+    for (const stretch *s = stretches; s < stretches + count; s++) {
+      long low = from > s->first ? from : s->first, high = s->first + s->count < length ? s->first + s->count : length;
+      if (low < high)
+        weigh((int)(next - q), sums + q * d, d, scores + q * stride + low, stride, s->values + (low - s->first) * d,
+              high - low);
+    }
+    q = next;
+  }
+  for (long node = 0; node < nodes; node++) {
+    const uint8_t *sees = a->seen + (row * a->nodes + first + node) * tree;
+    int64_t own_depth = depth[tree - a->nodes + first + node];
+    for (long other = 0, rank = length, run; other < tree; other += run + 1, rank += run) {
+      for (run = 0; other + run < tree && sees[other + run]; run++)
+        if (a->window && own_depth - depth[other + run] >= a->window) break;
+      float *line = scores + node * group * stride + rank;
+      for (long q = 0; run && q < group; q += QUERIES)
+        weigh(group - q < QUERIES ? (int)(group - q) : QUERIES, sums + (node * group + q) * d, d, line + q * stride,
+              stride, behind + other * d, run);
+    }
+    for (long q = node * group; q < (node + 1) * group; q++) {
+      bf16 *out = a->out + ((row * a->nodes + first + node) * a->heads + kv * group + q % group) * d;
+      for (long i = 0; i < d; i += LANES) store(out + i, loadf(sums + q * d + i) * scores[q * stride + stride - 1]);
+    }
+  }
+}
+
+void tree_attention(attention_arguments *a) {
+  long most = a->nodes < NODES_PER_TASK ? a->nodes : NODES_PER_TASK, heads = a->batch * a->kv_heads, parts;
+  for (;; most = (most + 1) / 2) {
+    parts = (a->nodes + most - 1) / most;
+    if (most == 1 || heads * parts >= TASKS_PER_THREAD * a->threads || a->threads == 1) break;
+  }
+  a->nodes_per_task = most;
+  if (parts > 1)
+    for (long row = 0; row < a->batch; row++)
+      for (long head = 0; head < a->kv_heads; head++) write_cache(a, row, head);
+  run(attend, a, heads * parts, a->threads);
+}

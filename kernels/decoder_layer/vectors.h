@@ -1,0 +1,87 @@
+/* Vectors of 16 numbers, as GCC and Clang have them for whatever vector width the processor has. */
+
+#define LANES 16
+#define MOST_WIDTH 512 /* of a head */
+#define MOST_LEVELS 8  /* of shared segments */
+#define INLINE static inline __attribute__((always_inline)) void
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef uint16_t bf16;
+
+static inline vec load(const bf16 *from) {
+  hvec half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return (vec)(__builtin_convertvector(half, uvec) << 16);
+}
+
+static inline vec loadf(const float *from) {
+  vec out;
+  __builtin_memcpy(&out, from, sizeof out);
+  return out;
+}
+
+static inline void storef(float *to, vec value) { __builtin_memcpy(to, &value, sizeof value); }
+
+/* To nearest, ties to even; NaN stays NaN. */
+static inline void store(bf16 *to, vec value) {
+  uvec bits = (uvec)value;
+  uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  ivec nan = value != value;
+  hvec half = __builtin_convertvector((uvec)((nan & 0x7fc0) | (~nan & (ivec)rounded)), hvec);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+/* Lanes of 0 to 255. */
+static inline void store_bytes(uint8_t *to, ivec value) {
+  typedef uint8_t bytes __attribute__((vector_size(LANES)));
+  bytes small = __builtin_convertvector(value, bytes);
+  __builtin_memcpy(to, &small, sizeof small);
+}
+
+static inline vec splat(float value) { return value - (vec){0}; }
+
+static inline float sum(vec value) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += value[lane];
+  return total;
+}
+
+/* exp by powers of two and a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7. */
+static inline vec vexp(vec x) {
+  ivec low = x < splat(-87.0f), high = x > splat(88.0f), nan = x != x;
+  vec safe = (vec)((low & (ivec)splat(-87.0f)) | (high & (ivec)splat(88.0f)) | (~(low | high | nan) & (ivec)x));
+  vec shifted = safe * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+  ivec power = (ivec)shifted - (ivec)splat(12582912.0f);
+  vec whole = shifted - 12582912.0f;
+  vec r = safe - whole * 0.693145751953125f - whole * 1.42860677e-6f;
+  vec p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  vec out = (vec)((ivec)p + (power << 23));
+  return (vec)((nan & (ivec)x) | (~nan & (ivec)out));
+}
+
+
+static inline vec either(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* out[2 i] and out[2 i + 1] take turns between in[i] and in[i + 8]; four times over, that transposes 16 x 16. */
+static inline void interleave(const ivec in[LANES], ivec out[LANES]) {
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+  for (int i = 0; i < LANES / 2; i++) {
+    ivec low = in[i], high = in[i + LANES / 2];
+    out[2 * i] = PICK(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    out[2 * i + 1] = PICK(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#undef PICK
+}
