@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from specdec.attention import AttentionPass
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
-from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape
+from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -84,13 +84,13 @@ class CloverHead(HeadModule):
         gates = next(n for n in range(layer.num_heads, 0, -1) if width % n == 0)
         self.num_drafts = num_drafts
         self.first = AttentionDecoder(width, gates)
-        self.norms = nn.ModuleList(nn.RMSNorm(width, layer.norm_eps) for _ in range(num_layers))
+        self.norms = nn.ModuleList(RMSNorm(width, layer.norm_eps) for _ in range(num_layers))
         self.layers = nn.ModuleList(DraftLayer(layer) for _ in range(num_layers))
         self.later = AttentionDecoder(width, gates)
         self.first_out = nn.Linear(width, width, bias=False)
         self.later_out = nn.Linear(2 * width, width, bias=False)
-        self.first_norm = nn.RMSNorm(width, layer.norm_eps)
-        self.later_norm = nn.RMSNorm(width, layer.norm_eps)
+        self.first_norm = RMSNorm(width, layer.norm_eps)
+        self.later_norm = RMSNorm(width, layer.norm_eps)
         with torch.no_grad():
             self.first_out.weight.copy_(torch.eye(width))
             self.later_out.weight.copy_(torch.eye(width, 2 * width))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from specdec.attention import AttentionPass
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
-from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape
+from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -64,11 +64,11 @@ class EagleHead(HeadModule):
         self.scaled = scaled
         self.norm_before_residual = norm_before_residual
         self.fc = nn.Linear(len(self.features) * width, width, bias=fc_bias)
-        self.embedding_norm = nn.RMSNorm(width, layer.norm_eps)
-        self.hidden_norm = nn.RMSNorm(width, layer.norm_eps)
+        self.embedding_norm = RMSNorm(width, layer.norm_eps)
+        self.hidden_norm = RMSNorm(width, layer.norm_eps)
         self.mix = nn.Linear(2 * width, width, bias=False) if mixed else None
         self.layer = DraftLayer(layer, 2 * width)
-        self.norm = nn.RMSNorm(width, layer.norm_eps)
+        self.norm = RMSNorm(width, layer.norm_eps)
         self.register_buffer("vocabulary", torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None)
         if own_output:
             self.output = nn.Linear(width, vocab_size, bias=False)

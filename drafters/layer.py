@@ -30,6 +30,13 @@ ROPE_TYPES = ("linear", "llama3")
 """Scalings of the rotary angles that are known."""
 
 
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` computed in the dtype of its factors, which autocast leaves as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes of a decoder layer.
@@ -98,7 +105,7 @@ class DraftLayer(nn.Module):
         self.gate_proj = nn.Linear(width, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(width, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, width, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(width, shape.norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, shape.norm_eps)
 
     def forward(self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The layer's output ``[B, n, d]``.

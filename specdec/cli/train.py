@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--max-len", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens of a text used.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches of a step.")
 @click.option("--lr", type=float, help="Highest learning rate; by default what suits the drafter.")
+@click.option("--start", type=click.Path(path_type=Path, file_okay=False), help="Folder of weights to go on from.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training.")
 @click.option("--layers", type=click.IntRange(min=1), help="Layers of a draft model; short for -o layers=N.")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE", help="Option of the method; repeatable.")
@@ -62,6 +63,7 @@ def train(
     max_len: int,
     accumulate: int,
     lr: float | None,
+    start: Path | None,
     resume: bool,
     layers: int | None,
     options: tuple[str, ...],
@@ -96,6 +98,7 @@ def train(
         batch_tokens=batch_tokens,
         max_len=max_len,
         resume=resume,
+        start=start,
     )
     if threads is not None:
         torch.set_num_threads(threads)

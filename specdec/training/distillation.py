@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,6 +101,18 @@ class HeadMethod(Method):
         vocabulary = self.module.vocabulary
         if vocabulary is not None:
             vocabulary.copy_(make_vocabulary(counts, self.vocab_size, sorted(self.target.eos_token_ids)))
+        self._open_head()
+
+    def start_from(self, weights: DrafterWeights) -> None:
+        mine = json.loads(json.dumps(self.shape))
+        if weights.drafter == self.name and weights.shape != mine:
+            raise ValueError(f"the weights to start from have the shape {weights.shape}, the options ask for {mine}")
+        super().start_from(weights)
+        self._open_head()
+
+    def _open_head(self) -> None:
+        """The target's head over the module's vocabulary."""
+        vocabulary = self.module.vocabulary
         self.head = OutputHead(self.target, vocabulary).float()
         self._place = torch.full((self.target.vocab_size,), -1, device=self.target.device)  # token -> logit
         ids = torch.arange(self.target.vocab_size, device=self.target.device) if vocabulary is None else vocabulary

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from specdec.drafters.weights import DrafterWeights, TargetFacts
 from specdec.registry import make_config, unknown
 from specdec.target import Feature, HFTarget
 
@@ -68,6 +69,7 @@ class Method(ABC):
         name: of the drafter.
         Options: frozen dataclass of options, each with a default; filled from ``-o name=value``.
         features: hidden states of the target it learns from.
+        target: the model that is drafted for.
         module: what trains: its parameters with ``requires_grad``, in float32.
         learning_rate: what suits it where none is given.
         fitted: beginnings of the names of parameters that ``fit`` sets: they are near where they belong, and learn at a
@@ -83,6 +85,7 @@ class Method(ABC):
     features: Sequence[Feature] = ()
     learning_rate: ClassVar[float] = 1e-3
     fitted: ClassVar[tuple[str, ...]] = ()
+    target: HFTarget
     module: nn.Module
 
     @abstractmethod
@@ -98,6 +101,19 @@ class Method(ABC):
     def fit(self, batches: Iterable[TrainingBatch]) -> None:  # noqa: B027  most methods fit nothing
         """Called after ``prepare`` with some batches to train on, before a new training; the place for what has a
         closed form."""
+
+    def start_from(self, weights: DrafterWeights) -> None:
+        """Take finished weights to go on from, after ``prepare`` and instead of ``fit``.
+
+        Raises:
+            ValueError: for those of another drafter, of another shape, or for a target that does not fit.
+        """
+        if weights.drafter != self.name:
+            raise ValueError(f"the weights to start from are of drafter {weights.drafter!r}, not {self.name!r}")
+        difference = weights.target.difference(TargetFacts.of(self.target))
+        if difference is not None:
+            raise ValueError(f"the weights to start from are for another target: {difference}")
+        weights.load_into(self.module)
 
     @abstractmethod
     def loss(self, batch: TrainingBatch) -> tuple[Tensor, int]:

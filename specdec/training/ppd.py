@@ -84,7 +84,7 @@ class PPDMethod(Method):
 
     def __init__(self, target: HFTarget, options: PPDOptions | None = None) -> None:
         self.options = options or PPDOptions()
-        self._target = target
+        self.target = target
         if any(isinstance(module, PackedLinear) for module in target.model.modules()):
             raise ValueError("PPD trains through the target: load it anew, this one's weights were packed for decoding")
         target.model.requires_grad_(False)
@@ -97,9 +97,9 @@ class PPDMethod(Method):
         """Start from the embeddings of the most frequent tokens, and compare distributions over those alone."""
         self._begin_with(make_vocabulary(counts, self._num_embeddings))
         size = self.options.vocab_size
-        if 0 < size < self._target.vocab_size:
-            vocabulary = make_vocabulary(counts, size, sorted(self._target.eos_token_ids))
-            self._loss_head = OutputHead(self._target, vocabulary)
+        if 0 < size < self.target.vocab_size:
+            vocabulary = make_vocabulary(counts, size, sorted(self.target.eos_token_ids))
+            self._loss_head = OutputHead(self.target, vocabulary)
 
     def loss(self, batch: TrainingBatch) -> tuple[Tensor, int]:
         """See ``Method.loss``; the mean is over prompt tokens.
@@ -138,7 +138,7 @@ class PPDMethod(Method):
         return hits, totals
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        facts_of_target = TargetFacts.of(self._target)
+        facts_of_target = TargetFacts.of(self.target)
         shape = {
             "hidden_size": facts_of_target.hidden_size,
             "num_tokens": self.options.num_tokens,
@@ -155,7 +155,7 @@ class PPDMethod(Method):
     @torch.no_grad()
     def _begin_with(self, ids: Tensor) -> None:
         """Set the embeddings to those of ordinary tokens, ``[k * m]`` of them."""
-        embedded = self._target.model.get_input_embeddings()(ids.to(self._target.device))
+        embedded = self.target.model.get_input_embeddings()(ids.to(self.target.device))
         self.module.embeddings.copy_(embedded.view_as(self.module.embeddings))
 
     def _choose(self, batch: TrainingBatch, at_random: bool) -> tuple[Tensor, Tensor]:
@@ -183,10 +183,10 @@ class PPDMethod(Method):
             rows = slice(start, start + texts)
             width = int(batch.lengths[rows].max())
             tokens = batch.tokens[rows, :width]
-            cache = self._target.new_cache(len(tokens), width + min(cuts, places.shape[1]) * self._num_embeddings)
+            cache = self.target.new_cache(len(tokens), width + min(cuts, places.shape[1]) * self._num_embeddings)
             with torch.no_grad():
                 # Rows of one length: what stands behind a text's end is seen by none of its tokens.
-                states = self._target.extend(tokens.tolist(), cache, ("last",)).features["last"]
+                states = self.target.extend(tokens.tolist(), cache, ("last",)).features["last"]
             cache.truncate([0] * len(tokens))  # now the text is a tree's first nodes, and a cut may see a part of it
             for first in range(0, places.shape[1], cuts):
                 some = slice(first, first + cuts)
@@ -213,7 +213,7 @@ class PPDMethod(Method):
         before = (positions <= places.unsqueeze(2)).repeat_interleave(self._num_embeddings, dim=1)  # [B, n, T]
         own = torch.kron(torch.eye(chains), torch.ones(num_tokens, num_tokens).tril()).to(device).bool()
         virtual = torch.ones(size, chains * num_tokens, dtype=torch.bool, device=device)
-        out = self._target.run(
+        out = self.target.run(
             torch.zeros_like(virtual, dtype=torch.int64),
             (virtual, self.module.flat().repeat(num_cuts, 1).expand(size, -1, -1)),
             cache,

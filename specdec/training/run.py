@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specdec.benchmarks.record import commit, machine, versions
-from specdec.drafters.weights import TargetFacts
+from specdec.drafters.weights import TargetFacts, load_weights
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.registry import make_config
@@ -50,6 +50,7 @@ class TrainingRequest:
         batch_tokens: padded tokens of a batch.
         max_len: tokens of a text that are used.
         resume: go on from a checkpoint.
+        start: folder of finished weights to go on from; None for a new drafter.
     """
 
     drafter: str
@@ -64,6 +65,7 @@ class TrainingRequest:
     batch_tokens: int = 4096
     max_len: int = 512
     resume: bool = False
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,10 @@ def train_drafter(
     )
     torch.manual_seed(request.trainer.seed)
     method.prepare(data.token_counts(target.vocab_size))
-    method.fit(data.batch(step) for step in range(min(FIT_BATCHES, data.num_batches(0))))
+    if request.start is None:
+        method.fit(data.batch(step) for step in range(min(FIT_BATCHES, data.num_batches(0))))
+    else:
+        method.start_from(load_weights(request.start))
     about = describe_run(request, target, store, texts, data)
     trainer = Trainer(method, data, request.trainer, request.out, about, accelerator, target.device)
     evaluation = trainer.run(request.resume, report.step)
@@ -202,9 +207,17 @@ def describe_run(
             "data": store.origin["data"],
             "synthesis": store.origin["settings"],
         },
+        "start": None if request.start is None else _before(request.start),
         "batch_tokens": request.batch_tokens,
         "max_len": request.max_len,
     }
+
+
+def _before(folder: Path) -> dict[str, Any]:
+    """What is to be known of weights that a training goes on from."""
+    facts = load_weights(folder).facts
+    wanted = ("commit", "texts", "tokens", "seconds", "options", "trainer", "start")
+    return {name: facts[name] for name in wanted if name in facts}
 
 
 def collect_facts(

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from specdec.cli import main
 from specdec.cli import train as command
+from specdec.drafters.weights import load_weights
 from specdec.training.method import METHODS
 from training.toy import chat_target
 
@@ -80,3 +82,33 @@ def test_an_unfinished_training_is_not_overwritten(tmp_path: Path) -> None:
     result = run("toy", "--out", str(tmp_path), *FAST)
     assert result.exit_code == 2
     assert "holds an unfinished training: go on with --resume" in result.stderr
+
+
+def test_finished_weights_can_be_gone_on_from(tmp_path: Path) -> None:
+    first, second, cache = tmp_path / "first", tmp_path / "second", ("--cache", str(tmp_path / "cache"))
+    plain = ("-o", "num_drafts=2", "-o", "int8=false", "-o", "vocab_size=20")
+    assert run("eagle", "--out", str(first), *FAST, *cache, *plain).exit_code == 0
+    result = run("eagle", "--out", str(second), *FAST, *cache, *plain, "--start", str(first), "--lr", "1e-12")
+    assert result.exit_code == 0, result.stderr
+    before, after = load_weights(first), load_weights(second)
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+    assert after.facts["start"]["texts"] == before.facts["texts"]
+    assert after.facts["curve"][0]["acceptance"] == pytest.approx(before.facts["held_out"]["acceptance"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options", "message"),
+    [
+        ("medusa", ("-o", "vocab_size=20"), "are of drafter 'eagle', not 'medusa'"),
+        ("eagle", ("-o", "vocab_size=30"), "the options ask for"),
+    ],
+)
+def test_weights_that_do_not_fit_are_no_start(
+    tmp_path: Path, drafter: str, options: tuple[str, ...], message: str
+) -> None:
+    cache = ("--cache", str(tmp_path / "cache"))
+    assert run("eagle", "--out", str(tmp_path / "first"), *FAST, *cache, "-o", "vocab_size=20").exit_code == 0
+    start = ("--start", str(tmp_path / "first"))
+    result = run(drafter, "--out", str(tmp_path / "second"), *FAST, *cache, *start, *options)
+    assert result.exit_code != 0
+    assert message in result.stderr
