@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.kernels.decoder_layer import find_kernels
+
 
 @dataclass
 class LayerBuffers:
@@ -135,8 +137,9 @@ class KVCache:
             counts: number of nodes kept per row, ``0 <= counts[b] <= P``.
         """
         order = torch.arange(path.shape[1], device=path.device)
-        wanted = torch.tensor(counts, device=path.device).unsqueeze(1) > order
-        if bool((wanted & (path != order)).any()):
+        kept = torch.tensor(counts, dtype=torch.int64, device=path.device)
+        wanted = kept.unsqueeze(1) > order
+        if bool((wanted & (path != order)).any()) and not self._moved(path, kept):
             base = self.lengths.unsqueeze(1)
             # A column is never left of its new place, so reading all before writing is enough; ignored entries stay.
             source = base + torch.where(wanted, path, order)
@@ -145,6 +148,16 @@ class KVCache:
                 for buffer in (buffers.keys, buffers.values):
                     buffer[rows, :, base + order] = buffer[rows, :, source]
         self.advance(counts)
+
+    def _moved(self, path: Tensor, kept: Tensor) -> bool:
+        """``commit``'s moves by a compiled kernel, all layers in one call; False where that cannot be."""
+        buffers = [buffer for pair in self.layers.values() for buffer in (pair.keys, pair.values)]
+        alike = all(part.shape == buffers[0].shape and part.is_contiguous() for part in buffers)
+        kernels = find_kernels() if alike and path.device.type == "cpu" else None
+        if kernels is None:
+            return False
+        kernels.move_slots(buffers, self.lengths, path, kept)
+        return True
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget tokens from ``lengths[b]`` on. Raises ValueError where that is beyond the row's length."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec.attention import AttentionPass, attend
 from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArguments, PassArguments, find_kernels
@@ -25,6 +26,9 @@ from specdec.panels import PanelWeight
 
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
+
+KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
+"""Classes that are an embedding, rotary angles, layers and a norm."""
 
 MOST_NODES = 512
 """Of a pass per row that runs through compiled kernels, a chunk of a prompt among them; beyond it PyTorch's run."""
@@ -37,11 +41,13 @@ def make_lean(model: nn.Module) -> int:
         How many layers have it.
     """
     count = 0
-    for layer in model.modules():
-        if can_be_lean(layer):
-            if not isinstance(layer.forward, LeanLayer):
-                layer.forward = LeanLayer(layer)
+    for module in model.modules():
+        if can_be_lean(module):
+            if not isinstance(module.forward, LeanLayer):
+                module.forward = LeanLayer(module)
             count += 1
+        elif type(module).__name__ in KNOWN_STACKS and not isinstance(module.forward, LeanStack):
+            module.forward = LeanStack(module)
     return count
 
 
@@ -94,7 +100,8 @@ class LeanLayer:
         widths = (config.hidden_size, self._hidden, self._head_dim // 2)
         fits = all(width % LANES == 0 for width in widths) and self._head_dim <= MOST_WIDTH
         self._kernels = find_kernels() if fits else None
-        self._arguments = self._whole() if self._kernels is not None else None
+        self.arguments = self._whole() if self._kernels is not None else None
+        """For ``Kernels.layers``; None where the layer has to run in parts."""
 
     def _whole(self) -> LayerArguments | None:
         """The layer for ``Kernels.layer``; None where its weights lie in another layout."""
@@ -135,23 +142,24 @@ class LeanLayer:
         out: Tensor = self._down.add_to(hidden_states, gated)
         return out
 
+    def buffers(self, specdec_pass: AttentionPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the layer in the pass's cache, opened for a kernel that writes them."""
+        specdec_pass.windows[self._index] = self._window
+        nodes = specdec_pass.depth.shape[1]
+        opened = specdec_pass.cache.open(self._index, nodes, self._kv_heads, self._head_dim, dtype)
+        return opened.keys, opened.values
+
     def _compiled(
         self, kernels: Kernels, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
     ) -> Tensor:
-        specdec_pass.windows[self._index] = self._window
-        depth, seen = specdec_pass.depth, specdec_pass.ancestors
-        buffers = specdec_pass.cache.open(
-            self._index, depth.shape[1], self._kv_heads, self._head_dim, hidden_states.dtype
-        )
-        if self._arguments is not None:
-            arguments = specdec_pass.arguments or self._begin(kernels, rotary, specdec_pass)
-            return kernels.layer(self._arguments, arguments, hidden_states, buffers.keys, buffers.values)
+        keys, values = self.buffers(specdec_pass, hidden_states.dtype)
+        if self.arguments is not None:
+            shared = share(kernels, self.arguments, rotary, specdec_pass)
+            return kernels.layers([self.arguments], shared, hidden_states, [(keys, values)])
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
-        attended = kernels.attention(
-            qkv, rotary, buffers.keys, buffers.values, specdec_pass.cache.lengths, depth, seen, self._scale,
-            self._window,
-        )  # fmt: skip
+        depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
+        attended = kernels.attention(qkv, rotary, keys, values, lengths, depth, seen, self._scale, self._window)
         hidden_states = self._out.add_to(hidden_states, attended)
         norm = self._mlp_norm
         gate_up = self._gate_up(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
@@ -159,19 +167,95 @@ class LeanLayer:
         return out
 
 
-    def _begin(
-        self, kernels: Kernels, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
-    ) -> PassArguments:
-        """What the layers of this pass share, made at the first of them."""
-        assert self._arguments is not None
+class LeanStack:
+    """The ``forward`` of a stack of decoder layers during our passes: all of them in one call where all are compiled.
+
+    A layer that somebody listens to, through a hook, runs through its module, and those between such layers together.
+
+    Args:
+        stack: of a class in ``KNOWN_STACKS``.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+        self._own: Callable[..., Any] = stack.forward
+        self._angles: tuple[Tensor, Tensor] | None = None
+        rotary = stack.rotary_emb
+        # Angles of these kinds depend on the position alone, those of others on how long the text is.
+        self._table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        specdec_pass: AttentionPass | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stack's own forward."""
+        kernels, layers = find_kernels(), list(self._stack.layers)
+        if specdec_pass is None or position_ids is None or kernels is None or not all(map(_whole, layers)):
+            kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
+            return self._own(input_ids, *args, **kwargs)
+        states = self._stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if states.dtype != torch.bfloat16 or states.shape[1] > MOST_NODES:
+            kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
+            return self._own(None, *args, **kwargs)
+        rotary, first = self._rotary(states, position_ids), 0
+        for index, layer in enumerate(layers):
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                states = self._run(kernels, layers[first:index], states, rotary, specdec_pass)
+                states = layer(states, position_embeddings=rotary, specdec_pass=specdec_pass)
+                first = index + 1
+        states = self._run(kernels, layers[first:], states, rotary, specdec_pass)
+        norm = self._stack.norm
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            states = norm(states)
+        else:
+            states = kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
+        return BaseModelOutputWithPast(last_hidden_state=states)
+
+    def _run(
+        self, kernels: Kernels, layers: list[Any], states: Tensor, rotary: tuple[Tensor, Tensor], now: AttentionPass
+    ) -> Tensor:
+        if not layers:
+            return states
+        forwards: list[LeanLayer] = [layer.forward for layer in layers]
+        arguments = [forward.arguments for forward in forwards if forward.arguments is not None]
+        buffers = [forward.buffers(now, states.dtype) for forward in forwards]
+        return kernels.layers(arguments, share(kernels, arguments[0], rotary, now), states, buffers)
+
+    def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
+        if not self._table:
+            cos, sin = self._stack.rotary_emb(states, position_ids=positions)
+            return cos.contiguous(), sin.contiguous()
+        last = int(positions.max())
+        if self._angles is None or last >= len(self._angles[0]):
+            known = torch.arange(max(1024, 2 * last)).unsqueeze(0)
+            cos, sin = self._stack.rotary_emb(states, position_ids=known)
+            self._angles = (cos[0].contiguous(), sin[0].contiguous())
+        return F.embedding(positions, self._angles[0]), F.embedding(positions, self._angles[1])
+
+
+def _whole(layer: Any) -> bool:
+    return isinstance(layer.forward, LeanLayer) and layer.forward.arguments is not None
+
+
+def share(
+    kernels: Kernels, layer: LayerArguments, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
+) -> PassArguments:
+    """What the compiled layers of a pass share, made at the first of them."""
+    if specdec_pass.arguments is None:
         batch_size, num_nodes, tree = specdec_pass.ancestors.shape
-        space = kernels.space(self._arguments, batch_size * num_nodes)
+        space = kernels.space(layer, batch_size * num_nodes)
         tensors = (*rotary, specdec_pass.cache.lengths, specdec_pass.depth, specdec_pass.ancestors, space)
         specdec_pass.arguments = PassArguments(
             *(tensor.data_ptr() for tensor in tensors), batch_size, num_nodes, tree, torch.get_num_threads()
         )
         specdec_pass.held = tensors
-        return specdec_pass.arguments
+    return specdec_pass.arguments
 
 
 def _rms_norm(norm: Any, states: Tensor) -> Tensor:

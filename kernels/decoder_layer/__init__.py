@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from specdec.kernels.decoder_layer.build import NotBuilt, load_library
 from specdec.kernels.decoder_layer.structures import (
     Attention,
     LayerArguments,
+    Move,
     Panels,
     PassArguments,
     Product,
@@ -66,10 +68,10 @@ class Kernels:
         self._quantize_rows = declare("quantize_rows", pointer, pointer, pointer, number, number, ctypes.c_int)
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
-        self._layer = declare(
-            "decoder_layer", structure(LayerArguments), structure(PassArguments), *[pointer] * 4, number, pointer,
-            number,
-        )  # fmt: skip
+        self._layers = declare(
+            "decoder_layers", pointer, number, structure(PassArguments), *[pointer] * 4, number, pointer, number
+        )
+        self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
         runtime = _openmp()
@@ -126,20 +128,51 @@ class Kernels:
         """Memory that ``layer`` works in, to be used for one layer after the other."""
         return torch.empty(self._layer_space(layer, rows), dtype=torch.uint8)
 
-    def layer(
+    def layers(
         self,
-        layer: LayerArguments,
+        layers: Sequence[LayerArguments],
         arguments: PassArguments,
         states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        segments: Tensor | None = None,
+        buffers: Sequence[tuple[Tensor, Tensor]],
+        segments: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """A whole decoder layer: ``[B, n, d]`` to ``[B, n, d]``; keys, values and segments as for ``attention``."""
+        """Whole decoder layers in sequence: ``[B, n, d]`` to ``[B, n, d]``.
+
+        Args:
+            layers: their weights.
+            arguments: what they share.
+            states: of the nodes.
+            buffers: each layer's keys and values, as ``attention`` takes them.
+            segments: each layer's, likewise.
+        """
         out = torch.empty_like(states)
-        pointers = (tensor.data_ptr() for tensor in (states, out, keys, values))
-        self._layer(layer, arguments, *pointers, keys.shape[2], pointer_to(segments), _levels(segments))
+        count = len(layers)
+        self._layers(
+            _array([ctypes.addressof(layer) for layer in layers]), count, arguments, states.data_ptr(),
+            out.data_ptr(), _array([keys.data_ptr() for keys, _ in buffers]),
+            _array([values.data_ptr() for _, values in buffers]), buffers[0][0].shape[2],
+            None if segments is None else _array([part.data_ptr() for part in segments]),
+            0 if segments is None else _levels(segments[0]),
+        )  # fmt: skip
         return out
+
+    def move_slots(self, buffers: Sequence[Tensor], lengths: Tensor, path: Tensor, counts: Tensor) -> None:
+        """Move kept columns of a tree up to the committed tokens, in many buffers of one shape.
+
+        Args:
+            buffers: ``[B, H_kv, S, d]`` each, of any dtype.
+            lengths: ``[B]`` int64, committed tokens.
+            path: ``[B, P]`` int64, columns, ascending in each row.
+            counts: ``[B]`` int64, how many of a row's are kept.
+        """
+        batch_size, heads, slots, width = buffers[0].shape
+        tensors = (lengths, path.contiguous(), counts)
+        moved = Move(
+            ctypes.cast(_array([buffer.data_ptr() for buffer in buffers]), ctypes.c_void_p),
+            *(tensor.data_ptr() for tensor in tensors), len(buffers), batch_size, heads, slots, path.shape[1],
+            width * buffers[0].element_size(),
+        )  # fmt: skip
+        self._move_slots(moved, torch.get_num_threads())
 
     def attention(
         self,
@@ -187,6 +220,10 @@ class Kernels:
             )
         )  # fmt: skip
         return out
+
+
+def _array(addresses: list[int]) -> Any:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def _levels(segments: Tensor | None) -> int:

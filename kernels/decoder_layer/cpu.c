@@ -165,8 +165,8 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
   product(&a);
 }
 
-/* `segments` as attention_arguments has them. */
-void decoder_layer(const layer *l, const pass *p, const bf16 *in, bf16 *out, bf16 *keys, bf16 *values, long slots,
+/* `in` and `out` may be the same. */
+static void decoder_layer(const layer *l, const pass *p, const bf16 *in, bf16 *out, bf16 *keys, bf16 *values, long slots,
                    const segment *segments, long levels) {
   long rows = p->batch * p->nodes, d = l->qkv.in_width;
   int threads = p->threads;
@@ -184,3 +184,35 @@ void decoder_layer(const layer *l, const pass *p, const bf16 *in, bf16 *out, bf1
   gated(b.gate_up, b.gated, rows, l->down.in_width, threads);
   multiply(&l->down, &b, b.gated, out, out, rows, threads);
 }
+
+/* Layers in sequence; `segments` is null, or for each layer what attention_arguments has. */
+void decoder_layers(const layer *const *layers, long count, const pass *p, const bf16 *in, bf16 *out,
+                    bf16 *const *keys, bf16 *const *values, long slots, const segment *const *segments, long levels) {
+  for (long i = 0; i < count; i++)
+    decoder_layer(layers[i], p, i ? out : in, out, keys[i], values[i], slots, segments ? segments[i] : 0, levels);
+}
+
+/* ---- the cache ---- */
+
+typedef struct {
+  char *const *buffers;   /* each [B, H_kv, slots, size] */
+  const int64_t *lengths; /* [B] */
+  const int64_t *path;    /* [B, P] columns, ascending */
+  const int64_t *counts;  /* [B] of them that are kept */
+  long buffer_count, batch, heads, slots, columns, size; /* size: bytes of a slot */
+} move_arguments;
+
+/* Kept columns move up to their row's length; a column is never left of its new place. */
+static void move_buffer(const void *pointer, long index) {
+  const move_arguments *a = pointer;
+  for (long row = 0; row < a->batch; row++)
+    for (long head = 0; head < a->heads; head++) {
+      char *base = a->buffers[index] + ((row * a->heads + head) * a->slots + a->lengths[row]) * a->size;
+      for (long i = 0; i < a->counts[row]; i++) {
+        long from = (long)a->path[row * a->columns + i];
+        if (from != i) __builtin_memcpy(base + i * a->size, base + from * a->size, (size_t)a->size);
+      }
+    }
+}
+
+void move_slots(const move_arguments *a, int threads) { run(move_buffer, a, a->buffer_count, threads); }

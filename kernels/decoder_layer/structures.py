@@ -94,3 +94,9 @@ class PassArguments(ctypes.Structure):
     """``pass``: what the layers of one pass share."""
 
     _fields_ = _fields("cos sin lengths depth seen space", "batch nodes tree", ("threads", ctypes.c_int))
+
+
+class Move(ctypes.Structure):
+    """``move_arguments``."""
+
+    _fields_ = _fields("buffers lengths path counts", "buffer_count batch heads slots columns size")

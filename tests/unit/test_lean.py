@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_own_layers(
 ) -> None:
     plain, mine = pair
     for layer in mine.model.model.layers if compiled != "whole" else ():
-        monkeypatch.setattr(layer.forward, "_arguments", None)
+        monkeypatch.setattr(layer.forward, "arguments", None)
         if compiled == "not":
             monkeypatch.setattr(layer.forward, "_kernels", None)
     # Beside the same weights in float32, short layers are off by no more than transformers' own, give or take what a
@@ -155,3 +155,29 @@ def test_layers_that_are_not_known_or_not_packed_stay(monkeypatch: pytest.Monkey
     assert isinstance(model.model.layers[1].forward, LeanLayer)
     assert make_lean(model) == 2  # asked again, it stays as it is
     assert not isinstance(model.model.layers[1].forward._own, LeanLayer)
+
+
+def test_layers_that_are_listened_to_compute_the_same(pair: tuple[HFTarget, HFTarget]) -> None:
+    """In one call or layer by layer: the same bits, and listeners hear each layer's output."""
+    target = pair[1]
+    together = run(target, 13)
+    heard: list[Tensor] = []
+    layers = target.model.model.layers
+    handles = [layer.register_forward_hook(lambda _module, _args, out: heard.append(out)) for layer in layers]
+    apart = run(target, 13)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(together, apart)
+    assert len(heard) == 2 * len(handles), "the prompt's pass and the tree's"
+    assert torch.equal(heard[-1], run(target, 13, features=True)[..., 64:128])
+
+
+def test_angles_are_looked_up_as_the_model_computes_them(pair: tuple[HFTarget, HFTarget]) -> None:
+    stack = pair[1].model.model.forward
+    assert isinstance(stack, lean.LeanStack)
+    states = torch.zeros(2, 5, 64, dtype=torch.bfloat16)
+    for last in (200, 3000, 7):
+        positions = torch.tensor([[0, 1, 2, last - 1, last], [5, 4, 3, 2, 1]])
+        expected = stack._stack.rotary_emb(states, position_ids=positions)
+        for got, wanted in zip(stack._rotary(states, positions), expected, strict=True):
+            assert torch.equal(got, wanted)
