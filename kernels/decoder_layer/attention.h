@@ -65,10 +65,10 @@ static void write_cache(const attention_arguments *a, long row, long head) {
   }
 }
 
-/* Up to 16 keys, one behind the other, as [d][16] at a stride of KEYS; what is missing is zero. */
-static void turn_keys(const bf16 *keys, long count, long d, float *turned) {
+/* Up to 16 keys, one behind the other, as [d / 2][16] pairs of neighbours at a stride of KEYS; what is missing is zero. */
+static void turn_keys(const bf16 *keys, long count, long d, int32_t *turned) {
   for (long i = 0; i < d; i += 2 * LANES) {
-    ivec a[LANES], b[LANES]; /* pairs of neighbours in 32 bits */
+    ivec a[LANES], b[LANES];
     for (long key = 0; key < LANES; key++) {
       a[key] = (ivec){0};
       if (key < count) __builtin_memcpy(&a[key], keys + key * d + i, sizeof(ivec));
@@ -77,21 +77,31 @@ static void turn_keys(const bf16 *keys, long count, long d, float *turned) {
     interleave(b, a);
     interleave(a, b);
     interleave(b, a);
-    for (long pair = 0; pair < LANES; pair++) {
-      storef(turned + (i + 2 * pair) * KEYS, (vec)(a[pair] << 16));
-      storef(turned + (i + 2 * pair + 1) * KEYS, (vec)(a[pair] & (int32_t)0xffff0000));
-    }
+    for (long pair = 0; pair < LANES; pair++) __builtin_memcpy(turned + (i / 2 + pair) * KEYS, &a[pair], sizeof(ivec));
   }
 }
 
-INLINE score_block(const int count, const float *query, long d, const float *turned, float *scores, long stride) {
+/* sums + low * low + high * high of bfloat16 pairs; one of them is the same in all lanes. */
+static inline vec add_dot(vec sums, ivec pairs, int32_t same) {
+#ifdef __AVX512BF16__
+  return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(same));
+#else
+  ivec all = same - (ivec){0};
+  sums += (vec)(pairs << 16) * (vec)(all << 16);
+  return sums + (vec)(pairs & (int32_t)0xffff0000) * (vec)(all & (int32_t)0xffff0000);
+#endif
+}
+
+INLINE score_block(const int count, const int32_t *query, long d, const int32_t *turned, float *scores, long stride) {
   vec left[QUERIES], right[QUERIES];
   for (int q = 0; q < count; q++) left[q] = right[q] = (vec){0};
-  for (long i = 0; i < d; i++) {
-    vec first = loadf(turned + i * KEYS), second = loadf(turned + i * KEYS + LANES);
+  for (long i = 0; i < d / 2; i++) {
+    ivec first, second;
+    __builtin_memcpy(&first, turned + i * KEYS, sizeof first);
+    __builtin_memcpy(&second, turned + i * KEYS + LANES, sizeof second);
     for (int q = 0; q < count; q++) {
-      left[q] += query[q * d + i] * first;
-      right[q] += query[q * d + i] * second;
+      left[q] = add_dot(left[q], first, query[q * d / 2 + i]);
+      right[q] = add_dot(right[q], second, query[q * d / 2 + i]);
     }
   }
   for (int q = 0; q < count; q++) {
@@ -133,7 +143,7 @@ INLINE add_values(const int count, float *sums, long d, const float *weights, lo
     default: call(6); \
   }
 
-static void score(int count, const float *query, long d, const float *turned, float *scores, long stride) {
+static void score(int count, const int32_t *query, long d, const int32_t *turned, float *scores, long stride) {
 #define CALL(n) score_block(n, query, d, turned, scores, stride)
   BY_COUNT(CALL)
 #undef CALL
@@ -145,14 +155,14 @@ static void weigh(int count, float *sums, long d, const float *weights, long str
 #undef CALL
 }
 
-/* Scores to weights, in place; returns their sum. Lanes are told apart by position alone. */
-static float soften(float *line, long count) {
+/* Scores times a scale to weights, in place; returns their sum. Lanes are told apart by position alone. */
+static float soften(float *line, long count, float scale) {
   const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vec most = splat(-INFINITY), total = {0};
   ivec broken = {0};
   for (long i = 0; i < count; i += LANES) {
     ivec inside = lane < (int32_t)(count - i);
-    vec x = either(inside, loadf(line + i), splat(-INFINITY));
+    vec x = either(inside, loadf(line + i) * scale, splat(-INFINITY));
     broken |= x != x;
     most = either(x > most, x, most);
   }
@@ -162,7 +172,7 @@ static float soften(float *line, long count) {
     if (broken[i]) largest = NAN;
   for (long i = 0; i < count; i += LANES) {
     ivec inside = lane < (int32_t)(count - i);
-    vec weight = either(inside, vexp(loadf(line + i) - largest), (vec){0});
+    vec weight = either(inside, vexp(loadf(line + i) * scale - largest), (vec){0});
     total += weight;
     storef(line + i, weight);
   }
@@ -206,16 +216,16 @@ static void attend(const void *pointer, long task) {
   stride = (stride + LANES - 1) / LANES * LANES;
   long end = length + tree - a->nodes + first + nodes; /* nobody sees what stands behind itself */
   stretch stretches[MOST_LEVELS + 1];
-  float *query = (float *)scratch((size_t)(queries * (2 * d + stride) + KEYS * d + tree) * sizeof(float));
-  float *sums = query + queries * d, *turned = sums + queries * d, *scores = turned + KEYS * d;
-  int32_t *seen = (int32_t *)(scores + queries * stride);
+  float *sums = (float *)scratch((size_t)(queries * (d + d / 2 + stride) + KEYS * d / 2 + d + tree) * sizeof(float));
+  float *scores = sums + queries * d, *rotated = scores + queries * stride;
+  int32_t *query = (int32_t *)(rotated + d), *turned = query + queries * d / 2, *seen = turned + KEYS * d / 2;
 
   if (parts == 1) write_cache(a, row, kv);
   long count = find_stretches(a, row, kv, stretches);
   for (long q = 0; q < queries; q++) {
     long at = row * a->nodes + first + q / group, head = kv * group + q % group;
-    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, query + q * d);
-    for (long i = 0; i < d; i += LANES) storef(query + q * d + i, loadf(query + q * d + i) * a->scale);
+    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, rotated);
+    for (long i = 0; i < d; i += LANES) store((bf16 *)query + q * d + i, loadf(rotated + i));
   }
   for (const stretch *s = stretches; s < stretches + count; s++)
     for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
@@ -223,7 +233,7 @@ static void attend(const void *pointer, long task) {
       turn_keys(s->keys + at * d, left, d, turned);
       if (left > LANES) turn_keys(s->keys + (at + LANES) * d, left - LANES, d, turned + LANES);
       for (long q = 0; q < queries; q += QUERIES)
-        score(queries - q < QUERIES ? (int)(queries - q) : QUERIES, query + q * d, d, turned,
+        score(queries - q < QUERIES ? (int)(queries - q) : QUERIES, query + q * d / 2, d, turned,
               scores + q * stride + s->first + at, stride);
     }
 
@@ -244,7 +254,7 @@ static void attend(const void *pointer, long task) {
     for (long q = node * group; q < (node + 1) * group; q++) {
       float *line = scores + q * stride;
       for (long i = 0; i < rank; i++) line[length + i] = line[length + seen[i]];
-      line[stride - 1] = 1.0f / soften(line + from, length - from + rank);
+      line[stride - 1] = 1.0f / soften(line + from, length - from + rank, a->scale);
     }
   }
   for (long q = 0; q < queries;) {

@@ -40,7 +40,6 @@ static inline void finish(const product_arguments *a, long row, long first, vec 
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
 
 /* Whether this processor has the instructions; without them nothing below may be called. */
 int has_products(void) { return 1; }

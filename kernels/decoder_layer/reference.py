@@ -29,7 +29,7 @@ def attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """See ``Kernels.attention``; keys are rounded to the cache's dtype, and so are the values."""
+    """See ``Kernels.attention``; queries, keys and values are rounded to the cache's dtype."""
     batch_size, num_nodes, total = qkv.shape
     kv_heads, width = keys.shape[1], keys.shape[3]
     heads, tree = total // width - 2 * kv_heads, depth.shape[1]
@@ -37,6 +37,7 @@ def attention(
     query, key, value = torch.split(states, [heads, kv_heads, kv_heads], dim=1)
     cos, sin = (angles.double().unsqueeze(1) for angles in rotary)
     query, key = (part * cos + _half_turn(part) * sin for part in (query, key))
+    query = query.to(keys.dtype).double()
     out = torch.zeros(batch_size, num_nodes, heads * width, dtype=torch.float64)
     for row, length in enumerate(lengths.tolist()):
         first = length + tree - num_nodes

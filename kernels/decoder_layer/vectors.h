@@ -1,5 +1,9 @@
 /* Vectors of 16 numbers, as GCC and Clang have them for whatever vector width the processor has. */
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #define LANES 16
 #define MOST_WIDTH 512 /* of a head */
 #define MOST_LEVELS 8  /* of shared segments */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,16 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(decoder_layer, "load_library", fail)
     with pytest.warns(RuntimeWarning, match="no C compiler"):
         assert find_kernels.__wrapped__() is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is x86's")
+def test_attention_on_processors_without_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-mno-avx512f"))
+    try:
+        plain = Kernels(build.load_library(Path(decoder_layer.__file__).with_name("cpu.c"), tmp_path))
+    except build.NotBuilt as error:
+        pytest.skip(str(error))
+    assert not plain.has_products
+    torch.manual_seed(5)
+    case = Case([33, 70], 9, 2)
+    assert near(case.run(plain.attention)[0], case.run(reference.attention)[0], 2e-3)
