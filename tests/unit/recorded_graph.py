@@ -1,7 +1,7 @@
 """A graph without CUDA: operations are recorded with the very tensors they read and wrote, and done again on those.
 
-As with CUDA's, what the host knew at the time is fixed, addresses are, and asking the device for a value while recording
-fails.
+As with CUDA's, what the host knew at the time is fixed, addresses are, and asking the device for a value while
+recording fails.
 """
 
 from __future__ import annotations
