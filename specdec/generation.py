@@ -78,7 +78,7 @@ class Generation:
         self._policy = policy or FixedTrees()
         self._missed = MissedPasses()
         # A GPU's passes are queued: without waiting, the target's time would be counted where its result is first read.
-        self._finish_device = torch.cuda.synchronize if target.device.type == "cuda" else None
+        self._finish_device = torch.cuda.synchronize if target.waits_after_phases else None
         self._most_nodes = most_nodes
         self._most_rows = most_rows
         self._waiting = list(rows)

@@ -114,6 +114,11 @@ class HFTarget:
             found.update([value] if isinstance(value, int) else value or [])
         return frozenset(found)
 
+    @property
+    def waits_after_phases(self) -> bool:
+        """Whether each phase of a step waits for its device, so that its time is its own."""
+        return self.device.type == "cuda"
+
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this model; capacity counts committed tokens plus the largest tree."""
         return KVCache(batch_size, capacity, self.device)
@@ -197,7 +202,7 @@ class HFTarget:
             features: hidden states to return.
             logits_at: nodes to return logits at; all where None.
         """
-        attention_pass = AttentionPass(cache, depth, ancestors)
+        attention_pass = self._new_pass(cache, depth, ancestors)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if virtual is not None:
             is_virtual, embeddings = virtual
@@ -220,6 +225,10 @@ class HFTarget:
         if not self._keeps_logits and logits_at is not None:
             logits = logits[:, logits_at]
         return TargetOutput(logits, captured)
+
+    def _new_pass(self, cache: KVCache, depth: Tensor, ancestors: Tensor) -> AttentionPass:
+        """What the layers of a pass share."""
+        return AttentionPass(cache, depth, ancestors)
 
     def _capture(self, name: Feature, into: dict[Feature, Tensor]) -> Any:
         """A hook, removed on exit, that stores a hidden state as the pass computes it."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.tree import TokenTree
+from specdec.kernels.accept import accept
+from specdec.tree import PADDING, TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
 
@@ -16,6 +17,8 @@ class GreedyVerifier(Verifier):
     name = "greedy"
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
+        if logits.device.type != "cpu" and batch.seen is None:
+            return match_at_once(tree, logits)
         walk = TreeWalk(tree, logits, batch)
         while walk.active:
             walk.choose(walk.scores().argmax(-1))
@@ -38,3 +41,19 @@ class CoupledVerifier(Verifier):
             noise = torch.stack([row.noise.gumbel(len(row.tokens) + walk.depth) for row in batch.rows])
             walk.choose((walk.scores() + noise).argmax(-1))
         return walk.verdict()
+
+
+def match_at_once(tree: TokenTree, logits: Tensor) -> Verdict:
+    """Greedy matching where the logits are: the host waits for the device once, however deep the trees.
+
+    Args:
+        tree: the tree the target checked.
+        logits: ``[B, N, V]``, nothing to be changed in them.
+    """
+    found = accept(logits, tree.tokens, tree.parents.masked_fill(~tree.acceptable, PADDING))
+    drafted = tree.tokens.gather(1, found.path)
+    rows = torch.cat([found.packed[:, :3], drafted], dim=1).tolist()
+    counts = [row[0] for row in rows]
+    failed = [bool(row[2]) for row in rows]
+    tokens = [row[4 : 4 + row[0]] + ([] if bad else [row[1]]) for row, bad in zip(rows, failed, strict=True)]
+    return Verdict(found.path[:, : max(counts) + 1], counts, tokens, failed)

@@ -7,6 +7,7 @@ import click
 from specdec.cli import LazyGroup
 
 BENCHMARKS = {
+    "gpu": "specdec.benchmarks.gpu:gpu",
     "kernels": "specdec.cli.bench.kernels:kernels",
     "layer-parallel": "specdec.cli.bench.layer_parallel:layer_parallel",
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
