@@ -217,6 +217,8 @@ class Generation:
     def _draft(self, budget: int) -> TokenTree:
         """Trees of at most ``budget`` columns; plain decoding's where that is 1 or the drafter fails."""
         root = TokenTree.from_pending(self._batch.pending)
+        if isinstance(self.drafter, NoneDrafter):
+            return root
         if budget > 1:
             self._batch.max_nodes = budget
             return self._guarded(self._propose) or root

@@ -17,7 +17,7 @@ class GreedyVerifier(Verifier):
     name = "greedy"
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
-        if logits.device.type != "cpu" and batch.seen is None:
+        if batch.seen is None:
             return match_at_once(tree, logits)
         walk = TreeWalk(tree, logits, batch)
         while walk.active:
@@ -44,7 +44,7 @@ class CoupledVerifier(Verifier):
 
 
 def match_at_once(tree: TokenTree, logits: Tensor) -> Verdict:
-    """Greedy matching where the logits are: the host waits for the device once, however deep the trees.
+    """Greedy matching where the logits are: the host waits for a device once, however deep the trees.
 
     Args:
         tree: the tree the target checked.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.decoder_layer.build import NotBuilt, load_library
+from specdec.kernels.build import NotBuilt, load_library
 from specdec.kernels.decoder_layer.structures import (
     Attention,
     LayerArguments,

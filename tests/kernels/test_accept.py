@@ -9,7 +9,7 @@ import pytest
 import torch
 from accept_cases import AcceptCase, accept_case
 
-from specdec.kernels.accept import accept, noise_keys, reference
+from specdec.kernels.accept import accept, cpu, noise_keys, reference
 from specdec.sampling import SamplingParams
 from specdec.tree import ROOT, TokenTree
 from specdec.verifiers.match import CoupledVerifier, GreedyVerifier
@@ -106,3 +106,19 @@ def test_operands_that_do_not_fit_are_named(changes: dict[str, Any], message: st
     accept(**operands())
     with pytest.raises(ValueError, match=message):
         accept(**operands(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+def test_the_best_of_a_row_is_the_first_of_the_largest(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(40):  # few values, so that many are equal
+        row = torch.randint(-2, 3, (size,), generator=generator).to(dtype)
+        assert cpu.find_best(row) == int(row.argmax())
+        place = int(torch.randint(size, (), generator=generator))
+        row[place] = torch.inf
+        assert cpu.find_best(row) == place
+        row[int(torch.randint(size, (), generator=generator))] = torch.nan
+        assert cpu.find_best(row) == -1
+    assert cpu.find_best(torch.full((size,), -torch.inf, dtype=dtype)) == 0
+    assert cpu.find_best(torch.tensor([-0.0, 0.0], dtype=dtype)) == 0

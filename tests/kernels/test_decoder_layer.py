@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.kernels import decoder_layer
-from specdec.kernels.decoder_layer import Kernels, build, find_kernels, reference
+from specdec.kernels import build, decoder_layer
+from specdec.kernels.decoder_layer import Kernels, find_kernels, reference
 
 RELATIVE = 2.0**-8 + 2.0**-20
 """Rounding to bfloat16, and a few float32 roundings before it."""
