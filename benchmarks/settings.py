@@ -27,7 +27,7 @@ class Settings:
 
     Attributes:
         model: the target's name, for the record.
-        dtype: of its weights.
+        dtype: of its weights, or the scheme they are quantized by.
         device: where it runs.
         drafters: to compare with plain decoding, which always runs.
         turns: 1 or 2 messages of each question, where it has as many.

@@ -287,12 +287,14 @@ def invoke(target: HFTarget, tokenizer: Any, tmp_path: Path, monkeypatch: pytest
 
 def test_command_prints_tables_and_the_question_set(invoke: Callable[..., Result], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    result = invoke("-d", "ngram", "-d", "none", "-o", "ngram.max_nodes=4", "--limit", "2", "--json", str(out))
+    chosen = ("-d", "ngram", "-d", "none", "-o", "ngram.max_nodes=4", "--limit", "2", "--quantize", "int8")
+    result = invoke(*chosen, "--json", str(out))
     assert result.exit_code == 0, result.output
     rows = [line.split()[:2] for line in result.stdout.splitlines()[1:7]]
     assert rows == [[c, d] for c in ("math", "coding", "overall") for d in ("none", "ngram")]
     document = json.loads(out.read_text())
     assert document["settings"]["drafters"] == [{"name": "ngram", "label": "ngram", "options": {"max_nodes": "4"}}]
+    assert document["settings"]["dtype"] == "int8"
     assert document["questions"]["count"] == 2
     assert f"questions: questions ({tmp_path / 'questions.jsonl'}), 2 of sha256 {document['questions']['sha256']}" in (
         result.stdout

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at a time.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
+@click.option("--quantize", metavar="SCHEME", help="Precision of the weights instead: int8, w8a8, int4, ...")
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Times to run everything.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of sampling and the intervals.")
@@ -44,6 +45,7 @@ def mt_bench(
     temperature: float,
     batch_size: int,
     dtype: str,
+    quantize: str | None,
     device: str,
     repeat: int,
     seed: int,
@@ -84,15 +86,15 @@ def mt_bench(
         from specdec.models import load_model
         from specdec.target import HFTarget
 
-        loaded = load_model(model, dtype=dtype, device=device, packed=True, progress=say)
+        loaded = load_model(model, dtype=dtype, device=device, packed=True, progress=say, quantize=quantize)
         target = HFTarget(loaded.model)
     specs = make_specs(drafters, options, resolve_drafter("auto", target))
     if loaded.tokenizer is None:
         raise ValueError(f"{model!r} has no tokenizer: questions are text")
     settings = Settings(
-        model=model, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device), drafters=specs,
-        turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, repeat=repeat,
-        seed=seed, verifier=verifier, adaptive=adaptive,
+        model=model, dtype=quantize or str(target.dtype).removeprefix("torch."), device=str(target.device),
+        drafters=specs, turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
+        repeat=repeat, seed=seed, verifier=verifier, adaptive=adaptive,
     )  # fmt: skip
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
     try:
