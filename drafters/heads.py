@@ -14,6 +14,7 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
+from specdec.drafters.layer import DraftLayer
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
 from specdec.packing import PackedLinear, can_pack, pack_linears, pack_weight
 from specdec.panels import Panel8Weight, panels_pay
@@ -201,6 +202,9 @@ class HeadDrafter(Drafter):
         self.module = self.module.to(target.device, target.dtype).eval().requires_grad_(False)
         self.features = tuple(dict.fromkeys(self.module.features))
         if can_pack(self.module):
+            for part in self.module.modules():
+                if isinstance(part, DraftLayer):  # reads normed states, which 8 bits hold well
+                    pack_linears(part, pack_head)
             pack_linears(self.module)
         self._head = self.module.output or drafting_head(target, self.module.vocabulary)
         if self.config.tree == "calibrated":

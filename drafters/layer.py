@@ -106,6 +106,7 @@ class DraftLayer(nn.Module):
         self.up_proj = nn.Linear(width, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, shape.norm_eps)
+        self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions so far
 
     def forward(self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The layer's output ``[B, n, d]``.
@@ -144,7 +145,7 @@ class DraftLayer(nn.Module):
         kernels = find_kernels() if packed and fits and inputs.shape[1] <= MOST_NODES else None
         if kernels is None or not (isinstance(out, PackedLinear) and isinstance(down, PackedLinear)):
             return None
-        cos, sin = (angles.squeeze(1).contiguous() for angles in rotary(positions, shape, inputs.dtype))
+        cos, sin = self._angles(positions, inputs.dtype)
         buffers = shared.cache.open(
             attend.layer, shared.depth.shape[1], shape.num_kv_heads, shape.head_dim, inputs.dtype
         )
@@ -157,6 +158,16 @@ class DraftLayer(nn.Module):
         normed = kernels.rms_norm(hidden, norm.weight, norm.eps or shape.norm_eps)
         mixed: Tensor = down.packed.add_to(hidden, kernels.gated(gate.product.packed(normed)))
         return mixed
+
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``rotary``'s, ``[B, n, d_h]``, looked up: computing them takes ten calls."""
+        last = int(positions.max())
+        if self._table is None or last >= len(self._table[0]) or self._table[0].dtype != dtype:
+            known = torch.arange(max(1024, 2 * last), device=positions.device).unsqueeze(0)
+            cos, sin = (angles[0, 0].contiguous() for angles in rotary(known, self.shape, dtype))
+            self._table = cos, sin
+        return F.embedding(positions, self._table[0]), F.embedding(positions, self._table[1])
 
 
 def rotary(positions: Tensor, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
