@@ -88,6 +88,11 @@ class SamplingParams:
             raise ValueError("stop strings must not be empty")
 
     @property
+    def filters(self) -> bool:
+        """Whether sampling excludes tokens: by top-k, top-p or min-p."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
         return self.temperature == 0.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.kernels.accept import accept
+from specdec.kernels.accept import accept, noise_keys
 from specdec.tree import PADDING, TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
@@ -36,6 +36,10 @@ class CoupledVerifier(Verifier):
     coupled = True
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
+        if batch.seen is None and not batch.params.filters:
+            positions, levels = [len(row.tokens) for row in batch.rows], int(tree.draft_depth.max()) + 1
+            keys = noise_keys([row.noise for row in batch.rows], positions, levels)
+            return match_at_once(tree, logits, keys.to(logits.device), batch.params.temperature)
         walk = TreeWalk(tree, logits, batch)
         while walk.active:
             noise = torch.stack([row.noise.gumbel(len(row.tokens) + walk.depth) for row in batch.rows])
@@ -43,14 +47,16 @@ class CoupledVerifier(Verifier):
         return walk.verdict()
 
 
-def match_at_once(tree: TokenTree, logits: Tensor) -> Verdict:
-    """Greedy matching where the logits are: the host waits for a device once, however deep the trees.
+def match_at_once(tree: TokenTree, logits: Tensor, keys: Tensor | None = None, temperature: float = 1.0) -> Verdict:
+    """Matching where the logits are: the host waits for a device once, however deep the trees.
 
     Args:
         tree: the tree the target checked.
         logits: ``[B, N, V]``, nothing to be changed in them.
+        keys: as ``specdec.kernels.accept.accept`` has them; greedy without.
+        temperature: read with ``keys``.
     """
-    found = accept(logits, tree.tokens, tree.parents.masked_fill(~tree.acceptable, PADDING))
+    found = accept(logits, tree.tokens, tree.parents.masked_fill(~tree.acceptable, PADDING), keys, temperature)
     drafted = tree.tokens.gather(1, found.path)
     rows = torch.cat([found.packed[:, :3], drafted], dim=1).tolist()
     counts = [row[0] for row in rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +22,7 @@ def accept(
     logits: Tensor, tokens: Tensor, parents: Tensor, keys: Tensor | None = None, temperature: float = 1.0
 ) -> Acceptance:
     """See ``specdec.kernels.accept.accept``."""
-    _, num_nodes, vocab_size = logits.shape
-    index = torch.arange(vocab_size)
+    num_nodes = logits.shape[1]
     row_keys = None if keys is None else keys.tolist()
     rows = []
     for b, (drafted, above) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
@@ -35,10 +33,10 @@ def accept(
         path = [0]
         while True:
             scores = logits[b, path[-1]]
-            if row_keys is not None:
-                scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
-                scores = scores + keyed_gumbel(row_keys[b][len(path) - 1] & (1 << 64) - 1, index)
-            bonus = find_best(scores)
+            if row_keys is None:
+                bonus = find_best(scores)
+            else:
+                bonus = draw_best(scores, row_keys[b][len(path) - 1], temperature)
             failed = bonus < 0
             child = children.get((path[-1], bonus))
             if child is None:
@@ -50,20 +48,32 @@ def accept(
 
 def find_best(scores: Tensor) -> int:
     """Index of the first of the largest of ``[V]`` numbers; -1 where one is NaN."""
-    search = _compiled()
-    if search is not None and scores.dtype in _COMPILED and scores.is_contiguous():
-        return search(scores.data_ptr(), len(scores), _COMPILED[scores.dtype])
+    library = _compiled()
+    if library is not None and scores.dtype in _COMPILED and scores.is_contiguous():
+        return int(library.find_best(scores.data_ptr(), len(scores), _COMPILED[scores.dtype]))
     best, index = scores.max(-1)  # NaN is the largest of all
     return -1 if math.isnan(float(best)) else int(index)
 
 
+def draw_best(scores: Tensor, key: int, temperature: float) -> int:
+    """The same of ``scores / temperature + keyed_gumbel(key)``; the key in 64 bits, signed or not."""
+    key &= (1 << 64) - 1
+    library = _compiled()
+    if library is not None and scores.dtype in _COMPILED and scores.is_contiguous():
+        return int(library.draw_best(scores.data_ptr(), len(scores), _COMPILED[scores.dtype], key, temperature))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
+    return find_best(scores + keyed_gumbel(key, torch.arange(len(scores), device=scores.device)))
+
+
 @cache
-def _compiled() -> Callable[[int, int, int], int] | None:
-    """The search as one pass over the row, which PyTorch's takes three for; None where it cannot be compiled."""
+def _compiled() -> ctypes.CDLL | None:
+    """The searches in one read of a row, where PyTorch takes three or thirty; None where they cannot be compiled."""
     try:
-        found = load_library(Path(__file__).with_name("cpu.c")).find_best
+        library = load_library(Path(__file__).with_name("cpu.c"))
     except NotBuilt:
         return None
-    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int), ctypes.c_long
-    search: Callable[[int, int, int], int] = found
-    return search
+    row = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
+    library.find_best.argtypes, library.find_best.restype = row, ctypes.c_long
+    library.draw_best.argtypes = (*row, ctypes.c_uint64, ctypes.c_float)
+    library.draw_best.restype = ctypes.c_long
+    return library

@@ -10,7 +10,7 @@ import torch
 from accept_cases import AcceptCase, accept_case
 
 from specdec.kernels.accept import accept, cpu, noise_keys, reference
-from specdec.sampling import SamplingParams
+from specdec.sampling import SamplingParams, keyed_gumbel, noise_key
 from specdec.tree import ROOT, TokenTree
 from specdec.verifiers.match import CoupledVerifier, GreedyVerifier
 
@@ -122,3 +122,28 @@ def test_the_best_of_a_row_is_the_first_of_the_largest(dtype: torch.dtype, size:
         assert cpu.find_best(row) == -1
     assert cpu.find_best(torch.full((size,), -torch.inf, dtype=dtype)) == 0
     assert cpu.find_best(torch.tensor([-0.0, 0.0], dtype=dtype)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("spread", "offset"), [(0.0, 0.0), (0.01, -50.0), (1.0, 0.0), (5.0, 1000.0), (30.0, 0.0)])
+def test_a_draw_is_the_largest_with_noise(dtype: torch.dtype, spread: float, offset: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (1, 7, 16, 33, 5000):
+        for temperature in (0.1, 1.0, 50.0):
+            row = (torch.randn(size, generator=generator) * spread + offset).to(dtype)
+            key = int(torch.randint(-(1 << 62), 1 << 62, (), generator=generator)) * 2 + 1
+            noise = keyed_gumbel(key & (1 << 64) - 1, torch.arange(size))
+            scores = row.to(torch.promote_types(dtype, torch.float32)) / temperature + noise
+            assert cpu.draw_best(row, key, temperature) == int(scores.argmax())
+            row[size // 2] = torch.nan
+            assert cpu.draw_best(row, key, temperature) == -1
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
+    count = 20_000
+    drawn = torch.tensor([cpu.draw_best(logits, noise_key(7, 0, position), 0.8) for position in range(count)])
+    expected = (logits / 0.8).softmax(-1)
+    found = torch.bincount(drawn, minlength=5) / count
+    # Five standard deviations of each share.
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
