@@ -1,0 +1,102 @@
+"""Drafters in one tree, on a simulated machine: the whole is as fast as the better part, and what does not pay rests."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from unit_hybrid import COSTS, Clock, Copying, Reading, Run, Text, decode
+
+from specdec.drafters.base import Drafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.hybrid_cost import PROBE_SHARE, Economy, Gains
+from specdec.latency import LatencyCurve
+
+CASES = [(0.0, 0.3), (0.0, 1.0), (0.3, 0.3), (0.3, 1.0)]
+"""Share of the text that repeats, skill of the dear part: one of them pays, the other, or both."""
+
+
+@cache
+def simulated(kind: str, repeats: float, skill: float) -> tuple[Run, Reading]:
+    """Four texts, by one part or by both."""
+    clock: Clock = Clock()
+    texts: dict[int, Text] = {}
+    copying, reading = Copying(clock, texts), Reading(clock, texts, skill=skill)
+    drafters: dict[str, Drafter] = {"copying": copying, "reading": reading}
+    drafter = drafters.get(kind) or HybridDrafter([copying, reading], clock=clock)
+    return decode(drafter, clock, texts, [Text(seed, repeats) for seed in range(4)]), reading
+
+
+@pytest.mark.parametrize(("repeats", "skill"), CASES)
+def test_the_whole_is_not_slower_than_the_better_part(repeats: float, skill: float) -> None:
+    alone = [simulated(part, repeats, skill)[0].speedup for part in ("copying", "reading")]
+
+    assert simulated("both", repeats, skill)[0].speedup >= 0.98 * max(alone)
+
+
+def test_the_whole_is_faster_where_parts_are_right_in_different_places() -> None:
+    alone = [simulated(part, 0.3, 1.0)[0].speedup for part in ("copying", "reading")]
+
+    assert simulated("both", 0.3, 1.0)[0].speedup >= 1.05 * max(alone)
+
+
+def test_a_part_that_does_not_pay_takes_next_to_no_time() -> None:
+    """Beyond the first tries: reading states is put off as well, to one call per draft at most."""
+    run, reading = simulated("both", 0.6, 0.0)
+
+    first_tries = 3 * 16.0  # milliseconds, of draft and catch-up
+    assert reading.spent <= PROBE_SHARE * run.ms + first_tries
+    assert reading.asked > 0
+    assert reading.reads <= reading.asked
+
+
+def test_the_dear_part_is_asked_where_it_pays() -> None:
+    run, reading = simulated("both", 0.0, 1.0)
+
+    assert reading.asked > 0.05 * run.passes
+
+
+def test_nodes_stay_while_they_are_worth_their_time_in_the_pass() -> None:
+    flat, steep = LatencyCurve.simple({1: 10.0, 64: 10.1}), LatencyCurve.simple({1: 10.0, 2: 20.0, 64: 640.0})
+    chances = [0.5, 0.3, 0.1]
+
+    assert Economy(2, flat).size(chances, 1, 0) == 4
+    assert Economy(2, steep).size(chances, 1, 0) == 1
+    assert Economy(2, COSTS).size([0.9, 0.01, 0.01, 0.01], 1, 0) == 2
+
+
+def test_states_waiting_to_be_read_count_against_a_part() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    economy.asked(1, 2.0, 1)
+    economy.read(1, 0.5, 1)
+    economy.read(1, 100.0, 1000)
+
+    def pays(states: int) -> bool:
+        return economy.pays(1, gain=0.3, nodes=1, max_nodes=24, batch=1, length=0, states=states)
+
+    assert pays(0)
+    assert pays(16)
+    assert not pays(1000)
+
+
+def test_trials_of_a_part_that_does_not_pay_are_a_bounded_share_of_the_time() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    economy.asked(1, 5.0, 1)
+    asked = 0
+    for _ in range(5000):
+        if economy.pays(1, gain=0.1, nodes=1, max_nodes=24, batch=1, length=0, states=0):
+            asked += 1
+        economy.passed(1, 1, 0, 10.0, 10.0, 1.0)
+
+    assert asked > 0
+    assert 5.0 * asked <= PROBE_SHARE * 5000 * 10.0
+
+
+def test_what_a_part_adds_to_trees_of_one_class_says_a_little_of_the_others() -> None:
+    gains = Gains()
+    before = gains.at(5)
+    for _ in range(20):
+        gains.see(0, 0.0)
+
+    assert gains.at(0) < 0.1
+    assert gains.at(5) < before / 2
