@@ -22,7 +22,7 @@ class Drafter(ABC):
         name: as given to ``SpecDecoder(drafter=...)``.
         Config: frozen dataclass of options; the constructor takes one instance of it, or none for the defaults.
         features: hidden states of the target the drafter wants in ``start`` and ``observe``.
-        reads_logits: whether ``observe`` reads the target's logits; those of passes kept for later are dropped where not.
+        reads_logits: whether ``observe`` reads the target's logits; if not, passes kept for later lack them.
         virtual_nodes: whether its trees hold virtual nodes, which cannot be merged with another drafter's.
         parts: the drafters it is made of, if any.
     """

@@ -1,16 +1,22 @@
-"""Drafters in one tree, on a simulated machine: the whole is as fast as the better part, and what does not pay rests."""
+"""Drafters in one tree, on a simulated machine: the whole is as fast as the better part, what does not pay rests."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import pytest
+import torch
 from unit_hybrid import COSTS, Clock, Copying, Reading, Run, Text, decode
+from unit_rows import make_batch
 
+from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.hybrid_cost import PROBE_SHARE, Economy, Gains
 from specdec.latency import LatencyCurve
+from specdec.target import TargetOutput
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
 
 CASES = [(0.0, 0.3), (0.0, 1.0), (0.3, 0.3), (0.3, 1.0)]
 """Share of the text that repeats, skill of the dear part: one of them pays, the other, or both."""
@@ -100,3 +106,68 @@ def test_what_a_part_adds_to_trees_of_one_class_says_a_little_of_the_others() ->
 
     assert gains.at(0) < 0.1
     assert gains.at(5) < before / 2
+
+
+class Recording(Drafter):
+    """Reads states; remembers what it was shown, and how wide the logits were."""
+
+    name = "recording"
+    features = ("last",)
+    reads_logits = False
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        self.calls.append(("start", [row.tokens for row in batch.rows]))
+
+    def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
+        assert output.logits.shape[-1] == 0
+        self.calls.append(("observe", output.features["last"][..., 0].tolist()))
+
+    def keep(self, batch: Batch, rows: list[int]) -> None:  # type: ignore[override]
+        self.calls.append(("keep", list(rows)))
+
+    def propose(self, batch: Batch) -> TokenTree:
+        self.calls.append(("propose", batch.pending.tolist()))
+        return TokenTree.from_pending(batch.pending)
+
+
+def plain_pass(drafter: Drafter, batch: Batch, tokens: list[int]) -> None:
+    """A pass without a draft, after which each row has its token."""
+    tree = TokenTree.from_pending(batch.pending)
+    output = TargetOutput(torch.zeros(*tree.tokens.shape, 9), {"last": tree.tokens.unsqueeze(-1).float()})
+    verdict = Verdict(torch.zeros_like(tree.tokens), [0] * len(batch), [[t] for t in tokens], [False] * len(batch))
+    drafter.observe(batch, tree, output, verdict)
+    for row, token in zip(batch.rows, tokens, strict=True):
+        row.tokens.append(token)
+
+
+def test_a_part_reads_prompt_and_passes_when_it_is_asked_rows_that_ended_left_out() -> None:
+    part, batch = Recording(), make_batch([[1, 2], [3, 4]], 9)
+    drafter = HybridDrafter([Copying(Clock(), {row.row_id: Text(0, 0.0) for row in batch.rows}), part])
+    drafter.start(batch, TargetOutput(torch.zeros(2, 1, 9), {"last": torch.tensor([[[1.0]], [[3.0]]])}))
+    plain_pass(drafter, batch, [5, 6])
+    assert part.calls == []
+
+    drafter.keep(batch, [1])
+    batch.keep([1])
+    plain_pass(drafter, batch, [7])
+    drafter.propose(batch)
+
+    assert part.calls == [
+        ("start", [[1, 2], [3, 4]]),
+        ("keep", [1]),
+        ("observe", [[4.0, 6.0]]),
+        ("propose", [7]),
+    ]
+
+
+def test_a_part_never_asked_is_never_shown_anything() -> None:
+    part, batch = Recording(), make_batch([[1, 2]], 9)
+    drafter = HybridDrafter([Copying(Clock(), {}), part])
+    drafter.start(batch, TargetOutput(torch.zeros(1, 1, 9), {"last": torch.tensor([[[1.0]]])}))
+    plain_pass(drafter, batch, [5])
+    drafter.keep(batch, [])
+
+    assert part.calls == []
