@@ -119,6 +119,7 @@ class HybridDrafter(Drafter):
         count = range(len(self.parts))
         self._rows = {row: _RowState(row_odds(len(self.parts)), [Ratio() for _ in count]) for row in rows}
         self._alive = list(count)
+        self._fresh = set(count)  # not asked yet in this call
         self._unstarted: dict[int, tuple[Batch, TargetOutput]] = {}  # parts that have not read the prompt
         self._missed = [MissedPasses(part.reads_logits) for part in self.parts]
         self._round: _Round | None = None
@@ -188,7 +189,8 @@ class HybridDrafter(Drafter):
             began = self._now()
             self._ask(part, view, merged)
             chosen = self._choose(batch, merged, max_nodes, timed)
-            self._economy.asked(part, 1000.0 * (self._now() - began), max(map(len, chosen)))
+            self._economy.asked(part, 1000.0 * (self._now() - began), max(map(len, chosen)), part in self._fresh)
+            self._fresh.discard(part)
             current.asked.append(part)
 
         self._each(ask, self._order(timed))

@@ -190,10 +190,12 @@ class Economy:
         else:
             known.lessons.append(ms)
 
-    def asked(self, part: int, ms: float, nodes: int) -> None:
-        """Asking a part took so long, and the tree had so many nodes then."""
+    def asked(self, part: int, ms: float, nodes: int, first: bool = False) -> None:
+        """Asking a part took so long, and the tree had so many nodes then; the first time of a call it may have read
+        the prompt, which says at most that it takes no longer."""
         known = self._parts[part]
-        known.asks.append(ms)
+        if not first or (known.asks and ms < low_median(known.asks)):
+            known.asks.append(ms)
         known.nodes += 0.2 * (nodes - known.nodes) if known.nodes else nodes
 
     def added(self, part: int, expected: float, max_nodes: int, gain: float) -> None:

@@ -171,3 +171,15 @@ def test_a_part_never_asked_is_never_shown_anything() -> None:
     drafter.keep(batch, [])
 
     assert part.calls == []
+
+
+def test_what_a_part_takes_is_not_judged_by_the_draft_that_reads_the_prompt() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+
+    def pays() -> bool:
+        return economy.pays(1, gain=0.3, nodes=1, max_nodes=24, batch=1, length=0, states=0)
+
+    economy.asked(1, 100.0, 1, first=True)
+    assert pays()
+    economy.asked(1, 100.0, 1)
+    assert not pays()
