@@ -151,13 +151,10 @@ class HybridDrafter(Drafter):
         """Whether a part is shown nothing before it is asked, as reading many states takes little more than one."""
         return bool(self.parts[part].features) and not self.parts[part].reads_logits
 
-    def _start(self, part: int) -> int:
-        """Have a part read the prompt if it did not yet; returns how many states that were."""
-        if part not in self._unstarted:
-            return 0
-        prompt, output = self._unstarted.pop(part)
-        self.parts[part].start(prompt, output)
-        return sum(len(row.tokens) - 1 for row in prompt.rows)
+    def _start(self, part: int) -> None:
+        """Have a part read the prompt if it did not yet."""
+        if part in self._unstarted:
+            self.parts[part].start(*self._unstarted.pop(part))
 
     def _unread(self, part: int) -> int:
         """States that a part would have to read if it were asked."""
