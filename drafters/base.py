@@ -22,6 +22,7 @@ class Drafter(ABC):
         name: as given to ``SpecDecoder(drafter=...)``.
         Config: frozen dataclass of options; the constructor takes one instance of it, or none for the defaults.
         features: hidden states of the target the drafter wants in ``start`` and ``observe``.
+        reads_logits: whether ``observe`` reads the target's logits; if not, passes kept for later lack them.
         virtual_nodes: whether its trees hold virtual nodes, which cannot be merged with another drafter's.
         parts: the drafters it is made of, if any.
     """
@@ -29,6 +30,7 @@ class Drafter(ABC):
     name: str
     Config: ClassVar[type[Any]]
     features: Sequence[Feature] = ()
+    reads_logits: ClassVar[bool] = True
     virtual_nodes: ClassVar[bool] = False
     parts: Sequence[Drafter] = ()
 

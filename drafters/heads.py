@@ -146,6 +146,7 @@ class HeadDrafter(Drafter):
     """
 
     Config: ClassVar[type[Any]] = HeadConfig
+    reads_logits = False
     module: Any
 
     def __init__(self, config: HeadConfig | None = None, weights: DrafterWeights | None = None) -> None:

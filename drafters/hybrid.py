@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.hybrid_calibration import Calibration, Odds, row_odds
-from specdec.drafters.hybrid_cost import Economy, RowGain
+from specdec.drafters.hybrid_cost import Economy, Ratio
 from specdec.drafters.hybrid_tree import MergedTree
 from specdec.missed import MissedPasses
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU
@@ -56,7 +56,7 @@ class _RowState:
     """What is kept of one row."""
 
     odds: list[Odds]
-    gains: list[RowGain]
+    gains: list[Ratio]
 
 
 @dataclass
@@ -65,12 +65,14 @@ class _Round:
 
     Attributes:
         merged: per row.
+        max_nodes: of a tree.
         before: per asked part beyond the first, per row: the nodes chosen without it.
         expected: the same, accepted nodes expected of these.
     """
 
     start: float
     merged: list[MergedTree]
+    max_nodes: int
     asked: list[int] = field(default_factory=list)
     before: dict[int, list[list[int]]] = field(default_factory=dict)
     expected: dict[int, list[float]] = field(default_factory=dict)
@@ -115,10 +117,11 @@ class HybridDrafter(Drafter):
 
     def _begin(self, rows: Sequence[int]) -> None:
         count = range(len(self.parts))
-        self._rows = {row: _RowState(row_odds(len(self.parts)), [RowGain() for _ in count]) for row in rows}
+        self._rows = {row: _RowState(row_odds(len(self.parts)), [Ratio() for _ in count]) for row in rows}
         self._alive = list(count)
         self._fresh = set(count)  # not asked yet in this call
-        self._missed = [MissedPasses() for _ in count]
+        self._unstarted: dict[int, tuple[Batch, TargetOutput]] = {}  # parts that have not read the prompt
+        self._missed = [MissedPasses(part.reads_logits) for part in self.parts]
         self._round: _Round | None = None
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
@@ -132,7 +135,32 @@ class HybridDrafter(Drafter):
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._begin([row.row_id for row in batch.rows])
         view = _view(batch, batch.max_nodes)
-        self._each(lambda index: self.parts[index].start(view, output))
+
+        def start(part: int) -> None:
+            if output is not None and self._waits(part):
+                features = {name: output.features[name] for name in self.parts[part].features}
+                prompt = copy.copy(view)
+                prompt.rows = [replace(row, tokens=list(row.tokens)) for row in view.rows]
+                self._unstarted[part] = prompt, TargetOutput(output.logits, features)
+            else:
+                self.parts[part].start(view, output)
+
+        self._each(start)
+
+    def _waits(self, part: int) -> bool:
+        """Whether a part is shown nothing before it is asked, as reading many states takes little more than one."""
+        return bool(self.parts[part].features) and not self.parts[part].reads_logits
+
+    def _start(self, part: int) -> None:
+        """Have a part read the prompt if it did not yet."""
+        if part in self._unstarted:
+            self.parts[part].start(*self._unstarted.pop(part))
+
+    def _unread(self, part: int) -> int:
+        """States that a part would have to read if it were asked."""
+        waiting = self._unstarted.get(part)
+        prompt = 0 if waiting is None else sum(len(row.tokens) - 1 for row in waiting[0].rows)
+        return prompt + self._missed[part].num_nodes
 
     def propose(self, batch: Batch) -> TokenTree:
         max_nodes = min(self.config.max_nodes, batch.max_nodes)
@@ -143,7 +171,7 @@ class HybridDrafter(Drafter):
         way = (batch.params.greedy, batch.coupled)
         calibration = self._calibrations.setdefault(way, Calibration(len(self.parts)))
         merged = [MergedTree(row.pending, calibration, self._rows[row.row_id].odds) for row in batch.rows]
-        self._round = current = _Round(self._now(), merged)
+        self._round = current = _Round(self._now(), merged, max_nodes)
         chosen = [[0] for _ in batch.rows]
         timed = self.config.ask == "paying" and not _repeatable_by_tree(batch)
 
@@ -151,12 +179,13 @@ class HybridDrafter(Drafter):
             nonlocal chosen
             if current.asked:
                 expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
-                if timed and not self._pays(part, batch, expected, max(map(len, chosen))):
+                if timed and not self._pays(part, batch, expected, max(map(len, chosen)), max_nodes):
                     return
                 current.before[part], current.expected[part] = chosen, expected
+            self._catch_up(part, view)
             began = self._now()
             self._ask(part, view, merged)
-            chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
+            chosen = self._choose(batch, merged, max_nodes, timed)
             self._economy.asked(part, 1000.0 * (self._now() - began), max(map(len, chosen)), part in self._fresh)
             self._fresh.discard(part)
             current.asked.append(part)
@@ -166,24 +195,42 @@ class HybridDrafter(Drafter):
         current.end = self._now()
         return tree
 
+    def _choose(self, batch: Batch, merged: Sequence[MergedTree], max_nodes: int, timed: bool) -> list[list[int]]:
+        """Per row the nodes to check: the best that there may be, and where a clock may decide, of these what pays."""
+        chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
+        if not timed:
+            return chosen
+        joint = [0.0] * (max(map(len, chosen)) - 1)
+        for tree, nodes in zip(merged, chosen, strict=True):
+            for place, node in enumerate(nodes[1:]):
+                joint[place] += tree.nodes[node].joint
+        size = self._economy.size(joint, len(batch), _mean_length(batch))
+        return [nodes[:size] for nodes in chosen]
+
     def _order(self, timed: bool) -> list[int]:
         """Parts that read no hidden states, then the others, as named; by what they took where that counts."""
         order = sorted(self._alive, key=lambda part: bool(self.parts[part].features))
         return self._economy.order(order) if timed else order
 
-    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: int) -> bool:
+    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: int, max_nodes: int) -> bool:
         states = [self._rows[row.row_id] for row in batch.rows]
         gain = sum(
-            self._economy.gain(part, value) * state.gains[part].factor
+            self._economy.gain(part, value, max_nodes) * state.gains[part].factor
             for value, state in zip(expected, states, strict=True)
         )
-        mean = sum(expected) / len(expected)
-        return self._economy.pays(part, gain, mean, nodes, len(batch), _mean_length(batch))
+        return self._economy.pays(part, gain, nodes, max_nodes, len(batch), _mean_length(batch), self._unread(part))
+
+    def _catch_up(self, part: int, view: Batch) -> None:
+        """Show a part what it missed since it was asked last, the prompt for one."""
+        drafter, began, states = self.parts[part], self._now(), self._unread(part)
+        self._start(part)
+        self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
+        if states:
+            self._economy.read(part, 1000.0 * (self._now() - began), states)
 
     def _ask(self, part: int, view: Batch, merged: Sequence[MergedTree]) -> None:
-        """Show a part what it missed, and merge what it proposes then."""
+        """Merge what a part proposes."""
         drafter = self.parts[part]
-        self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
         tree = drafter.propose(view).to(view.device)
         tree.validate(view.vocab_size)
         if tree.virtual is not None or tree.siblings != "deterministic":
@@ -202,16 +249,16 @@ class HybridDrafter(Drafter):
 
         def show(part: int) -> None:
             drafter = self.parts[part]
-            if drafter.features and part not in asked:
+            if self._waits(part) or (drafter.features and part not in asked):
                 self._missed[part].add(tree, output, verdict, drafter.features)
                 if self._missed[part].full:
-                    self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
+                    self._catch_up(part, view)
                 return
             shown = self._now()
             features = {name: output.features[name] for name in drafter.features}
             drafter.observe(view, tree, TargetOutput(output.logits, features), verdict)
             if part in asked:
-                self._economy.taught(part, 1000.0 * (self._now() - shown))
+                self._economy.read(part, 1000.0 * (self._now() - shown), len(batch))
 
         self._each(show)
         if current is not None:
@@ -226,8 +273,8 @@ class HybridDrafter(Drafter):
                 later = list(current.before.values())[place + 1 :]
                 got = merged.accepted(later[0][index], tokens) if later else verdict.num_accepted[index]
                 gain, expected = float(got - merged.accepted(before[index], tokens)), current.expected[part][index]
-                state.gains[part].see(gain, self._economy.gain(part, expected))
-                self._economy.added(part, expected, gain)
+                state.gains[part].see(gain, self._economy.gain(part, expected, current.max_nodes))
+                self._economy.added(part, expected, current.max_nodes, gain)
             merged.learn(tokens)
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
@@ -235,7 +282,14 @@ class HybridDrafter(Drafter):
         self._rows = {row.row_id: self._rows[row.row_id] for row in (batch.rows[index] for index in rows)}
         for missed in self._missed:
             missed.keep(rows)
-        self._each(lambda index: self.parts[index].keep(view, rows))
+
+        def keep(part: int) -> None:
+            if not rows and part in self._unstarted:
+                return  # it was never asked
+            self._start(part)
+            self.parts[part].keep(view, rows)
+
+        self._each(keep)
 
     def stop(self) -> None:
         alive = self._alive

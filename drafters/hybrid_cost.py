@@ -1,34 +1,41 @@
-"""Whether another part is worth asking: the tokens it is expected to add against the time it takes.
+"""What a merged tree and its parts are worth: the tokens they are expected to add against the time they take.
 
-Passes follow one another, so time is worth what passes make of it: a part is asked where the tokens it adds exceed the
-time it takes times the tokens per millisecond of late. What a part adds is known from every pass it was asked in, since
-such a pass says as well what the tree without it would have had accepted. It depends above all on how much is expected
-of that tree, and is kept by that.
+Passes follow one another, so time is worth what passes make of it: nodes stay in a tree, and a part is asked, where the
+tokens they add exceed the time they take times the tokens per millisecond of late. What a part adds is known from every
+pass it was asked in, since such a pass says as well what the tree without it would have had accepted. It depends above
+all on how much is expected of that tree, and is kept by that. A part's time is all that would not be taken without it:
+its draft, the states it has to read for it, the wider pass.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 
 from specdec.latency import LatencyCurve
-from specdec.planner import PassTimes
+from specdec.planner import RUNGS, PassTimes
+
+PROBE_SHARE = 0.008
+"""Of all time, what may be spent on asking parts that are not expected to pay, lest they be misjudged for ever."""
 
 _EXPECTED = (0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.2, 4.5)
 """Where one class of expected accepted nodes ends and the next begins."""
 
 _HOPES = (0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-"""Nodes a part adds to a tree of each of these classes, before anything was seen; weighs as much as two passes."""
+"""Nodes a part adds to a tree of each of these classes, before anything was seen."""
+
+_ROOM = {2: 0.5, 4: 0.75, 8: 0.9}
+"""The share of these that it adds to a tree of so many nodes at most."""
 
 _MEMORY = 0.97
 """Weight of a pass relative to the next one."""
 
-_FIRST_GAP, _LONGEST_GAP = 8, 64
-"""Passes a part is not asked in before it is tried again; doubled after each try."""
-
 _SAMPLES = 5
 """Times of a part that are remembered; the lower median counts."""
+
+_FEW = 16
+"""States that take about as long to read as one."""
 
 
 def class_of(expected: float) -> int:
@@ -36,33 +43,21 @@ def class_of(expected: float) -> int:
     return bisect_right(_EXPECTED, expected)
 
 
-class Gains:
-    """Accepted nodes that a part adds to trees of each class."""
+class Ratio:
+    """How much more or less came than was expected.
 
-    def __init__(self) -> None:
-        self._sums = [2.0 * hope for hope in _HOPES]
-        self._weights = [2.0] * len(_HOPES)
+    Args:
+        memory: weight of an observation relative to the next one.
+    """
 
-    def at(self, kind: int) -> float:
-        """Nodes to be expected."""
-        return self._sums[kind] / self._weights[kind]
-
-    def see(self, kind: int, gain: float) -> None:
-        """A part added so many; fewer than none where its nodes took the place of better ones."""
-        self._sums[kind] = _MEMORY * self._sums[kind] + gain
-        self._weights[kind] = _MEMORY * self._weights[kind] + 1.0
-
-
-class RowGain:
-    """How much more or less a part adds to one text than to others."""
-
-    def __init__(self) -> None:
+    def __init__(self, memory: float = 0.9) -> None:
+        self._memory = memory
         self._got = self._expected = 0.0
 
-    def see(self, gain: float, expected: float) -> None:
-        """It added so many nodes where so many were expected."""
-        self._got = 0.9 * self._got + gain
-        self._expected = 0.9 * self._expected + max(expected, 0.0)
+    def see(self, got: float, expected: float) -> None:
+        """So much came where so much was expected."""
+        self._got = self._memory * self._got + got
+        self._expected = self._memory * self._expected + max(expected, 0.0)
 
     @property
     def factor(self) -> float:
@@ -70,23 +65,44 @@ class RowGain:
         return max(self._got + 1.0, 0.1) / (self._expected + 1.0)
 
 
+class Gains:
+    """Accepted nodes that a part adds to trees of each class; what is seen in one says a little of the others."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * len(_HOPES)
+        self._weights = [0.0] * len(_HOPES)
+        self._overall = Ratio(_MEMORY)
+
+    def at(self, kind: int) -> float:
+        """Nodes to be expected; the hope, as far as hopes came true, weighs as much as two passes."""
+        return (self._sums[kind] + 2.0 * _HOPES[kind] * self._overall.factor) / (self._weights[kind] + 2.0)
+
+    def see(self, kind: int, gain: float) -> None:
+        """A part added so many; fewer than none where its nodes took the place of better ones."""
+        self._sums[kind] = _MEMORY * self._sums[kind] + gain
+        self._weights[kind] = _MEMORY * self._weights[kind] + 1.0
+        self._overall.see(gain, _HOPES[kind])
+
+
 class _Part:
     """What is known of one part."""
 
-    def __init__(self, num_kinds: int) -> None:
+    def __init__(self) -> None:
         self.gains = Gains()
         self.asks: deque[float] = deque(maxlen=_SAMPLES)
         self.lessons: deque[float] = deque(maxlen=_SAMPLES)
-        self.skipped = [0] * num_kinds
-        self.gaps = [_FIRST_GAP] * num_kinds
+        self.long_lessons: deque[float] = deque(maxlen=_SAMPLES)  # ms per state, of many at once
         self.nodes = 0.0  # of trees it had a share in
+        self.surplus = 0.0  # of passes it was not asked in, on average: below 0
 
-    @property
-    def ms(self) -> float | None:
-        """Of asking it, and of showing it the pass; None before it was asked."""
+    def ms(self, states: int = 0) -> float | None:
+        """Of asking it when so many states wait to be read; None before it was asked."""
         if not self.asks:
             return None
-        return _low_median(self.asks) + (_low_median(self.lessons) if self.lessons else 0.0)
+        read = low_median(self.lessons)
+        if states > _FEW and self.long_lessons:
+            read = max(read, states * low_median(self.long_lessons))
+        return low_median(self.asks) + read
 
 
 class Economy:
@@ -98,67 +114,109 @@ class Economy:
     """
 
     def __init__(self, num_parts: int, curve: LatencyCurve) -> None:
-        self._parts = [_Part(len(_HOPES)) for _ in range(num_parts)]
+        self._parts = [_Part() for _ in range(num_parts)]
         self._passes = PassTimes(curve)
         self._tokens = self._ms = 0.0
+        self._probes_ms = 0.0  # that may be spent on parts that are not expected to pay
 
     def order(self, parts: Sequence[int]) -> list[int]:
         """The parts, the cheapest first; those never asked keep their place at the front."""
-        return sorted(parts, key=lambda part: self._parts[part].ms or 0.0)
+        return sorted(parts, key=lambda part: self._parts[part].ms() or 0.0)
 
-    def gain(self, part: int, expected: float) -> float:
-        """Accepted nodes that a part is expected to add to a tree of so many."""
-        return self._parts[part].gains.at(class_of(expected))
+    def gain(self, part: int, expected: float, max_nodes: int) -> float:
+        """Accepted nodes that a part is expected to add to a tree of so many, where one may have so many in all."""
+        return self._parts[part].gains.at(class_of(expected)) * room(max_nodes)
 
-    def pays(self, part: int, gain: float, expected: float, nodes: int, batch: int, length: int) -> bool:
-        """Whether to ask a part; now and then it is asked in any case.
+    def rate(self, batch: int, length: int) -> float:
+        """Tokens that a millisecond is worth: of late, and before that of plain decoding."""
+        return self._tokens / self._ms if self._ms else batch / self._passes.estimate(1, batch, length)
+
+    def size(self, joint: Sequence[float], batch: int, length: int) -> int:
+        """How many nodes of a tree are worth their time in the pass.
+
+        Args:
+            joint: chances of acceptance of the nodes beyond the root, falling, those of all rows added up.
+            batch: rows.
+            length: of the texts, tokens.
+        """
+        rate, best, value, tokens = self.rate(batch, length), 1, 0.0, 0.0
+        plain = self._passes.estimate(1, batch, length)
+        for nodes, chance in enumerate(joint, start=2):
+            tokens += chance
+            if nodes not in RUNGS and nodes != len(joint) + 1:
+                continue
+            now = tokens - rate * (self._passes.estimate(nodes, batch, length) - plain)
+            if now > value:
+                best, value = nodes, now
+        return best
+
+    def pays(
+        self, part: int, gain: float, nodes: int, max_nodes: int, batch: int, length: int, states: int
+    ) -> bool:  # fmt: skip
+        """Whether to ask a part; as far as ``PROBE_SHARE`` goes it is asked in any case.
 
         Args:
             part: which one.
             gain: tokens it is expected to add, all rows together.
-            expected: accepted nodes of the tree without it, the mean of the rows.
-            nodes: of that tree, per row.
+            nodes: of the tree without it, per row.
+            max_nodes: that the tree may have.
             batch: rows.
             length: of the texts, tokens.
+            states: of the target's, that the part has not read.
         """
-        known, kind = self._parts[part], class_of(expected)
-        ms = known.ms
-        if ms is None or not self._ms:
+        known = self._parts[part]
+        ms = known.ms(states)
+        if ms is None:
             return True
-        if self._passes.known:
-            wider = max(known.nodes, nodes)
-            ms += self._passes.estimate(wider, batch, length) - self._passes.estimate(nodes, batch, length)
-        if gain > ms * self._tokens / self._ms:
-            known.skipped[kind], known.gaps[kind] = 0, _FIRST_GAP
+        wider = min(max(known.nodes, nodes), max_nodes)
+        ms += self._passes.estimate(wider, batch, length) - self._passes.estimate(nodes, batch, length)
+        surplus = gain - ms * self.rate(batch, length)
+        if surplus > 0.0:
             return True
-        known.skipped[kind] += 1
-        if known.skipped[kind] <= known.gaps[kind]:
+        # A trial is to say whether it would pay after all, so it is made where that is likeliest.
+        likely = surplus >= known.surplus
+        known.surplus += 0.1 * (surplus - known.surplus)
+        self._probes_ms = min(self._probes_ms, 2.0 * ms)
+        if not likely or self._probes_ms < ms:
             return False
-        known.skipped[kind], known.gaps[kind] = 0, min(2 * known.gaps[kind], _LONGEST_GAP)
+        self._probes_ms -= ms
         return True
 
-    def asked(self, part: int, ms: float, nodes: int, first: bool) -> None:
-        """Asking a part took so long, and the tree had so many nodes then; the first time of a call it reads the
-        prompt, which is not counted unless nothing else is known."""
+    def read(self, part: int, ms: float, states: int) -> None:
+        """Showing a part so many states took so long."""
         known = self._parts[part]
-        if not first or not known.asks or ms < _low_median(known.asks):
+        if states > _FEW:
+            known.long_lessons.append(ms / states)
+        else:
+            known.lessons.append(ms)
+
+    def asked(self, part: int, ms: float, nodes: int, first: bool = False) -> None:
+        """Asking a part took so long, and the tree had so many nodes then; the first time of a call it may have read
+        the prompt, which says at most that it takes no longer."""
+        known = self._parts[part]
+        if not first or (known.asks and ms < low_median(known.asks)):
             known.asks.append(ms)
         known.nodes += 0.2 * (nodes - known.nodes) if known.nodes else nodes
 
-    def taught(self, part: int, ms: float) -> None:
-        """Showing a part a pass that it was asked for took so long."""
-        self._parts[part].lessons.append(ms)
-
-    def added(self, part: int, expected: float, gain: float) -> None:
-        """A part added so many accepted nodes to a row's tree."""
-        self._parts[part].gains.see(class_of(expected), gain)
+    def added(self, part: int, expected: float, max_nodes: int, gain: float) -> None:
+        """A part added so many accepted nodes to a row's tree, of which so many were expected without it."""
+        self._parts[part].gains.see(class_of(expected), gain / room(max_nodes))
 
     def passed(self, nodes: int, batch: int, length: int, pass_ms: float, all_ms: float, tokens: float) -> None:
         """A pass: nodes per row, its time alone and with all drafting, and the tokens of all rows."""
         self._passes.observe(nodes, batch, length, pass_ms)
         self._tokens = _MEMORY * self._tokens + tokens
         self._ms = _MEMORY * self._ms + all_ms
+        self._probes_ms += PROBE_SHARE * all_ms
 
 
-def _low_median(values: deque[float]) -> float:
-    return sorted(values)[(len(values) - 1) // 2]
+def room(max_nodes: int) -> float:
+    """The share of what a part adds to a tree of any size that it adds where there may be so many nodes."""
+    sizes = list(_ROOM)
+    place = bisect_left(sizes, max_nodes)
+    return _ROOM[sizes[place]] if place < len(sizes) else 1.0
+
+
+def low_median(values: Sequence[float]) -> float:
+    """The median, of two the lower; 0 of none."""
+    return sorted(values)[(len(values) - 1) // 2] if values else 0.0

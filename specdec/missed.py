@@ -14,6 +14,9 @@ from specdec.verifiers.base import Verdict
 MOST_NODES = 32
 """Nodes kept, rows times passes: their logits are held meanwhile."""
 
+MOST_STATES = 1024
+"""The same where logits are not held: hidden states are small."""
+
 Observe = Callable[[TokenTree, TargetOutput, Verdict], None]
 
 
@@ -21,9 +24,13 @@ class MissedPasses:
     """Passes as one: a chain of the tokens that were accepted, whatever else was checked with them.
 
     A drafter that reads hidden states learns from many tokens at once for little more than from a single one.
+
+    Args:
+        logits: keep the target's logits; else they are ``[B, N, 0]`` when handed over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logits: bool = True) -> None:
+        self._logits = logits
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
 
     def add(
@@ -31,7 +38,8 @@ class MissedPasses:
     ) -> None:
         """Remember the accepted path of a pass, with these of its features, or all."""
         names = output.features if features is None else features
-        kept = TargetOutput(output.logits, {name: output.features[name] for name in names})
+        logits = output.logits if self._logits else output.logits[..., :0]
+        kept = TargetOutput(logits, {name: output.features[name] for name in names})
         if tree.num_nodes > 1:
             width = max(verdict.num_accepted) + 1
             lengths = [count + 1 for count in verdict.num_accepted]
@@ -41,7 +49,12 @@ class MissedPasses:
     @property
     def full(self) -> bool:
         """Whether it is time to hand over what there is."""
-        return sum(tree.tokens.numel() for tree, _, _ in self._passes) >= MOST_NODES
+        return self.num_nodes >= (MOST_NODES if self._logits else MOST_STATES)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes kept, those of all rows."""
+        return sum(tree.tokens.numel() for tree, _, _ in self._passes)
 
     def hand_over(self, observe: Observe) -> None:
         """Show what was missed, if anything, and forget it."""

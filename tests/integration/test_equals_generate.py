@@ -27,7 +27,7 @@ from specdec.target import HFTarget
 
 PROMPTS = [[5, 6, 7, 8, 9] * 4, [9, 10, 11, 9, 10, 11, 9], [30, 31] * 6]
 NEW_TOKENS = 20
-DRAFTERS = ("none", "ngram", "suffix", "recycling", "model", "itself")
+DRAFTERS = ("none", "ngram", "suffix", "recycling", "model", "itself", "suffix+recycling")
 
 
 def make_drafter(name: str, target: Any) -> Drafter:

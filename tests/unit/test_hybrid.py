@@ -1,0 +1,185 @@
+"""Drafters in one tree, on a simulated machine: the whole is as fast as the better part, what does not pay rests."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from unit_hybrid import COSTS, Clock, Copying, Reading, Run, Text, decode
+from unit_rows import make_batch
+
+from specdec.batch import Batch
+from specdec.drafters.base import Drafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.hybrid_cost import PROBE_SHARE, Economy, Gains
+from specdec.latency import LatencyCurve
+from specdec.target import TargetOutput
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Verdict
+
+CASES = [(0.0, 0.3), (0.0, 1.0), (0.3, 0.3), (0.3, 1.0)]
+"""Share of the text that repeats, skill of the dear part: one of them pays, the other, or both."""
+
+
+@cache
+def simulated(kind: str, repeats: float, skill: float) -> tuple[Run, Reading]:
+    """Four texts, by one part or by both."""
+    clock: Clock = Clock()
+    texts: dict[int, Text] = {}
+    copying, reading = Copying(clock, texts), Reading(clock, texts, skill=skill)
+    drafters: dict[str, Drafter] = {"copying": copying, "reading": reading}
+    drafter = drafters.get(kind) or HybridDrafter([copying, reading], clock=clock)
+    return decode(drafter, clock, texts, [Text(seed, repeats) for seed in range(4)]), reading
+
+
+@pytest.mark.parametrize(("repeats", "skill"), CASES)
+def test_the_whole_is_not_slower_than_the_better_part(repeats: float, skill: float) -> None:
+    alone = [simulated(part, repeats, skill)[0].speedup for part in ("copying", "reading")]
+
+    assert simulated("both", repeats, skill)[0].speedup >= 0.98 * max(alone)
+
+
+def test_the_whole_is_faster_where_parts_are_right_in_different_places() -> None:
+    alone = [simulated(part, 0.3, 1.0)[0].speedup for part in ("copying", "reading")]
+
+    assert simulated("both", 0.3, 1.0)[0].speedup >= 1.05 * max(alone)
+
+
+def test_a_part_that_does_not_pay_takes_next_to_no_time() -> None:
+    """Beyond the first tries: reading states is put off as well, to one call per draft at most."""
+    run, reading = simulated("both", 0.6, 0.0)
+
+    first_tries = 3 * 16.0  # milliseconds, of draft and catch-up
+    assert reading.spent <= PROBE_SHARE * run.ms + first_tries
+    assert reading.asked > 0
+    assert reading.reads <= reading.asked
+
+
+def test_the_dear_part_is_asked_where_it_pays() -> None:
+    run, reading = simulated("both", 0.0, 1.0)
+
+    assert reading.asked > 0.05 * run.passes
+
+
+def test_nodes_stay_while_they_are_worth_their_time_in_the_pass() -> None:
+    flat, steep = LatencyCurve.simple({1: 10.0, 64: 10.1}), LatencyCurve.simple({1: 10.0, 2: 20.0, 64: 640.0})
+    chances = [0.5, 0.3, 0.1]
+
+    assert Economy(2, flat).size(chances, 1, 0) == 4
+    assert Economy(2, steep).size(chances, 1, 0) == 1
+    assert Economy(2, COSTS).size([0.9, 0.01, 0.01, 0.01], 1, 0) == 2
+
+
+def test_states_waiting_to_be_read_count_against_a_part() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    economy.asked(1, 2.0, 1)
+    economy.read(1, 0.5, 1)
+    economy.read(1, 100.0, 1000)
+
+    def pays(states: int) -> bool:
+        return economy.pays(1, gain=0.3, nodes=1, max_nodes=24, batch=1, length=0, states=states)
+
+    assert pays(0)
+    assert pays(16)
+    assert not pays(1000)
+
+
+def test_trials_of_a_part_that_does_not_pay_are_a_bounded_share_of_the_time() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    economy.asked(1, 5.0, 1)
+    asked = 0
+    for _ in range(5000):
+        if economy.pays(1, gain=0.1, nodes=1, max_nodes=24, batch=1, length=0, states=0):
+            asked += 1
+        economy.passed(1, 1, 0, 10.0, 10.0, 1.0)
+
+    assert asked > 0
+    assert 5.0 * asked <= PROBE_SHARE * 5000 * 10.0
+
+
+def test_what_a_part_adds_to_trees_of_one_class_says_a_little_of_the_others() -> None:
+    gains = Gains()
+    before = gains.at(5)
+    for _ in range(20):
+        gains.see(0, 0.0)
+
+    assert gains.at(0) < 0.1
+    assert gains.at(5) < before / 2
+
+
+class Recording(Drafter):
+    """Reads states; remembers what it was shown, and how wide the logits were."""
+
+    name = "recording"
+    features = ("last",)
+    reads_logits = False
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def start(self, batch: Batch, output: TargetOutput | None) -> None:
+        self.calls.append(("start", [row.tokens for row in batch.rows]))
+
+    def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
+        assert output.logits.shape[-1] == 0
+        self.calls.append(("observe", output.features["last"][..., 0].tolist()))
+
+    def keep(self, batch: Batch, rows: list[int]) -> None:  # type: ignore[override]
+        self.calls.append(("keep", list(rows)))
+
+    def propose(self, batch: Batch) -> TokenTree:
+        self.calls.append(("propose", batch.pending.tolist()))
+        return TokenTree.from_pending(batch.pending)
+
+
+def plain_pass(drafter: Drafter, batch: Batch, tokens: list[int]) -> None:
+    """A pass without a draft, after which each row has its token."""
+    tree = TokenTree.from_pending(batch.pending)
+    output = TargetOutput(torch.zeros(*tree.tokens.shape, 9), {"last": tree.tokens.unsqueeze(-1).float()})
+    verdict = Verdict(torch.zeros_like(tree.tokens), [0] * len(batch), [[t] for t in tokens], [False] * len(batch))
+    drafter.observe(batch, tree, output, verdict)
+    for row, token in zip(batch.rows, tokens, strict=True):
+        row.tokens.append(token)
+
+
+def test_a_part_reads_prompt_and_passes_when_it_is_asked_rows_that_ended_left_out() -> None:
+    part, batch = Recording(), make_batch([[1, 2], [3, 4]], 9)
+    drafter = HybridDrafter([Copying(Clock(), {row.row_id: Text(0, 0.0) for row in batch.rows}), part])
+    drafter.start(batch, TargetOutput(torch.zeros(2, 1, 9), {"last": torch.tensor([[[1.0]], [[3.0]]])}))
+    plain_pass(drafter, batch, [5, 6])
+    assert part.calls == []
+
+    drafter.keep(batch, [1])
+    batch.keep([1])
+    plain_pass(drafter, batch, [7])
+    drafter.propose(batch)
+
+    assert part.calls == [
+        ("start", [[1, 2], [3, 4]]),
+        ("keep", [1]),
+        ("observe", [[4.0, 6.0]]),
+        ("propose", [7]),
+    ]
+
+
+def test_a_part_never_asked_is_never_shown_anything() -> None:
+    part, batch = Recording(), make_batch([[1, 2]], 9)
+    drafter = HybridDrafter([Copying(Clock(), {}), part])
+    drafter.start(batch, TargetOutput(torch.zeros(1, 1, 9), {"last": torch.tensor([[[1.0]]])}))
+    plain_pass(drafter, batch, [5])
+    drafter.keep(batch, [])
+
+    assert part.calls == []
+
+
+def test_what_a_part_takes_is_not_judged_by_the_draft_that_reads_the_prompt() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+
+    def pays() -> bool:
+        return economy.pays(1, gain=0.3, nodes=1, max_nodes=24, batch=1, length=0, states=0)
+
+    economy.asked(1, 100.0, 1, first=True)
+    assert pays()
+    economy.asked(1, 100.0, 1)
+    assert not pays()
