@@ -82,21 +82,32 @@ class ModelShape:
     @classmethod
     def of(cls, target: HFTarget) -> ModelShape:
         """The shape of a loaded model."""
-        config = target.config
+        weights = stored_bytes([*target.model.parameters(), *target.model.buffers()])
+        return cls.from_config(target.config, weights, target.dtype.itemsize)
+
+    @classmethod
+    def from_config(cls, config: Any, weights: int, element: int) -> ModelShape:
+        """The shape of the model that a decoder's configuration describes, loaded or not.
+
+        Args:
+            config: transformers' configuration of the text model.
+            weights: bytes of parameters and buffers.
+            element: bytes of a number.
+        """
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         width = int(getattr(config, "head_dim", None) or hidden // heads)
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
         return cls(
-            weights=stored_bytes([*target.model.parameters(), *target.model.buffers()]),
-            layers=target.num_layers,
+            weights=weights,
+            layers=int(config.num_hidden_layers),
             hidden=hidden,
             inner=max(inner) if isinstance(inner, (list, tuple)) else int(inner),
             queries=heads * width,
             keys=kv_heads * width,
             group=heads // kv_heads,
-            vocab=target.vocab_size,
-            element=target.dtype.itemsize,
+            vocab=int(config.vocab_size),
+            element=element,
             scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
         )
 
