@@ -222,7 +222,9 @@ def _categories(
 
 
 def _floor(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None or found["below"] is None else f"<p>{escape(floor_text(CategoryFloor.from_json(found)))}.</p>"
+    if found is None or found["below"] is None:
+        return ""
+    return f"<p>{escape(floor_text(CategoryFloor.from_json(found)))}.</p>"
 
 
 def _acceptance(overall: Mapping[str, Any], drafters: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArgum
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
 
-KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
 
 MOST_NODES = 64
@@ -88,6 +88,8 @@ class LeanLayer:
         named = config if type(layer).__name__ == "MistralDecoderLayer" else attention
         self._window: int | None = getattr(named, "sliding_window", None)
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        # Qwen3's attention norms each head of queries and keys.
+        self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self._qkv, self._out = attention.q_proj.product.packed, attention.o_proj.packed
         self._gate_up, self._down = mlp.gate_proj.product.packed, mlp.down_proj.packed
         self._hidden: int = mlp.intermediate_size
@@ -97,7 +99,9 @@ class LeanLayer:
         self._arguments = self._whole() if self._kernels is not None else None
 
     def _whole(self) -> LayerArguments | None:
-        """The layer for ``Kernels.layer``; None where its weights lie in another layout."""
+        """The layer for ``Kernels.layer``; None where its weights lie in another layout, or heads are normed."""
+        if self._head_norms is not None:
+            return None
         linears = (self._qkv, self._out, self._gate_up, self._down)
         if not all(isinstance(linear, PanelWeight) for linear in linears):
             return None
@@ -123,7 +127,8 @@ class LeanLayer:
         if self._kernels is not None and compiled:
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
-        heads = self._qkv(_rms_norm(self._input_norm, hidden_states)).view(batch_size, num_nodes, -1, self._head_dim)
+        qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
+        heads = qkv.view(batch_size, num_nodes, -1, self._head_dim)
         rotated = self._heads + self._kv_heads
         both = _rotate(heads[:, :, :rotated], *position_embeddings).transpose(1, 2)
         query, key = both[:, : self._heads], both[:, self._heads :]
@@ -148,6 +153,9 @@ class LeanLayer:
             return kernels.layer(self._arguments, arguments, hidden_states, buffers.keys, buffers.values)
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
+        qkv = self._norm_heads(
+            qkv, lambda norm, heads: kernels.rms_norm(heads.contiguous(), norm.weight, norm.variance_epsilon)
+        )
         attended = kernels.attention(
             qkv, rotary, buffers.keys, buffers.values, specdec_pass.cache.lengths, depth, seen, self._scale,
             self._window,
@@ -158,6 +166,14 @@ class LeanLayer:
         out: Tensor = self._down.add_to(hidden_states, kernels.gated(gate_up))
         return out
 
+    def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
+        if self._head_norms is None:
+            return qkv
+        split = [self._heads, self._kv_heads, self._kv_heads]
+        query, key, value = qkv.unflatten(-1, (-1, self._head_dim)).split(split, dim=2)
+        normed = rms_norm(self._head_norms[0], query), rms_norm(self._head_norms[1], key)
+        return torch.cat([*normed, value], dim=2).flatten(2)
 
     def _begin(
         self, kernels: Kernels, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
