@@ -170,8 +170,8 @@ class LeanLayer:
         """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
         if self._head_norms is None:
             return qkv
-        split = [self._heads, self._kv_heads, self._kv_heads]
-        query, key, value = qkv.unflatten(-1, (-1, self._head_dim)).split(split, dim=2)
+        widths = [self._heads, self._kv_heads, self._kv_heads]
+        query, key, value = torch.split(qkv.view(*qkv.shape[:2], -1, self._head_dim), widths, dim=2)
         normed = rms_norm(self._head_norms[0], query), rms_norm(self._head_norms[1], key)
         return torch.cat([*normed, value], dim=2).flatten(2)
 
