@@ -22,7 +22,6 @@ from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
 
-
 MOST_PLANNED = 64
 """Nodes up to which the best tree is worth computing when weights are loaded; its time grows with the square."""
 
