@@ -260,12 +260,22 @@ def free_bytes(device: torch.device) -> int | None:
         found.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
         pass
-    try:  # a container's limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        found.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
+    limited = _container_bytes(Path("/sys/fs/cgroup"))
+    if limited is not None:
+        found.append(limited)
     return max(0, min(found)) if found else None
+
+
+def _container_bytes(folder: Path) -> int | None:
+    """Bytes a container's limit leaves; files that were read and can be dropped count as free. None without a limit."""
+    try:
+        limit, used, stat = (
+            (folder / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        dropped = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
+        return int(limit) - int(used) + dropped
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def parse_size(text: str | int) -> int:
