@@ -14,6 +14,8 @@ from urllib.request import getproxies
 
 HUB_REPO, HUB_FILE = "lmsys/mt-bench", "data/mt_bench/question.jsonl"
 SHIPPED = Path(__file__).parent / "data" / "questions.jsonl"
+HOSTILE = "hostile"
+"""Name of the shipped set whose texts cannot be guessed, unless a file has it."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ class QuestionSet:
 def load_questions(path: str | Path | None = None) -> QuestionSet:
     """Questions of a file; without one MT-Bench from the hub where it can be reached, else the set shipped here.
 
+    Args:
+        path: the file, or "hostile" for the set of that name that is shipped.
+
     Raises:
         ValueError: for a file that cannot be read, or a malformed line, by its number.
     """
+    if str(path) == HOSTILE and not Path(HOSTILE).exists():
+        return _read(SHIPPED.with_name("hostile.jsonl"), "specdec-hostile", "shipped")
     if path is not None:
         return _read(Path(path), Path(path).stem, str(path))
     found = _hub_copy()

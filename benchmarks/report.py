@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.benchmarks.charts import bar_chart, interval_chart, legend, line_chart
-from specdec.benchmarks.schema import PLAIN, SCHEMA
+from specdec.benchmarks.schema import PLAIN, SCHEMA, CategoryFloor
+from specdec.benchmarks.summary import floor_text
 from specdec.files import write_atomically
 from specdec.stats import PHASES
 
@@ -127,6 +128,7 @@ def _page(result: Mapping[str, Any]) -> str:
         "same process, with a 95 % bootstrap interval. Tau is tokens per target pass.</p>",
         _overall_table(overall),
         *_categories(summary["categories"], overall, drafters),
+        _floor(summary.get("floor")),
         *_acceptance(overall, drafters),
         *_time_split(overall),
         *_latency(summary.get("latency_curve") or []),
@@ -217,6 +219,12 @@ def _categories(
         interval_chart("speedup", "Speed-up by category with 95 % intervals", rows, drafters),
         _table("Figures by category", heads, groups),
     ]
+
+
+def _floor(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["below"] is None:
+        return ""
+    return f"<p>{escape(floor_text(CategoryFloor.from_json(found)))}.</p>"
 
 
 def _acceptance(overall: Mapping[str, Any], drafters: Sequence[str]) -> list[str]:

@@ -164,10 +164,36 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class CategoryFloor:
+    """Whether speculation made any category slower than is allowed.
+
+    Attributes:
+        required: least speed-up over plain decoding.
+        below: drafters with a category whose median is lower: drafter, category, speed-up.
+    """
+
+    required: float
+    below: list[tuple[str, str, Interval]]
+
+    @property
+    def met(self) -> bool:
+        """Whether no category of any drafter is below."""
+        return not self.below
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CategoryFloor:
+        """The inverse of ``dataclasses.asdict``."""
+        values = _checked(cls, data)
+        values["below"] = [(label, category, Interval(**found)) for label, category, found in values["below"]]
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class Summary:
     """Figures by label, of all questions and of each category.
 
     Attributes:
+        floor: whether every category is fast enough; None in results from before it was asked.
         peak_memory_bytes: most memory the process had (resident; on a GPU, allocated there).
         latency_curve: pairs of tree nodes and median milliseconds of a pass over 512 cached tokens.
     """
@@ -176,6 +202,7 @@ class Summary:
     categories: dict[str, dict[str, Figures]]
     peak_memory_bytes: int = 0
     latency_curve: list[tuple[int, float]] = field(default_factory=list)
+    floor: CategoryFloor | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Summary:
@@ -187,6 +214,8 @@ class Summary:
             for category, found in values["categories"].items()
         }
         values["latency_curve"] = [(int(nodes), float(ms)) for nodes, ms in values["latency_curve"]]
+        if values.get("floor") is not None:
+            values["floor"] = CategoryFloor.from_json(values["floor"])
         return cls(**values)
 
 
@@ -231,6 +260,8 @@ class BenchResult:
         """Plain values, ready for ``json.dumps``."""
         summary = asdict(self.summary)
         summary["latency_curve"] = [list(point) for point in self.summary.latency_curve]
+        if summary["floor"] is not None:
+            summary["floor"]["below"] = [list(found) for found in summary["floor"]["below"]]
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"schema": SCHEMA} | plain | {"runs": [run.to_json() for run in self.runs], "summary": summary}
 

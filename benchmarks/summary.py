@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import numpy as np
 
 from specdec.benchmarks.roofline import Roofline
-from specdec.benchmarks.schema import PLAIN, Figures, Interval, Run, Summary
+from specdec.benchmarks.schema import PLAIN, CategoryFloor, Figures, Interval, Run, Summary
 from specdec.stats import PHASES, DecodeStats
 
 RESAMPLES = 2000
+LEAST_SPEEDUP = 0.97
+"""Of any drafter over plain decoding, in any category."""
 
 
 def summarise(runs: Sequence[Run], roofline: Roofline, seed: int = 0) -> Summary:
@@ -20,10 +22,34 @@ def summarise(runs: Sequence[Run], roofline: Roofline, seed: int = 0) -> Summary
     categories: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         categories[run.category].append(run)
-    return Summary(
-        overall=_by_label(runs, roofline, seed),
-        categories={category: _by_label(found, roofline, seed) for category, found in categories.items()},
+    by_category = {category: _by_label(found, roofline, seed) for category, found in categories.items()}
+    return Summary(_by_label(runs, roofline, seed), by_category, floor=category_floor(by_category))
+
+
+def category_floor(
+    categories: Mapping[str, Mapping[str, Figures]], required: float = LEAST_SPEEDUP
+) -> CategoryFloor | None:
+    """Which drafters are slower than ``required`` times plain decoding in which categories; None without a drafter."""
+    found = [
+        (label, category, figures.speedup)
+        for category, by_label in categories.items()
+        for label, figures in by_label.items()
+        if figures.speedup is not None
+    ]
+    below = sorted((each for each in found if each[2].median < required), key=lambda each: each[2].median)
+    return CategoryFloor(required, below) if found else None
+
+
+def floor_text(floor: CategoryFloor) -> str:
+    """One sentence, the slowest first; a category whose interval reaches the floor may be noise."""
+    if floor.met:
+        return f"every category of every drafter is at least {floor.required:g} times as fast as plain decoding"
+    named = ", ".join(
+        f"{label} in {category} {found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        + (" (may be noise)" if found.high >= floor.required else "")
+        for label, category, found in floor.below
     )
+    return f"slower than {floor.required:g} times plain decoding: {named}"
 
 
 def _by_label(runs: Sequence[Run], roofline: Roofline, seed: int) -> dict[str, Figures]:

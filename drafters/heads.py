@@ -16,11 +16,15 @@ from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.layer import DraftLayer
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
+from specdec.optimal_tree import OptimalTrees
 from specdec.packing import PackedLinear, can_pack, pack_linears, pack_weight
 from specdec.panels import Panel8Weight, panels_pay
 from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
+
+MOST_PLANNED = 64
+"""Nodes up to which the best tree is worth computing when weights are loaded; its time grows with the square."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class HeadConfig:
     Attributes:
         weights: folder that ``specdec train`` wrote, or of a published checkpoint; "" is what ships for the target.
         depth: deepest node.
-        width: nodes expanded per depth.
+        width: nodes expanded per depth; a calibrated tree expands as many as the best one needs.
         branching: children considered per node.
         max_nodes: most nodes of a tree, root included.
         tree: how sure a node is: the head's own probability, or the calibrated hit rate of its rank and depth.
@@ -135,6 +139,23 @@ def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Te
     return weighted.argsort(descending=True, stable=True)[:size].sort().values
 
 
+def best_width(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> int:
+    """Nodes to expand per depth for growth by these rates to end in Sequoia's best tree of the options' size.
+
+    Args:
+        hit_rates: ``[D][R]``; deeper levels and further ranks are as the last.
+        config: depth, branching and number of nodes.
+    """
+    table = []
+    for level in range(config.depth):
+        rates = [max(float(rate), 1e-4) for rate in hit_rates[min(level, len(hit_rates) - 1)]]
+        rates = (rates + [rates[-1]] * config.branching)[: config.branching]
+        table.append([rate / max(1.0, sum(rates)) for rate in rates])
+    nodes = min(config.max_nodes, MOST_PLANNED)
+    width = OptimalTrees(table, nodes, config.depth).best(nodes, config.depth).width
+    return max(1, width) if nodes == config.max_nodes else max(config.width, width)
+
+
 class HeadDrafter(Drafter):
     """A drafter with trained weights that follows the target's hidden states.
 
@@ -153,6 +174,7 @@ class HeadDrafter(Drafter):
         self.config = config or self.Config()
         self._weights = weights
         self._hit_rates: Tensor | None = None
+        self._width = int(self.config.width)
 
     @abstractmethod
     def make_module(self, shape: Mapping[str, Any]) -> HeadModule:
@@ -212,6 +234,7 @@ class HeadDrafter(Drafter):
             if not weights.hit_rates:
                 raise ValueError(f"the weights of drafter {self.name!r} have no hit rates: run specdec calibrate")
             self._hit_rates = torch.tensor(weights.hit_rates, device=target.device).clamp(min=1e-4).log()
+            self._width = best_width(weights.hit_rates, self.config)
 
     @property
     def max_depth(self) -> int:
@@ -258,7 +281,7 @@ class HeadDrafter(Drafter):
             num_nodes = tree.num_nodes - first
             return confidence.expand(-1, num_nodes, -1), tokens.expand(-1, num_nodes, -1)
 
-        return grow(batch.pending, depth, self.config.width, max_nodes, expand)
+        return grow(batch.pending, depth, self._width, max_nodes, expand)
 
     def _calibrated(self, confidence: Tensor, level: int) -> Tensor:
         """The hit rates of this depth in place of the head's own confidence; ranks beyond them are as the last."""

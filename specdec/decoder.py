@@ -17,6 +17,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
 from specdec.generation import Generation, KeptPrefix
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
+from specdec.load_plan import stored_drafter_bytes
 from specdec.memory_plan import (
     MemoryPlan,
     ModelShape,
@@ -116,7 +117,8 @@ class SpecDecoder:
 
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True, quantize=quantize,
+                packed=True, quantize=quantize, memory_budget=self._memory_budget,
+                drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)

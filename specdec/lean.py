@@ -24,7 +24,7 @@ from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArgum
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
 
-KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
 
 KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
@@ -94,6 +94,8 @@ class LeanLayer:
         named = config if type(layer).__name__ == "MistralDecoderLayer" else attention
         self._window: int | None = getattr(named, "sliding_window", None)
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        # Qwen3's attention norms each head of queries and keys.
+        self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self._qkv, self._out = attention.q_proj.product.packed, attention.o_proj.packed
         self._gate_up, self._down = mlp.gate_proj.product.packed, mlp.down_proj.packed
         self._hidden: int = mlp.intermediate_size
@@ -104,7 +106,9 @@ class LeanLayer:
         """For ``Kernels.layers``; None where the layer has to run in parts."""
 
     def _whole(self) -> LayerArguments | None:
-        """The layer for ``Kernels.layer``; None where its weights lie in another layout."""
+        """The layer for ``Kernels.layer``; None where its weights lie in another layout, or heads are normed."""
+        if self._head_norms is not None:
+            return None
         linears = (self._qkv, self._out, self._gate_up, self._down)
         if not all(isinstance(linear, PanelWeight) for linear in linears):
             return None
@@ -130,7 +134,8 @@ class LeanLayer:
         if self._kernels is not None and compiled:
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
-        heads = self._qkv(_rms_norm(self._input_norm, hidden_states)).view(batch_size, num_nodes, -1, self._head_dim)
+        qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
+        heads = qkv.view(batch_size, num_nodes, -1, self._head_dim)
         rotated = self._heads + self._kv_heads
         both = _rotate(heads[:, :, :rotated], *position_embeddings).transpose(1, 2)
         query, key = both[:, : self._heads], both[:, self._heads :]
@@ -158,6 +163,9 @@ class LeanLayer:
             return kernels.layers([self.arguments], shared, hidden_states, [(keys, values)])
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
+        qkv = self._norm_heads(
+            qkv, lambda norm, heads: kernels.rms_norm(heads.contiguous(), norm.weight, norm.variance_epsilon)
+        )
         depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
         attended = kernels.attention(qkv, rotary, keys, values, lengths, depth, seen, self._scale, self._window)
         hidden_states = self._out.add_to(hidden_states, attended)
@@ -166,6 +174,14 @@ class LeanLayer:
         out: Tensor = self._down.add_to(hidden_states, kernels.gated(gate_up))
         return out
 
+    def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
+        if self._head_norms is None:
+            return qkv
+        widths = [self._heads, self._kv_heads, self._kv_heads]
+        query, key, value = torch.split(qkv.view(*qkv.shape[:2], -1, self._head_dim), widths, dim=2)
+        normed = rms_norm(self._head_norms[0], query), rms_norm(self._head_norms[1], key)
+        return torch.cat([*normed, value], dim=2).flatten(2)
 
 class LeanStack:
     """The ``forward`` of a stack of decoder layers during our passes: all of them in one call where all are compiled.

@@ -82,21 +82,32 @@ class ModelShape:
     @classmethod
     def of(cls, target: HFTarget) -> ModelShape:
         """The shape of a loaded model."""
-        config = target.config
+        weights = stored_bytes([*target.model.parameters(), *target.model.buffers()])
+        return cls.from_config(target.config, weights, target.dtype.itemsize)
+
+    @classmethod
+    def from_config(cls, config: Any, weights: int, element: int) -> ModelShape:
+        """The shape of the model that a decoder's configuration describes, loaded or not.
+
+        Args:
+            config: transformers' configuration of the text model.
+            weights: bytes of parameters and buffers.
+            element: bytes of a number.
+        """
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         width = int(getattr(config, "head_dim", None) or hidden // heads)
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
         return cls(
-            weights=stored_bytes([*target.model.parameters(), *target.model.buffers()]),
-            layers=target.num_layers,
+            weights=weights,
+            layers=int(config.num_hidden_layers),
             hidden=hidden,
             inner=max(inner) if isinstance(inner, (list, tuple)) else int(inner),
             queries=heads * width,
             keys=kv_heads * width,
             group=heads // kv_heads,
-            vocab=target.vocab_size,
-            element=target.dtype.itemsize,
+            vocab=int(config.vocab_size),
+            element=element,
             scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
         )
 
@@ -249,12 +260,22 @@ def free_bytes(device: torch.device) -> int | None:
         found.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
         pass
-    try:  # a container's limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        found.append(int(limit) - int(used))
-    except (OSError, ValueError):
-        pass
+    limited = _container_bytes(Path("/sys/fs/cgroup"))
+    if limited is not None:
+        found.append(limited)
     return max(0, min(found)) if found else None
+
+
+def _container_bytes(folder: Path) -> int | None:
+    """Bytes a container's limit leaves; files that were read and can be dropped count as free. None without a limit."""
+    try:
+        limit, used, stat = (
+            (folder / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        dropped = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
+        return int(limit) - int(used) + dropped
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def parse_size(text: str | int) -> int:

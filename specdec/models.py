@@ -72,6 +72,8 @@ def load_model(
     quantize: str | None = None,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    memory_budget: int | None = None,
+    drafter_bytes: int = 0,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -88,6 +90,8 @@ def load_model(
             "nf4"; the rest is then bfloat16 where dtype is "auto" and the CPU computes in it.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
+        memory_budget: bytes in all; None is what is free. A model that does not fit is refused before it is read.
+        drafter_bytes: of these, a drafter's.
 
     Raises:
         ModelNotFoundError: when no model goes by the name.
@@ -111,6 +115,7 @@ def load_model(
         _reject_hopeless(name)
         folder = _download(name, allow_pickle, trust_remote_code, progress)
     with quiet():
+        _check_memory(folder, what, where, packed, quantize, trust_remote_code, memory_budget, drafter_bytes)
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
     if quantize is not None:
@@ -122,6 +127,29 @@ def load_model(
         pack_linears(model)
         make_lean(model)
     return LoadedModel(model, tokenizer, name)
+
+
+def _check_memory(
+    folder: Path,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    packed: bool,
+    quantize: str | None,
+    trust_remote_code: bool,
+    memory_budget: int | None,
+    drafter: int,
+) -> None:
+    """Refuse a model that cannot be loaded into the memory there is, by its headers."""
+    from specdec.load_plan import check_load, plan_load
+    from specdec.memory_plan import free_bytes
+
+    if folder.is_dir():
+        check_folder(folder, allow_pickle=True)
+    on_cpu = device.type == "cpu"
+    lays_out = packed and on_cpu and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    plan = plan_load(folder, dtype, lays_out=lays_out, quantize=quantize, trust_remote_code=trust_remote_code)
+    if plan is not None:
+        check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)
 
 
 def _made_to_order(

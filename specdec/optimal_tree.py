@@ -1,15 +1,20 @@
 """The tree of a given size that promises the most tokens: Sequoia's dynamic programme (Chen et al. 2024, section 3.1).
 
 It needs one assumption, positional acceptance: the chance that a node's child of rank r is the accepted one depends on
-r alone.
+r alone, or on r and the node's depth, as calibrated drafters report it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from specdec.tree import ROOT
+
+ROUNDED = 1e-3
+"""What rounding may add to a sum of chances that were written with four digits."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class RankedTree:
             depths.append(depths[parent] + 1)
         return max(depths)
 
+    @property
+    def width(self) -> int:
+        """Most nodes of one depth that have children: how many a drafter must expand there; 0 for a root alone."""
+        depths, inner = [0], set(self.parents[1:])
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return max(Counter(depths[node] for node in inner).values(), default=0)
+
 
 class OptimalTrees:
     """The best trees of all sizes and depths for given chances.
@@ -44,9 +57,11 @@ class OptimalTrees:
         T[1][l][0] = 1
         T[m][l][b] = max_y T[y][l][b-1] + p_b * best(m - y, l - 1)
 
+    Where chances depend on depth as well, tables are made for each depth the subtree's root may have.
+
     Args:
         chances: ``p_1, p_2, ...``, that the child of each rank is accepted, given that its parent is; they exclude each
-            other, so they sum to at most 1.
+            other, so they sum to at most 1. Or a row of them per depth of the child, from 1 on; deeper there is none.
         max_nodes: largest size, root included.
         max_depth: deepest node.
 
@@ -54,65 +69,59 @@ class OptimalTrees:
         ValueError: for chances outside [0, 1], a sum beyond 1, or limits below 1 node or depth 0.
     """
 
-    def __init__(self, chances: Sequence[float], max_nodes: int, max_depth: int) -> None:
-        if not all(0.0 <= chance <= 1.0 for chance in chances) or sum(chances) > 1.0 + 1e-9:
-            raise ValueError(f"chances must lie in [0, 1] and sum to at most 1, got {list(chances)}")
+    def __init__(self, chances: Sequence[float] | Sequence[Sequence[float]], max_nodes: int, max_depth: int) -> None:
+        self._by_depth = len(chances) > 0 and isinstance(chances[0], Sequence)
+        rows: Any = chances if self._by_depth else [chances]
+        self._rows: list[list[float]] = [[float(chance) for chance in row] for row in rows]
+        for row in self._rows:
+            if not all(0.0 <= chance <= 1.0 for chance in row) or sum(row) > 1.0 + ROUNDED:
+                raise ValueError(f"chances must lie in [0, 1] and sum to at most 1, got {row}")
         if max_nodes < 1 or max_depth < 0:
             raise ValueError(f"a tree has at least 1 node and depth 0, got {max_nodes} and {max_depth}")
-        self._chances = list(chances)
         self.max_nodes, self.max_depth = max_nodes, max_depth
-        self._best = [[-1.0] * (max_nodes + 1) for _ in range(max_depth + 1)]  # [l][m]
-        self._arity = [[0] * (max_nodes + 1) for _ in range(max_depth + 1)]
-        self._split: dict[tuple[int, int, int], int] = {}  # (l, m, b) -> y, nodes left to the better ranks
-        for depth in range(max_depth + 1):
-            self._fill(depth)
+        self._tables: dict[tuple[int, int], _Table] = {}
 
-    def _fill(self, depth: int) -> None:
-        table = [-1.0] * (self.max_nodes + 1)  # of b children, by m; -1 where there is no such tree
-        table[1] = 1.0
-        best, arity = self._best[depth], self._arity[depth]
-        best[1] = 1.0
-        if depth == 0:
-            return
-        below = self._best[depth - 1]
-        for children, chance in enumerate(self._chances, start=1):
-            more = [-1.0] * (self.max_nodes + 1)
-            for size in range(children + 1, self.max_nodes + 1):
-                for rest in range(children, size):
-                    if table[rest] < 0 or below[size - rest] < 0:
-                        continue
-                    value = table[rest] + chance * below[size - rest]
-                    if value > more[size]:
-                        more[size], self._split[depth, size, children] = value, rest
-                if more[size] > best[size]:
-                    best[size], arity[size] = more[size], children
-            table = more
+    def _table(self, at: int, left: int) -> _Table:
+        """Subtrees whose root is ``at`` deep and which may go ``left`` deeper."""
+        at = at if self._by_depth else 0
+        if (at, left) not in self._tables:
+            last = left == 0 or at >= len(self._rows)
+            below = None if last else self._table(at + 1, left - 1)
+            self._tables[at, left] = _Table(self._rows[at] if below else [], self.max_nodes, below)
+        return self._tables[at, left]
 
     def tokens(self, nodes: int, depth: int) -> float | None:
         """Expected tokens per pass of the best tree of exactly that many nodes; None where none is that flat."""
-        value = self._best[depth][nodes]
+        value = self._table(0, depth).best[nodes]
         return None if value < 0 else value
 
     def tree(self, nodes: int, depth: int) -> RankedTree:
         """The best tree of exactly ``nodes`` nodes, at most ``depth`` deep. Raises ValueError where there is none."""
         value = self.tokens(nodes, depth)
         if value is None:
-            raise ValueError(f"{len(self._chances)} ranks make no tree of {nodes} nodes that is at most {depth} deep")
+            raise ValueError(
+                f"{max(map(len, self._rows))} ranks make no tree of {nodes} nodes that is at most {depth} deep"
+            )
         parents, ranks = [ROOT], [-1]
 
-        def grow(node: int, size: int, level: int) -> None:
-            children = []
-            for rank in range(self._arity[level][size], 0, -1):
-                rest = self._split[level, size, rank]
+        def grow(node: int, size: int, at: int) -> None:
+            children, table = [], self._table(at, depth - at)
+            for rank in range(table.arity[size], 0, -1):
+                rest = table.split[size, rank]
                 children.append((rank - 1, size - rest))
                 size = rest
             for rank, share in reversed(children):
                 parents.append(node)
                 ranks.append(rank)
-                grow(len(parents) - 1, share, level - 1)
+                grow(len(parents) - 1, share, at + 1)
 
-        grow(0, nodes, depth)
+        grow(0, nodes, 0)
         return RankedTree(tuple(parents), tuple(ranks), value)
+
+    def best(self, nodes: int, depth: int) -> RankedTree:
+        """The tree of at most ``nodes`` nodes and so deep that promises most; the smaller one of equals."""
+        sizes = {size: self.tokens(size, depth) or 0.0 for size in range(1, nodes + 1)}
+        return self.tree(max(sizes, key=lambda size: (sizes[size], -size)), depth)
 
     def fastest(self, pass_ms: Callable[[int], float], level_ms: float) -> RankedTree:
         """The tree that takes the least time per token, ``(depth * level_ms + pass_ms(nodes)) / tokens``.
@@ -130,3 +139,33 @@ class OptimalTrees:
                     if rate > found[0]:
                         found = rate, nodes, depth
         return self.tree(found[1], found[2])
+
+
+class _Table:
+    """The best subtrees by number of nodes.
+
+    Args:
+        chances: of the root's children by rank; none where it must be a leaf.
+        max_nodes: largest size.
+        below: the same of its children.
+    """
+
+    def __init__(self, chances: Sequence[float], max_nodes: int, below: _Table | None) -> None:
+        self.best = [-1.0] * (max_nodes + 1)  # tokens; -1 where there is no such tree
+        self.arity = [0] * (max_nodes + 1)
+        self.split: dict[tuple[int, int], int] = {}  # (m, b) -> y, nodes left to the better ranks
+        table = [-1.0] * (max_nodes + 1)  # of b children
+        table[1] = self.best[1] = 1.0
+        for children, chance in enumerate(chances, start=1):
+            assert below is not None
+            more = [-1.0] * (max_nodes + 1)
+            for size in range(children + 1, max_nodes + 1):
+                for rest in range(children, size):
+                    if table[rest] < 0 or below.best[size - rest] < 0:
+                        continue
+                    value = table[rest] + chance * below.best[size - rest]
+                    if value > more[size]:
+                        more[size], self.split[size, children] = value, rest
+                if more[size] > self.best[size]:
+                    self.best[size], self.arity[size] = more[size], children
+            table = more

@@ -155,7 +155,8 @@ class PooledKVCache(KVCache):
         order = torch.arange(path.shape[1], device=path.device)
         wanted = upload(list(counts), path.device).unsqueeze(1) > order
         base = self.lengths.unsqueeze(1)
-        source, rows = base + torch.where(wanted, path, order), upload(range(self.batch_size), path.device).unsqueeze(1)
+        source = base + torch.where(wanted, path, order)
+        rows = torch.arange(self.batch_size, device=path.device).unsqueeze(1)
         if path.shape[1] > 1:
             for buffers in self.layers.values():
                 for buffer in (buffers.keys, buffers.values):

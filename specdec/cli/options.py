@@ -138,8 +138,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         check_verifier(options.verifier)
-        if options.memory_budget is not None:
-            parse_size(options.memory_budget)
+        budget = None if options.memory_budget is None else parse_size(options.memory_budget)
         drafter_options = split_assignments(options.drafter_options)
         if options.draft_device is not None:
             drafter_options = with_draft_device(options.drafter, drafter_options, options.draft_device)
@@ -153,6 +152,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
             packed=True,
             quantize=options.quantize,
             progress=say,
+            memory_budget=budget,
         )
         target = HFTarget(loaded.model)
         if options.drafter == "auto":

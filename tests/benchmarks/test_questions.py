@@ -113,3 +113,15 @@ def test_what_no_result_could_hold_is_named_before_anything_runs(tmp_path: Path,
     path.write_bytes(line + b"\n")
     with pytest.raises(ValueError, match=message):
         load_questions(path)
+
+
+def test_the_hostile_set_is_shipped_and_a_file_of_its_name_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = load_questions("hostile")
+    assert (found.name, found.source) == ("specdec-hostile", "shipped")
+    assert {q.category for q in found.questions} == {"random-words", "base64", "hex", "bytes"}
+    assert len({turn for q in found.questions for turn in q.turns}) == 32
+    Path("hostile").write_text(GOOD)
+    assert load_questions("hostile").questions[0].category == "math"

@@ -255,3 +255,13 @@ def test_contrast_meets_wcag_aa(scheme: int) -> None:
             assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
     for number in range(8):
         assert contrast(colours[f"s{number}"], colours["page"]) >= 3.0, number
+
+
+def test_categories_slower_than_allowed_are_said(result: dict[str, Any], render: Callable[..., str]) -> None:
+    slow = {"median": 0.9, "low": 0.8, "high": 0.95}
+    result["summary"]["floor"] = {"required": 0.97, "below": [["ngram", "a <b>", slow]]}
+    assert "slower than 0.97 times plain decoding: ngram in a &lt;b&gt; 0.90 [0.80, 0.95]." in render(result)
+    result["summary"]["floor"]["below"] = []
+    assert "every category of every drafter is at least 0.97 times as fast" in render(result)
+    del result["summary"]["floor"]
+    assert "at least 0.97" not in render(result)

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specdec.benchmarks.roofline import Roofline, kv_bytes_per_token, latency_curve, measure_bandwidth, weight_bytes
-from specdec.benchmarks.schema import Interval, Run
-from specdec.benchmarks.summary import bootstrap, figures, paired_ratios, summarise
+from specdec.benchmarks.schema import CategoryFloor, Interval, Run, Summary
+from specdec.benchmarks.summary import bootstrap, figures, floor_text, paired_ratios, summarise
 from specdec.target import HFTarget
 
 MakeRun = Callable[..., Run]
@@ -149,3 +149,29 @@ def test_roofline_is_measured(target: HFTarget) -> None:
     curve = latency_curve(target, repeats=1)
     assert [nodes for nodes, _ in curve] == [1, 4, 8, 16, 32, 64]
     assert all(ms > 0 for _, ms in curve)
+
+
+def test_categories_below_the_floor_are_named_slowest_first(make_run: MakeRun) -> None:
+    runs = [
+        make_run(label, question_id=question, question_ids=(question,), category=category, milliseconds=times(ms))
+        for category, question, plain in (("math", 1, 96.0), ("coding", 2, 50.0), ("stem", 3, 97.0))
+        for label, ms in (("none", plain), ("ngram", 100.0))
+    ]  # fmt: skip
+    floor = summarise(runs, ROOFLINE).floor
+    assert floor is not None
+    assert not floor.met
+    assert [(label, category) for label, category, _ in floor.below] == [("ngram", "coding"), ("ngram", "math")]
+    assert floor_text(floor) == (
+        "slower than 0.97 times plain decoding: ngram in coding 0.50 [0.50, 0.50], ngram in math 0.96 [0.96, 0.96]"
+    )
+    noisy = CategoryFloor(0.97, [("ngram", "math", Interval(0.96, 0.9, 0.99))])
+    assert floor_text(noisy).endswith("[0.90, 0.99] (may be noise)")
+
+
+def test_a_floor_that_is_met_or_was_not_asked_for(make_run: MakeRun) -> None:
+    floor = summarise([make_run("none"), make_run("ngram")], ROOFLINE).floor
+    assert floor is not None
+    assert floor.met
+    assert floor_text(floor).startswith("every category of every drafter is at least 0.97 times")
+    assert summarise([make_run("none")], ROOFLINE).floor is None
+    assert Summary.from_json({"overall": {}, "categories": {}, "latency_curve": []}).floor is None

@@ -210,6 +210,16 @@ def test_without_a_budget_what_is_free_counts(small: HFTarget, monkeypatch: pyte
     assert decoder.generate([1, 2], max_new_tokens=5).token_ids
 
 
+def test_a_containers_limit_counts_without_files_that_can_be_dropped(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 550\nactive_file 50\n")
+    assert memory_plan._container_bytes(tmp_path) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_plan._container_bytes(tmp_path) is None
+    assert memory_plan._container_bytes(tmp_path / "none") is None
+
+
 def test_free_memory_is_within_what_the_machine_has() -> None:
     free = memory_plan.free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 2**50

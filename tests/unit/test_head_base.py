@@ -21,6 +21,7 @@ from specdec.drafters.layer import CachedAttention, DraftLayer, LayerShape, caus
 from specdec.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHeads
 from specdec.drafters.weights import DrafterWeights
 from specdec.kv_cache import KVCache
+from specdec.optimal_tree import OptimalTrees
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import TokenTree
@@ -138,6 +139,23 @@ def test_calibrated_trees_go_by_rank_and_depth(target: HFTarget) -> None:
     best, second = VOCAB - 1, VOCAB - 2
     assert tree.tokens[0, 1:].tolist() == [best, best, second, best]  # 0.6, 0.54, 0.5, 0.45
     assert tree.parents[0].tolist() == [-1, 0, 1, 0, 3]
+
+
+@pytest.mark.parametrize("max_nodes", [2, 8, 23])
+@pytest.mark.parametrize("rates", [[[0.4, 0.3, 0.2]] * 3, [[0.3, 0.3, 0.3], [0.9, 0.05, 0.04], [0.5, 0.2, 0.1]]])
+def test_calibrated_trees_are_sequoias_best(target: HFTarget, rates: list[list[float]], max_nodes: int) -> None:
+    weights = random_weights(target, "medusa", 0, 1)
+    weights = DrafterWeights(weights.drafter, weights.target, weights.shape, weights.tensors, hit_rates=rates)
+    config = HeadConfig(tree="calibrated", depth=3, max_nodes=max_nodes, branching=3, width=1)
+    drafter = Recorder(config, weights)
+    drafter.bind(target, None)
+    drafter.begin(1)
+    tree = drafter.propose(make_batch([[1, 2]], VOCAB, SamplingParams()))
+
+    best = OptimalTrees(rates, max_nodes, 3).best(max_nodes, 3)
+    assert tree.num_nodes == max_nodes == len(best.parents)
+    assert tree.confidence is not None
+    assert float(tree.confidence.sum()) == pytest.approx(best.tokens)  # chances that nodes are accepted, the root's 1
 
 
 @pytest.mark.parametrize("option", ["depth", "width", "branching", "max_nodes"])

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from specdec.drafters.ppd_tree import best_candidates
 from specdec.optimal_tree import OptimalTrees, RankedTree
 from specdec.tree import ROOT
 
@@ -111,3 +112,71 @@ def test_chances_that_are_none_are_refused(chances: tuple[float, ...]) -> None:
 def test_limits_that_leave_no_tree_are_refused() -> None:
     with pytest.raises(ValueError, match="got 0 and 2"):
         OptimalTrees((0.5,), 0, 2)
+
+
+# Chances that depend on depth as well
+
+TABLES = {
+    "falling": [(0.7, 0.1), (0.4, 0.3), (0.2, 0.2)],
+    "better below": [(0.3, 0.3), (0.9, 0.05)],
+    "one rank, then three": [(0.8,), (0.4, 0.3, 0.2)],
+    "hopeless below": [(0.5, 0.4), (0.0, 0.0)],
+}
+
+
+def expected_by_depth(shape: Shape, table: list[tuple[float, ...]], depth: int = 0) -> float | None:
+    """As ``expected_tokens``; None for a tree with a child that the table has no chance for."""
+    total, row = 1.0, table[depth] if depth < len(table) else ()
+    if len(shape) > len(row):
+        return None
+    for chance, child in zip(row, shape, strict=False):
+        below = expected_by_depth(child, table, depth + 1)
+        if below is None:
+            return None
+        total += chance * below
+    return total
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_tree_is_better_where_chances_depend_on_depth(name: str) -> None:
+    table = TABLES[name]
+    trees = OptimalTrees(table, max_nodes=6, max_depth=4)
+    for nodes, depth in itertools.product(range(1, 7), range(5)):
+        found = [expected_by_depth(s, table) for s in shapes(nodes, depth, max(map(len, table)))]
+        best = max((value for value in found if value is not None), default=None)
+        assert trees.tokens(nodes, depth) == (None if best is None else pytest.approx(best))
+        if best is not None:
+            tree, reached, depths = trees.tree(nodes, depth), [1.0], [0]
+            for parent, rank in zip(tree.parents[1:], tree.ranks[1:], strict=True):
+                depths.append(depths[parent] + 1)
+                reached.append(reached[parent] * table[depths[parent]][rank])
+            assert (len(tree.parents), tree.tokens) == (nodes, pytest.approx(sum(reached)))
+            assert tree.tokens == pytest.approx(best)
+
+
+def test_a_row_for_every_depth_is_the_row_alone() -> None:
+    alone, repeated = OptimalTrees((0.6, 0.2), 12, 4), OptimalTrees([(0.6, 0.2)] * 4, 12, 4)
+    for nodes, depth in itertools.product(range(1, 13), range(5)):
+        assert alone.tokens(nodes, depth) == repeated.tokens(nodes, depth)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("guesses", [1, 4, 9])
+def test_choosing_guesses_by_their_chance_gives_the_same_promise(name: str, guesses: int) -> None:
+    """PPD takes the likeliest guesses one by one; where chances fall by rank that is the programme's tree."""
+    candidates = best_candidates(TABLES[name], guesses)
+    trees = OptimalTrees(TABLES[name], max_nodes=10, max_depth=3)
+    assert trees.best(len(candidates), 3).tokens == pytest.approx(1.0 + candidates.expected)
+
+
+def test_the_best_tree_is_no_larger_than_it_has_to_be() -> None:
+    tree = OptimalTrees([(0.5, 0.4), (0.0, 0.0)], 8, 4).best(8, 4)
+    assert tree.parents == (ROOT, 0, 0)
+    assert (tree.width, tree.depth) == (1, 1)
+    assert OptimalTrees([(0.5, 0.4)] * 2, 8, 2).best(8, 2).width == 2
+    assert OptimalTrees((0.0,), 8, 2).best(8, 2).width == 0
+
+
+def test_a_bad_row_of_a_table_is_named() -> None:
+    with pytest.raises(ValueError, match=r"sum to at most 1, got \[0\.9, 0\.2\]"):
+        OptimalTrees([(0.5,), (0.9, 0.2)], 3, 2)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option("-d", "--drafter", "drafters", multiple=True, default=("auto",), help="Drafter to measure; repeatable.")
 @click.option("-o", "options", multiple=True, metavar="DRAFTER.NAME=VALUE", help="Drafter option; repeatable.")
-@click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")
+@click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl, or 'hostile'; else MT-Bench's.")
 @click.option("--limit", type=click.IntRange(min=1), help="So many questions, spread evenly over the categories.")
 @click.option("--turns", type=click.IntRange(1, 2), default=2, show_default=True, help="Turns of each question.")
 @click.option("-t", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Per turn.")

@@ -83,7 +83,10 @@ def _median(ratios: dict[tuple[int, ...], list[float]]) -> float:
 
 def report(result: BenchResult) -> str:
     """The final tables as text: per category, then overall, with what ran and on what."""
+    from specdec.benchmarks.summary import floor_text
+
     questions, machine, settings = result.questions, result.machine, result.settings
+    floor = result.summary.floor
     rows = [
         _row(category, label, found)
         for category, by_label in [*result.summary.categories.items(), ("overall", result.summary.overall)]
@@ -95,6 +98,7 @@ def report(result: BenchResult) -> str:
         "",
         "Speed-up: median of paired ratios with its 95 % interval. tau: tokens per target pass. draft to other: "
         "milliseconds per pass. first: median milliseconds to the first token.",
+        *([] if floor is None else [floor_text(floor)]),
         f"equal: runs whose tokens are plain decoding's, of those compared; {_rounding(result.runs)}",
         f"questions: {questions['name']} ({questions['source']}), {questions['count']} of sha256 {questions['sha256']}",
         f"model: {settings['model']} {settings['dtype']} on {machine['gpu'] or machine['cpu']}, {machine['threads']} "
