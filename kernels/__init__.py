@@ -23,4 +23,4 @@ def runs_triton(tensor: Tensor) -> bool:
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the tensor's GPU the current one within the block: that is where Triton launches."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
