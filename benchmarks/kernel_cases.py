@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specdec.benchmarks.kernel_peers import flashinfer_attention, gemlite_product, marlin_product
 from specdec.benchmarks.kernels import Call, Cases, KernelCase
 from specdec.kernels.accept import accept, noise_keys
 from specdec.kernels.accept import reference as accept_reference
@@ -63,8 +64,7 @@ def _tree_case(device: torch.device, batch: int, length: int, nodes: int) -> Ker
     contenders: dict[str, Callable[[Any], Call]] = {"sdpa": lambda x: lambda: _sdpa(x[0], x[1], x[2], visible, scale)}
     if device.type == "cuda":
         contenders["flex_attention"] = _flex(visible, scale)
-        if batch == 1:
-            contenders["flashinfer"] = lambda x: _flashinfer(x[0], x[1], x[2], visible, scale)
+        contenders["flashinfer"] = lambda x: flashinfer_attention(x[0], x[1], x[2], visible, scale)
     slots = batch * (length + nodes)
     return KernelCase(
         {"batch": batch, "context": length, "nodes": nodes},
@@ -100,21 +100,6 @@ def _flex(visible: Tensor, scale: float) -> Any:
         return partial(made[0], *operands)
 
     return bind
-
-
-def _flashinfer(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Call:
-    import flashinfer  # type: ignore[import-not-found,unused-ignore]
-
-    packed = flashinfer.packbits(visible[0].flatten(), bitorder="little")
-    nodes = query[0].transpose(0, 1).contiguous()
-
-    def call() -> Tensor:
-        out: Tensor = flashinfer.single_prefill_with_kv_cache(
-            nodes, keys[0], values[0], packed_custom_mask=packed, kv_layout="HND", sm_scale=scale
-        )
-        return out.transpose(0, 1).unsqueeze(0)
-
-    return call
 
 
 def shared_prefix_cases(device: torch.device, small: bool) -> list[KernelCase]:
@@ -183,6 +168,10 @@ def _product_case(device: torch.device, rows: int, num_outputs: int, num_inputs:
             measure_choices(weight, torch.bfloat16, table, rows=(rows,), rounds=5)
         return _normal(seed + 1000, device, rows, num_inputs), weight, weight.dequantize(torch.bfloat16)
 
+    contenders: dict[str, Callable[[Any], Call]] = {"bfloat16 weight": lambda x: lambda: F.linear(x[0], x[2])}
+    if device.type == "cuda" and group == 128:  # both want zero points
+        contenders["gemlite"] = lambda x: gemlite_product(x[0], x[1])
+        contenders["marlin"] = lambda x: marlin_product(x[0], x[1])
     groups = num_inputs // group
     stored = num_outputs * (num_inputs // 2 + groups * (4 if group == 32 else 3))
     return KernelCase(
@@ -191,7 +180,7 @@ def _product_case(device: torch.device, rows: int, num_outputs: int, num_inputs:
         lambda x: lambda: w4a16(x[0], x[1], table),
         stored + 2 * rows * (num_outputs + num_inputs),
         2 * rows * num_outputs * num_inputs,
-        {"bfloat16 weight": lambda x: lambda: F.linear(x[0], x[2])},
+        contenders,
         lambda x: w4a16_reference.w4a16(x[0], x[1]),
     )
 

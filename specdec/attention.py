@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from specdec.kernels.decoder_layer import PassArguments
-from specdec.kernels.tree_attention import tree_attention
+from specdec.kernels.tree_attention import TreeMask, serves_rules, tree_attention
 from specdec.kv_cache import KVCache
 
 ATTENTION_NAME = "specdec_tree"
@@ -38,6 +38,7 @@ class AttentionPass:
         self.positions = cache.lengths.unsqueeze(1) + depth[:, self.offset :]  # [B, n]
         self.windows: dict[int, int | None] = {}  # layer -> the window it asked for
         self._masks: dict[int | None, Tensor] = {}
+        self._rules: dict[int | None, TreeMask] = {}
         self._key_positions: Tensor | None = None
         self.arguments: PassArguments | None = None
         """Of compiled layers; ``held`` keeps their tensors alive."""
@@ -52,6 +53,12 @@ class AttentionPass:
             distance = self.positions.unsqueeze(2) - self._key_positions.unsqueeze(1)
             self._masks[window] = self._masks[None] & (distance < window)
         return self._masks[window]
+
+    def rules(self, window: int | None) -> TreeMask:
+        """What ``mask`` says, as the rules it follows from: GPU kernels read no matrix of a long context."""
+        if window not in self._rules:
+            self._rules[window] = TreeMask(self.cache.lengths, self.ancestors, self.depth, window)
+        return self._rules[window]
 
     def _visibility(self) -> tuple[Tensor, Tensor]:
         """What each node sees of the slots, ``[B, n, S]`` bool, and the slots' positions ``[B, S]``."""
@@ -80,7 +87,9 @@ def attend(
     """Write a layer's keys and values to the cache and attend over it: ``[B, H, n, d]`` to ``[B, H, n, d_v]``."""
     specdec_pass.windows[layer] = window
     keys, values = specdec_pass.cache.write(layer, key, value, specdec_pass.offset)
-    return tree_attention(query, keys, values, specdec_pass.mask(window), scale, softcap, sinks)
+    by_rules = serves_rules(query, keys, values)
+    visible = specdec_pass.rules(window) if by_rules else specdec_pass.mask(window)
+    return tree_attention(query, keys, values, visible, scale, softcap, sinks)
 
 
 def _attention(

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPass
-from specdec.kernels import runs_triton
-from specdec.kernels.tree_attention import TreeMask
 from specdec.kv_cache import KVCache
 from specdec.pooled_cache import BufferPools, DeviceCache, PooledKVCache
 from specdec.target import Feature, HFTarget, TargetOutput
@@ -76,17 +74,11 @@ def bucket_of(nodes: int, buckets: Sequence[int] = BUCKETS) -> int | None:
 class DevicePass(AttentionPass):
     """An attention pass of which the host knows sizes only."""
 
-    def __init__(self, cache: KVCache, depth: Tensor, ancestors: Tensor) -> None:
-        super().__init__(cache, depth, ancestors)
-        self._rules: dict[int | None, TreeMask | Tensor] = {}
-
-    def mask(self, window: int | None) -> Any:
-        """The rules for kernels that read lengths themselves, else ``[B, n, S]`` bool over all slots."""
-        if window not in self._rules:
-            rules = TreeMask(self.cache.lengths, self.ancestors, self.depth, window)
-            # What it derives is made within the graph, at the first layer that reads it.
-            self._rules[window] = rules if runs_triton(self.depth) else rules.dense(self.cache.capacity)
-        return self._rules[window]
+    def mask(self, window: int | None) -> Tensor:
+        """``[B, n, S]`` bool over all slots, made within the graph at the first layer that reads it."""
+        if window not in self._masks:
+            self._masks[window] = self.rules(window).dense(self.cache.capacity)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.kernels.accept import accept, noise_keys
-from specdec.tree import PADDING, TokenTree
+from specdec.kernels.accept import accept, noise_keys, serves
+from specdec.kernels.accept.acceptance import NUM_FIELDS
+from specdec.sampling import filter_logits
+from specdec.tree import TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
 
-class GreedyVerifier(Verifier):
+class MatchVerifier(Verifier):
+    """What the two have in common: the whole walk in one go (``specdec.kernels.accept``).
+
+    On a CPU not where logits have to be filtered: that is done for the nodes on the path alone.
+    """
+
+    def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
+        plain = batch.seen is None and (batch.params.greedy or not batch.params.filters)
+        if serves(logits) or (plain and logits.device.type == "cpu"):
+            return accept_by_kernel(tree, logits, batch, self.coupled)
+        walk = TreeWalk(tree, logits, batch)
+        while walk.active:
+            walk.choose(self._choice(walk, batch))
+        return walk.verdict()
+
+    @abstractmethod
+    def _choice(self, walk: TreeWalk, batch: Batch) -> Tensor:
+        """``[B]`` int64, the token the target chooses at each row's node."""
+
+
+class GreedyVerifier(MatchVerifier):
     """The target takes its most probable token; the text equals greedy decoding token for token."""
 
     name = "greedy"
 
-    def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
-        if batch.seen is None:
-            return match_at_once(tree, logits)
-        walk = TreeWalk(tree, logits, batch)
-        while walk.active:
-            walk.choose(walk.scores().argmax(-1))
-        return walk.verdict()
+    def _choice(self, walk: TreeWalk, batch: Batch) -> Tensor:
+        return walk.scores().argmax(-1)
 
 
-class CoupledVerifier(Verifier):
+class CoupledVerifier(MatchVerifier):
     """The target takes ``argmax(log p + g)``, g being Gumbel noise keyed by (seed, position).
 
     This samples from p exactly, and the text for a seed is the same with any drafter, tree or batch, or with none
@@ -35,31 +54,36 @@ class CoupledVerifier(Verifier):
     name = "coupled"
     coupled = True
 
-    def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
-        if batch.seen is None and not batch.params.filters:
-            positions, levels = [len(row.tokens) for row in batch.rows], int(tree.draft_depth.max()) + 1
-            keys = noise_keys([row.noise for row in batch.rows], positions, levels)
-            return match_at_once(tree, logits, keys.to(logits.device), batch.params.temperature)
-        walk = TreeWalk(tree, logits, batch)
-        while walk.active:
-            noise = torch.stack([row.noise.gumbel(len(row.tokens) + walk.depth) for row in batch.rows])
-            walk.choose((walk.scores() + noise).argmax(-1))
-        return walk.verdict()
+    def _choice(self, walk: TreeWalk, batch: Batch) -> Tensor:
+        noise = torch.stack([row.noise.gumbel(len(row.tokens) + walk.depth) for row in batch.rows])
+        return (walk.scores() + noise).argmax(-1)
 
 
-def match_at_once(tree: TokenTree, logits: Tensor, keys: Tensor | None = None, temperature: float = 1.0) -> Verdict:
-    """Matching where the logits are: the host waits for a device once, however deep the trees.
+def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: bool) -> Verdict:
+    """The verdict of ``TreeWalk``, found where the logits are: one copy of a few numbers a row reaches the host.
 
     Args:
         tree: the tree the target checked.
-        logits: ``[B, N, V]``, nothing to be changed in them.
-        keys: as ``specdec.kernels.accept.accept`` has them; greedy without.
-        temperature: read with ``keys``.
+        logits: ``[B, N, V]`` the target's logits at its nodes.
+        batch: the rows; not changed.
+        coupled: add the rows' noise to the scores.
     """
-    found = accept(logits, tree.tokens, tree.parents.masked_fill(~tree.acceptable, PADDING), keys, temperature)
+    params, temperature = batch.params, batch.params.temperature or 1.0
+    if params.repetition_penalty != 1.0 or (params.filters and not params.greedy):
+        seen = None if batch.seen is None else tree.seen_on_paths(batch.seen).flatten(0, 1)
+        logits, temperature = filter_logits(logits.flatten(0, 1), params, seen).view(logits.shape), 1.0
+    keys = None
+    if coupled:  # made while the device is still busy with the pass
+        positions = [len(row.tokens) for row in batch.rows]
+        levels = tree.num_nodes if logits.device.type != "cpu" else int(tree.draft_depth.max()) + 1
+        keys = noise_keys([row.noise for row in batch.rows], positions, levels).to(logits.device)
+    parents = tree.parents.masked_fill(~tree.acceptable, -1)
+    found = accept(logits, tree.tokens, parents, keys, temperature)
     drafted = tree.tokens.gather(1, found.path)
-    rows = torch.cat([found.packed[:, :3], drafted], dim=1).tolist()
-    counts = [row[0] for row in rows]
-    failed = [bool(row[2]) for row in rows]
-    tokens = [row[4 : 4 + row[0]] + ([] if bad else [row[1]]) for row, bad in zip(rows, failed, strict=True)]
-    return Verdict(found.path[:, : max(counts) + 1], counts, tokens, failed)
+    rows = torch.cat([found.packed[:, :NUM_FIELDS], drafted], dim=1).tolist()
+    num_accepted, failed = [row[0] for row in rows], [bool(row[2]) for row in rows]
+    tokens = [
+        row[NUM_FIELDS + 1 : NUM_FIELDS + 1 + count] + ([] if bad else [row[1]])
+        for row, count, bad in zip(rows, num_accepted, failed, strict=True)
+    ]
+    return Verdict(found.path[:, : max(num_accepted) + 1], num_accepted, tokens, failed)

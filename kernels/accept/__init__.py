@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.kernels import runs_triton
+from specdec.kernels import device_of, runs_triton
 from specdec.kernels.accept import cpu, reference
 from specdec.kernels.accept.acceptance import Acceptance
 from specdec.sampling import PositionNoise
 
-__all__ = ["Acceptance", "accept", "noise_keys"]
+__all__ = ["Acceptance", "accept", "noise_keys", "serves"]
+
+_TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serves(logits: Tensor) -> bool:
+    """Whether the Triton kernels take these logits: on a GPU with Triton, in 16 or 32 bits."""
+    return runs_triton(logits) and logits.dtype in _TRITON_TYPES
 
 
 def accept(
@@ -38,10 +45,11 @@ def accept(
         ValueError: where shapes or types do not fit, or for a temperature that is not above 0.
     """
     check(logits, tokens, parents, keys, temperature)
-    if runs_triton(logits) and logits.dtype != torch.float64:
+    if serves(logits):
         from specdec.kernels.accept import triton
 
-        return triton.accept(logits, tokens, parents, keys, temperature)
+        with device_of(logits):
+            return triton.accept(logits, tokens, parents, keys, temperature)
     if logits.device.type == "cpu":
         return cpu.accept(logits, tokens, parents, keys, temperature)
     return reference.accept(logits, tokens, parents, keys, temperature)

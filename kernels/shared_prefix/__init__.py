@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.kernels import runs_triton
+from specdec.kernels import device_of, runs_triton
 from specdec.kernels.shared_prefix import cpu, reference
 from specdec.kernels.shared_prefix.prefix import PrefixLevel
 from specdec.kernels.tree_attention import KVFormat, TreeMask
@@ -73,7 +73,8 @@ def shared_prefix_with_lse(
         if runs_triton(query):
             from specdec.kernels.shared_prefix import triton
 
-            return triton.shared_prefix_with_lse(*operands)
+            with device_of(query):
+                return triton.shared_prefix_with_lse(*operands)
         if query.device.type == "cpu":
             return cpu.shared_prefix_with_lse(*operands)
     return reference.shared_prefix_with_lse(*operands)

@@ -5,12 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels import runs_triton
+from specdec.kernels import device_of, runs_triton
 from specdec.kernels.tree_attention import cpu, reference
 from specdec.kernels.tree_attention.mask import TreeMask
 from specdec.kernels.tree_attention.storage import PLAIN, KVFormat
 
-__all__ = ["KVFormat", "TreeMask", "tree_attention", "tree_attention_with_lse"]
+__all__ = ["KVFormat", "TreeMask", "serves_rules", "tree_attention", "tree_attention_with_lse"]
+
+MOST_NODES = 256
+"""Queries a row up to which the Triton kernel is made for; a prefill's longer chunks go through PyTorch's kernels."""
+MOST_WIDTH = 256
+"""Of heads, for the same reason: the registers of a program."""
+_TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serves_rules(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a pass does best to give a ``TreeMask``: the Triton kernel takes these operands.
+
+    It takes them on a GPU with Triton, in types and widths it has, up to 256 nodes a row, and without gradients. With a
+    matrix as mask the same operands go through PyTorch's kernels, on any device.
+    """
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, keys, values))
+    fits = query.shape[2] <= MOST_NODES and max(keys.shape[-1], values.shape[-1]) <= MOST_WIDTH
+    return runs_triton(query) and fits and query.dtype == keys.dtype and query.dtype in _TRITON_TYPES and not wanted
 
 
 def tree_attention(
@@ -67,10 +84,11 @@ def tree_attention_with_lse(
         not counted; 0 and -inf for a node that sees nothing.
     """
     check(query, keys, values, mask, storage)
-    if isinstance(mask, TreeMask) and runs_triton(query):
+    if isinstance(mask, TreeMask) and runs_triton(query) and query.dtype in _TRITON_TYPES:
         from specdec.kernels.tree_attention import triton
 
-        return triton.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)
+        with device_of(query):
+            return triton.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)
     if query.device.type == "cpu":
         return cpu.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)
     return reference.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.kernels import runs_triton
+from specdec.kernels import device_of, runs_triton
 from specdec.kernels.w4a16 import cpu, reference
 from specdec.kernels.w4a16.choice import ROWS, ChoiceTable, measure
 from specdec.kernels.w4a16.layouts import from_awq, from_gptq, from_q4_1
@@ -68,7 +68,8 @@ def _run(inputs: Tensor, weight: Int4Weight, implementation: str | None) -> Tens
         if runs_triton(inputs):
             from specdec.kernels.w4a16 import triton
 
-            return triton.w4a16(inputs, weight, implementation or triton.default(len(inputs), weight))
+            with device_of(inputs):
+                return triton.w4a16(inputs, weight, implementation or triton.default(len(inputs), weight))
         if inputs.device.type == "cpu":
             return cpu.w4a16(inputs, weight, implementation or cpu.default(len(inputs)))
     return reference.w4a16(inputs, weight)

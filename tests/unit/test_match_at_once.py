@@ -8,7 +8,8 @@ from unit_rows import make_batch
 
 from specdec.sampling import SamplingParams
 from specdec.tree import PADDING, TokenTree
-from specdec.verifiers.match import GreedyVerifier, match_at_once
+from specdec.verifiers.base import TreeWalk
+from specdec.verifiers.match import accept_by_kernel
 
 VOCAB = 5
 
@@ -30,7 +31,10 @@ def test_it_decides_what_the_walk_decides(seed: int) -> None:
     if seed % 4 == 0:
         logits[2, seed % nodes, 1] = torch.nan
     batch = make_batch([[3], [4], [1]], VOCAB, SamplingParams(temperature=0.0))
-    walked, found = GreedyVerifier().accept(tree, logits, batch), match_at_once(tree, logits)
+    walk = TreeWalk(tree, logits, batch)
+    while walk.active:
+        walk.choose(walk.scores().argmax(-1))
+    walked, found = walk.verdict(), accept_by_kernel(tree, logits, batch, coupled=False)
     assert found.num_accepted == walked.num_accepted
     assert found.failed == walked.failed
     assert found.tokens == walked.tokens

