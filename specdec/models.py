@@ -124,6 +124,14 @@ def load_model(
     return LoadedModel(model, tokenizer, name)
 
 
+def model_location(name: str) -> str:
+    """What other engines load a model by: the folder of an alias that is converted, its hub id where it is not."""
+    gguf = find_wheel_gguf() if name in ALIASES else None
+    if gguf is not None and converted_folder(gguf).exists():
+        return str(converted_folder(gguf))
+    return ALIASES.get(name, name)
+
+
 def _made_to_order(
     name: str,
     dtype: torch.dtype | str,
