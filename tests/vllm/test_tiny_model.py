@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from own_engine import OwnEngine
+from prompts import make_prompts
 from run_vllm import K, Job, Outcome, engine_options, plugin, run_jobs
 
 from specdec.target import HFTarget
@@ -26,12 +25,6 @@ DISTURBANCES: dict[str, dict[str, Any]] = {
     "aborted": {},
     "preempted": {"num_gpu_blocks_override": BLOCKS, "block_size": 32},
 }
-
-
-def make_prompts() -> list[list[int]]:
-    """Eight of different lengths, each said twice, so that lookups find something."""
-    draw = random.Random(0)
-    return [[draw.randrange(3, tiny.VOCAB) for _ in range(3 + 5 * index)] * 2 for index in range(8)]
 
 
 @pytest.fixture(scope="module")

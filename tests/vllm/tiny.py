@@ -58,13 +58,16 @@ def make_drafter(target: HFTarget, name: str, folder: Path, vocab_size: int = 0)
         shape = {"layer": layer, "num_layers": 1, "num_drafts": HEADS, "vocab_size": vocab_size}
         module = make_clover(shape)
     else:
-        shape = {"layer": layer, "states": [1, 2, 3] if name == "eagle3" else [1, 2, "pre_norm"]}
-        shape |= {"vocab_size": vocab_size}
+        shape = {"layer": layer, "states": [2, 3, "pre_norm"], "vocab_size": vocab_size}
         if name == "eagle3":
             shape |= {"scaled": False, "mixed": False, "own_output": True, "vocab_size": vocab_size or VOCAB}
         module = make_eagle(shape)
     for parameter in module.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
+    if name.startswith("eagle"):
+        module.fc.weight.data[:, -WIDTH:] += torch.eye(WIDTH)
+        if module.mix is not None:
+            module.mix.weight.data[:, -WIDTH:] += torch.eye(WIDTH)
     if module.vocabulary is not None:
         chosen = torch.randperm(VOCAB)[: shape["vocab_size"]].sort().values
         module.vocabulary.copy_(chosen)

@@ -1,7 +1,7 @@
 """Trained weights as checkpoints that vLLM loads by itself, without this package.
 
-Layouts: Medusa's as vLLM's ``MedusaModel`` reads it (FasterDecoding/Medusa's tensor names, and the shared, reduced output
-head that vLLM added); EAGLE-3's as SafeAILab/EAGLE publishes it; and the folder of vllm-project/speculators' models of
+Layouts: Medusa's as vLLM's ``MedusaModel`` reads it (FasterDecoding/Medusa's tensor names, and the shared output head that
+vLLM added); EAGLE-3's as SafeAILab/EAGLE publishes it; and the folder of vllm-project/speculators' models of
 type "eagle3". Nothing is approximated: a head that a layout cannot express is refused.
 """
 
@@ -54,7 +54,11 @@ def export_weights(
 
 
 def _medusa(weights: DrafterWeights, target: HFTarget, _name: str, _tokens: int) -> Checkpoint:
-    """Heads of residual blocks; one output head for all of them where they share the target's."""
+    """Heads of residual blocks; one output head for all of them where they share the target's.
+
+    It is the whole one: for a reduced vocabulary vLLM has a ``token_map``, which it then misses among the weights it
+    has loaded and refuses the checkpoint.
+    """
     _check_drafter(weights, "medusa", "medusa")
     shape, state = weights.shape, weights.tensors
     if shape.get("mixed"):
@@ -69,20 +73,16 @@ def _medusa(weights: DrafterWeights, target: HFTarget, _name: str, _tokens: int)
         for layer in range(layers):
             tensors[f"{head}.{layer}.linear.weight"] = weight[layer, head]
             tensors[f"{head}.{layer}.linear.bias"] = bias[layer, head]
-    vocabulary = state.get("vocabulary")
     if "output.weight" in state:
         for head in range(heads):
             tensors[f"{head}.{layers}.weight"] = state["output.weight"][head].float()
     else:
-        tensors[f"0.{layers}.weight"] = _output_rows(target, vocabulary)
-    if vocabulary is not None:
-        tensors["token_map"] = vocabulary.to(torch.int64)
+        tensors[f"0.{layers}.weight"] = _output_rows(target, None)
     config = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
         "hidden_size": width,
         "vocab_size": target.vocab_size,
-        "truncated_vocab_size": target.vocab_size if vocabulary is None else len(vocabulary),
         "medusa_num_heads": heads,
         "medusa_num_layers": layers,
         "medusa_fc_bias": True,
