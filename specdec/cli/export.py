@@ -23,9 +23,7 @@ def export() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write.")
 @click.option("-k", "--num-tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Drafted per step.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights; objects in them are refused all the same.")
-def vllm(
-    layout: str, model: str, weights: Path | None, out: Path, num_tokens: int, allow_pickle: bool
-) -> None:
+def vllm(layout: str, model: str, weights: Path | None, out: Path, num_tokens: int, allow_pickle: bool) -> None:
     """Write medusa or eagle weights so that vLLM loads them by itself, without specdec.
 
     The speculative_config to give vLLM is printed. Weights may be those that `specdec train` wrote, or a published

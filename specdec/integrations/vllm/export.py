@@ -1,8 +1,8 @@
 """Trained weights as checkpoints that vLLM loads by itself, without this package.
 
-Layouts: Medusa's as vLLM's ``MedusaModel`` reads it (FasterDecoding/Medusa's tensor names, and the shared output head that
-vLLM added); EAGLE-3's as SafeAILab/EAGLE publishes it; and the folder of vllm-project/speculators' models of
-type "eagle3". Nothing is approximated: a head that a layout cannot express is refused.
+Layouts: Medusa's as vLLM's ``MedusaModel`` reads it (FasterDecoding/Medusa's tensor names, and the shared output head
+that vLLM added); EAGLE-3's as SafeAILab/EAGLE publishes it; and the folder of vllm-project/speculators' models of type
+"eagle3". Nothing is approximated: a head that a layout cannot express is refused.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def _output_rows(target: HFTarget, vocabulary: Tensor | None) -> Tensor:
     """The target's output head ``[V', d]``, in float32."""
     head = target.model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise ValueError(f"the output head of {type(target.model).__name__} has a bias, for which no layout has a place")
+        raise ValueError(
+            f"the output head of {type(target.model).__name__} has a bias, for which no layout has a place"
+        )
     rows: Tensor = head.weight.detach() if vocabulary is None else head.weight.detach()[vocabulary]
     return rows.float()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that ``specdec export vllm`` writes, loaded by vLLM itself, beside the same weights through the plugin."""
+"""What ``specdec export vllm`` writes, loaded by vLLM itself, beside the same weights through the plugin."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import tiny
-from own_engine import OwnEngine
 from prompts import make_prompts
-from run_vllm import K, Job, Outcome, engine_options, plugin, run_jobs
+from run_vllm import Job, K, Outcome, engine_options, plugin, run_jobs
 
 from specdec.drafters.weights import load_weights
 from specdec.integrations.vllm.export import export_weights

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from own_engine import OwnEngine
 from prompts import make_prompts
-from run_vllm import K, Job, Outcome, engine_options, plugin, run_jobs
+from run_vllm import Job, K, Outcome, engine_options, plugin, run_jobs
 
 from specdec.target import HFTarget
 
