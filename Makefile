@@ -27,7 +27,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 vllm-test: $(VLLM_STAMP) ## the plugin in a real vLLM on the CPU, in an environment of its own; VLLM=0.27.0 for another
-	$(VLLM_BIN)/python -m pytest tests/vllm_engine tests/integrations
+	$(VLLM_BIN)/python -m pytest tests/vllm_engine
 
 results: $(STAMP) ## rebuild the tables of README and docs from benchmarks/results/
 	$(BIN)/python -m specdec.benchmarks.tables

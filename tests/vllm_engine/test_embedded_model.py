@@ -10,12 +10,12 @@ import pytest
 from own_engine import OwnEngine
 from run_vllm import Job, K, Outcome, engine_options, plugin, run_jobs
 
+from specdec.benchmarks.peer_bench import encode_question
 from specdec.benchmarks.questions import SHIPPED, load_questions
 from specdec.drafters.weights import TargetFacts, find_pretrained, load_weights, save_weights
 from specdec.embedded import find_wheel_gguf
 from specdec.integrations.vllm.export import export_weights
 from specdec.models import load_model, model_location
-from specdec.prompts import encode_prompt
 from specdec.target import HFTarget
 
 pytestmark = pytest.mark.skipif(find_wheel_gguf() is None, reason="the embedded model is not installed")
@@ -40,7 +40,7 @@ def loaded() -> Any:
 def prompts(loaded: Any) -> list[list[int]]:
     """Eight questions of different lengths, as chats."""
     questions = load_questions(SHIPPED).limit(40).questions
-    encoded = [encode_prompt([{"role": "user", "content": q.turns[0]}], loaded.tokenizer) for q in questions]
+    encoded = [encode_question(question, loaded.tokenizer, loaded.model.config.vocab_size) for question in questions]
     by_length = {len(tokens): list(tokens) for tokens in encoded if len(tokens) < 120}
     return [by_length[length] for length in sorted(by_length)][:8]
 
