@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(find_wheel_gguf() is None, reason="the embedded 
 DRAFTERS: Mapping[str, dict[str, Any]] = {"ngram": {}, "suffix": {"corpus_tokens": 0}, "medusa": {}, "clover": {}}
 ABORTED = [0, 5]
 DISTURBED = {
-    "max_num_batched_tokens": 64,
+    "max_num_batched_tokens": 48,
     "enable_chunked_prefill": True,
-    "num_gpu_blocks_override": 22,
+    "num_gpu_blocks_override": 12,
     "block_size": 32,
 }
 """Chunks of prompts, and room for some of eight requests only."""
@@ -41,7 +41,7 @@ def prompts(loaded: Any) -> list[list[int]]:
     """Eight questions of different lengths, as chats."""
     questions = load_questions(SHIPPED).limit(40).questions
     encoded = [encode_question(question, loaded.tokenizer, loaded.model.config.vocab_size) for question in questions]
-    by_length = {len(tokens): list(tokens) for tokens in encoded if len(tokens) < 120}
+    by_length = {len(tokens): list(tokens) for tokens in encoded if len(tokens) < 72}
     return [by_length[length] for length in sorted(by_length)][:8]
 
 

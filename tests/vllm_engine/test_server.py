@@ -27,7 +27,7 @@ from specdec.integrations.vllm.launch import Launch
 from specdec.integrations.vllm.settings import Settings
 from specdec.target import HFTarget
 
-START_S = 180
+START_S = 300
 NUM_CLIENTS = 32
 MAX_TOKENS = 40
 VLLM_COMMAND = """
