@@ -11,7 +11,7 @@ VLLM_BIN := $(VLLM_DIR)/vllm/bin
 VLLM_STAMP := $(VLLM_DIR)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint vllm-test results wheel clean
+.PHONY: help demo test lint vllm-test vllm-environment results wheel clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,8 @@ lint: $(STAMP) ## ruff and mypy
 
 vllm-test: $(VLLM_STAMP) ## the plugin in a real vLLM on the CPU, in an environment of its own; VLLM=0.27.0 for another
 	$(VLLM_BIN)/python -m pytest tests/vllm_engine
+
+vllm-environment: $(VLLM_STAMP)
 
 results: $(STAMP) ## rebuild the tables of README and docs from benchmarks/results/
 	$(BIN)/python -m specdec.benchmarks.tables

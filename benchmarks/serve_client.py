@@ -52,12 +52,15 @@ class ServerClient:
         self._root = self._parts.path.rstrip("/").removesuffix("/v1")
 
     def models(self) -> list[str]:
-        """Names of the models served."""
+        """Names of the models served, at least one."""
         found = self._get("/v1/models")
         try:
-            return [str(model["id"]) for model in json.loads(found)["data"]]
+            names = [str(model["id"]) for model in json.loads(found)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{self._address} does not list models as OpenAI's interface does: {error}") from error
+        if not names:
+            raise ServerError(f"{self._address} serves no model")
+        return names
 
     def version(self) -> str | None:
         """The engine's version where the server says it, as vLLM does."""

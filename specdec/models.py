@@ -127,9 +127,8 @@ def load_model(
 def model_location(name: str) -> str:
     """What other engines load a model by: the folder of an alias that is converted, its hub id where it is not."""
     gguf = find_wheel_gguf() if name in ALIASES else None
-    if gguf is not None and converted_folder(gguf).exists():
-        return str(converted_folder(gguf))
-    return ALIASES.get(name, name)
+    folder = None if gguf is None else converted_folder(gguf)
+    return str(folder) if folder is not None and folder.exists() else ALIASES.get(name, name)
 
 
 def _made_to_order(
