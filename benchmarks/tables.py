@@ -5,7 +5,7 @@ A block, each marker on a line of its own, is filled from the named file of ``be
     <!-- results: KIND FILE.json -->
     <!-- /results -->
 
-Kinds are ``mt-bench`` and ``peers``. Markers inside fenced code are text.
+Kinds are ``mt-bench``, ``peers`` and ``serve``. Markers inside fenced code are text.
 """
 
 from __future__ import annotations
@@ -114,6 +114,30 @@ def peers_table(result: Mapping[str, Any]) -> str:
     return f"{_table(heads, rows)}{remarks}\n{origin}\n"
 
 
+def serve_table(result: Mapping[str, Any]) -> str:
+    """Throughput and latency of every server, and where they come from."""
+    baseline, versions = result["settings"]["baseline"], {row["name"]: row["version"] for row in result["servers"]}
+    rows = []
+    for figures in result["summary"]["servers"]:
+        name, equal = figures["name"], figures["equal_texts"]
+        times = [
+            number_text(None if figures[kind] is None else figures[kind][share])
+            for kind in ("ttft_ms", "token_ms")
+            for share in ("p50", "p95")
+        ]
+        rows.append((
+            name, versions[name] or "", number_text(figures["tokens_per_s"]), interval_text(figures["speedup"]),
+            *times, number_text(figures["tau"], 2), "" if equal is None else f"{equal} of {figures['num_runs']}",
+        ))  # fmt: skip
+    heads = (
+        "server", "version", "tok/s", "speed-up [95 %]", "TTFT ms, median", "95 %", "ms per token, median", "95 %",
+        "tau", f"texts equal to {baseline}'s",
+    )  # fmt: skip
+    together = result["settings"]["concurrency"]
+    origin = _origin(result, extra=f"{together} requests at a time" if together > 1 else "one request at a time")
+    return f"{_table(heads, rows)}\n{origin}\n"
+
+
 _COMPANY = {
     "unsettled_runs": "answers that began while another engine still computed",
     "disturbed_runs": "answers that shared the machine with something else that computed",
@@ -140,7 +164,11 @@ def peer_remarks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return remarks
 
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"mt-bench": mt_bench_table, "peers": peers_table}
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "mt-bench": mt_bench_table,
+    "peers": peers_table,
+    "serve": serve_table,
+}
 
 
 def _table_of(words: Sequence[str], number: int, results: Path) -> str:
@@ -171,7 +199,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _origin(result: Mapping[str, Any], precision: str = "") -> str:
+def _origin(result: Mapping[str, Any], precision: str = "", extra: str = "") -> str:
     """One line: what ran in which precision on what, when, from which source, and the command."""
     settings, machine, questions = result["settings"], result["machine"], result["questions"]
     temperature, busy = settings.get("temperature") or 0.0, load_text(machine)
@@ -184,6 +212,7 @@ def _origin(result: Mapping[str, Any], precision: str = "") -> str:
         f"temperature {temperature:g}" if temperature else "",
         "" if settings.get("lossless", True) else f"LOSSY policy {settings['verifier']}",
         f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
+        extra,
         machine.get("gpu") or "",
         machine["cpu"] or "unknown processor",
         f"{machine['threads']} thread(s)" + (f" ({busy})" if busy else ""),

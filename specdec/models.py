@@ -152,6 +152,13 @@ def _check_memory(
         check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)
 
 
+def model_location(name: str) -> str:
+    """What other engines load a model by: the folder of an alias that is converted, its hub id where it is not."""
+    gguf = find_wheel_gguf() if name in ALIASES else None
+    folder = None if gguf is None else converted_folder(gguf)
+    return str(folder) if folder is not None and folder.exists() else ALIASES.get(name, name)
+
+
 def _made_to_order(
     name: str,
     dtype: torch.dtype | str,

@@ -1,6 +1,6 @@
 """Make the environments of the peer engines: one virtual environment per engine, pinned versions, in one folder.
 
-    python -m specdec.benchmarks.peers.install --peers-dir DIR [ENGINE ...]
+    python -m specdec.benchmarks.peers.install --peers-dir DIR [ENGINE[==VERSION] ...]
 
 A second run goes on where the first one stopped and leaves alone what is done. llama.cpp is compiled on this machine,
 for its processor (a C++ compiler and some minutes are needed): prebuilt packages leave half of the processor unused.
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specdec.benchmarks.peers.base import EngineSpec, PeerError
@@ -79,12 +79,15 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
 }
 
 
-def install_engine(engine: EngineSpec, peers_dir: Path, *, pip_args: Sequence[str] = (), dry_run: bool = False) -> None:
+def install_engine(
+    engine: EngineSpec, peers_dir: Path, *, version: str = "", pip_args: Sequence[str] = (), dry_run: bool = False
+) -> None:
     """Install one engine into its environment in `peers_dir`, or finish an installation that was cut off.
 
     Args:
         engine: what to install.
         peers_dir: the folder of all environments; made where it is missing.
+        version: of the engine, in place of the pinned one.
         pip_args: further options for every call of pip.
         dry_run: only print the commands.
 
@@ -95,6 +98,9 @@ def install_engine(engine: EngineSpec, peers_dir: Path, *, pip_args: Sequence[st
     if not steps:
         print(f"{engine.name}: comes with specdec, nothing to install")
         return
+    if version:
+        last = steps[-1]
+        steps = (*steps[:-1], replace(last, packages=(f"{_project_name(last.packages[0])}=={version}",)))
     folder = peers_dir / engine.name
     python = environment_python(folder)
     done = _read_done(folder) if python.exists() else []
@@ -182,14 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m specdec.benchmarks.peers.install",
         description="Make the environments of the peer engines, one each, with pinned versions, in one folder.",
     )
-    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"{', '.join(ENGINES)} (default: all)")
+    parser.add_argument("engines", nargs="*", metavar="ENGINE[==VERSION]", help=f"{', '.join(ENGINES)} (default: all)")
     parser.add_argument("--peers-dir", type=Path, required=True, help="folder to hold one environment per engine")
     parser.add_argument("--pip-arg", action="append", default=[], metavar="OPTION", help="a further option for pip")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be installed")
     options = parser.parse_args(arguments)
     try:
-        for engine in [get_engine(name) for name in options.engines or ENGINES]:
-            install_engine(engine, options.peers_dir, pip_args=options.pip_arg, dry_run=options.dry_run)
+        chosen = [name.partition("==") for name in options.engines or ENGINES]
+        for engine, version in [(get_engine(name), version) for name, _, version in chosen]:
+            install_engine(
+                engine, options.peers_dir, version=version, pip_args=options.pip_arg, dry_run=options.dry_run
+            )
     except (ValueError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

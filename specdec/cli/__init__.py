@@ -13,10 +13,12 @@ COMMANDS = {
     "calibrate": "specdec.cli.calibrate:calibrate",
     "chat": "specdec.cli.chat:chat",
     "demo": "specdec.cli.demo:demo",
+    "export": "specdec.cli.export:export",
     "generate": "specdec.cli.generate:generate",
     "list": "specdec.cli.list:list_",
     "profile": "specdec.cli.profile:profile",
     "train": "specdec.cli.train:train",
+    "vllm-config": "specdec.cli.vllm_config:vllm_config",
 }
 """Command -> "module:function"."""
 

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
     "peers": "specdec.cli.bench.peers:peers",
     "quant": "specdec.cli.bench.quant:quant",
+    "serve": "specdec.cli.bench.serve:serve",
 }
 """Subcommand -> "module:function"."""
 

@@ -13,18 +13,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from specdec.integrations.vllm import HOOKS
 from specdec.integrations.vllm.step import aux_layers, num_layers, read_step
 
 logger = logging.getLogger("vllm.specdec")
 
-STEPS, LOGITS, STATES = "propose_draft_token_ids", "sample_tokens", "_setup_eagle3_aux_hidden_state_outputs"
+STEPS, LOGITS, STATES = HOOKS
 """The methods."""
 
-_LOST = {
-    STEPS: "requests are told apart by their tokens, and drafters that read hidden states or logits are off",
-    LOGITS: "drafters that learn from logits (recycling) are off",
-    STATES: "drafters that read hidden states before the last one (clover, eagle) are off",
-}
 _ARGUMENTS = {"scheduler_output", "hidden_states", "aux_hidden_states"}
 _MARK = "_specdec_hook"
 
@@ -39,7 +35,7 @@ def install(runner_class: type[Any] | None = None) -> frozenset[str]:
         try:
             from vllm.v1.worker.gpu_model_runner import GPUModelRunner
         except ImportError as error:
-            logger.error("vLLM's model runner is not where it was (%s): %s", error, _LOST[STEPS])
+            logger.error("vLLM's model runner is not where it was (%s): %s", error, HOOKS[STEPS])
             return frozenset()
         runner_class = GPUModelRunner
     installed = set()
@@ -50,7 +46,7 @@ def install(runner_class: type[Any] | None = None) -> frozenset[str]:
             continue
         wrapped = None if method is None else wrap(method)
         if wrapped is None:
-            logger.error("this vLLM's model runner has no %s as it was: %s", name, _LOST[name])
+            logger.error("this vLLM's model runner has no %s as it was: %s", name, HOOKS[name])
             continue
         setattr(wrapped, _MARK, True)
         setattr(runner_class, name, wrapped)

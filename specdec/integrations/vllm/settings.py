@@ -10,6 +10,7 @@ from specdec.registry import drafter_class, drafter_names, unknown
 
 UNSUPPORTED = {
     "ppd": "its prompt tokens are embeddings within the target's own pass, and vLLM's passes take token ids only",
+    "layer_parallel": "it runs the target's own layers in groups, and vLLM alone runs the target",
 }
 """Drafters that cannot work through a proposer, and why."""
 

@@ -1,0 +1,110 @@
+"""What the tests ask of a real vLLM, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.integrations.vllm import PROPOSER
+
+WORKER = Path(__file__).parent / "engine_worker.py"
+K = 4
+"""Tokens drafted per step."""
+TIMEOUT_S = 600
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Threads that vLLM binds to processors come to a standstill where something else computes there.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine and its requests.
+
+    Attributes:
+        engine: arguments of ``vllm.LLM``.
+        prompts: token ids, all asked at once.
+        max_tokens: of each text.
+        abort: indices of requests that are cancelled.
+        abort_at: the step before which they are; -1 for never.
+    """
+
+    engine: Mapping[str, Any]
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int = 24
+    abort: Sequence[int] = field(default_factory=tuple)
+    abort_at: int = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        tokens: by request; those of a cancelled one as far as it came.
+        drafts: requests' steps that had drafts.
+        drafted: tokens drafted.
+        accepted: of them.
+        preemptions: requests thrown out of the cache.
+        proposer: ours, its ``off``, name and number of requests; None for others and in other processes.
+    """
+
+    tokens: list[list[int]]
+    drafts: int
+    drafted: int
+    accepted: int
+    preemptions: int
+    proposer: dict[str, Any] | None
+
+
+def engine_options(model: str | Path, speculation: Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for a small engine in float32, where the width of a pass changes no token."""
+    return {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 192,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "generation_config": "vllm",
+        "seed": 0,
+        **(speculation or {}),
+        **changes,
+    }
+
+
+def plugin(drafter: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The part of the arguments that asks for one of our drafters."""
+    return {
+        "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": K},
+        "additional_config": {"specdec": {"drafter": drafter, "options": dict(options or {})}},
+    }
+
+
+def run_jobs(jobs: Mapping[str, Job], folder: Path, multiprocess: bool) -> dict[str, Outcome]:
+    """Run jobs one after the other in one process, or with vLLM's engine in a process of its own each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, answered, log = folder / "jobs.json", folder / "results.json", folder / "log.txt"
+    asked.write_text(json.dumps([asdict(job) for job in jobs.values()]))
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+    with log.open("w") as output:
+        command = [sys.executable, str(WORKER), str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"vLLM failed:\n{log.read_text(errors='replace')[-6000:]}")
+    results = json.loads(answered.read_text())
+    return {name: Outcome(**result) for name, result in zip(jobs, results, strict=True)}
