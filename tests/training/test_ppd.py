@@ -45,7 +45,7 @@ def make_method(architecture: str = "llama", **options: Any) -> PPDMethod:
 
 def naive(method: PPDMethod, vocabulary: Tensor | None) -> tuple[Tensor, int, Tensor, Tensor]:
     """Loss, count, hits and totals, by transformers' own passes over one cut and one member at a time."""
-    model, options = method._target.model, method.options
+    model, options = method.target.model, method.options
     embed = model.get_input_embeddings()
     total, count = torch.zeros((), dtype=torch.float64), 0
     hits = torch.zeros(options.num_tokens, 10, dtype=torch.int64)
@@ -111,7 +111,7 @@ def test_loss_gradient_and_hits_equal_one_cut_at_a_time(
     found, seen = method.hits(make_batch())
     assert found.tolist() == hits.tolist()
     assert seen.tolist() == totals.tolist()
-    assert all(parameter.grad is None for parameter in method._target.model.parameters())
+    assert all(parameter.grad is None for parameter in method.target.model.parameters())
 
 
 def test_a_texts_loss_does_not_depend_on_the_others_in_the_batch() -> None:
@@ -155,7 +155,7 @@ def test_training_starts_from_frequent_tokens() -> None:
     frequent = [11, 22, 33, 44, 55, 66]
     counts[frequent] = 5
     method.prepare(counts)
-    table = method._target.model.get_input_embeddings().weight
+    table = method.target.model.get_input_embeddings().weight
     assert torch.equal(method.module.embeddings.detach().flatten(0, 1), table[frequent])
 
 
