@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
 
@@ -18,17 +19,17 @@ from torch import Tensor
 
 from specdec.benchmarks import record
 from specdec.benchmarks.agreement import AgreementError, compare
-from specdec.benchmarks.questions import Question
-from specdec.benchmarks.schema import PLAIN
+from specdec.benchmarks.quant_rows import HEADS, KV_TOKENS, rows
+from specdec.benchmarks.questions import Question, QuestionSet
+from specdec.benchmarks.schema import PLAIN, SCHEMA
 from specdec.decoder import SpecDecoder
-from specdec.memory_plan import stored_bytes
+from specdec.memory_plan import ModelShape
 from specdec.prefix import common_prefix
 from specdec.prompts import encode_prompt
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget
 
 KIND = "quant"
-SCHEMA = 1
 WINDOW = 512
 """Most tokens of a text that are scored."""
 
@@ -64,6 +65,7 @@ class PrecisionFigures:
         top_agreement: share of positions of that text where the likeliest token is the first precision's.
         text_agreement: share of a greedy answer that comes before the first token that differs, mean over questions.
         weight_bytes: parameters and buffers.
+        kv_bytes: a row's KV cache with room for ``KV_TOKENS``.
         drafters: by label; "none" is plain decoding.
     """
 
@@ -73,6 +75,7 @@ class PrecisionFigures:
     top_agreement: float
     text_agreement: float
     weight_bytes: int
+    kv_bytes: int
     drafters: dict[str, DrafterFigures] = field(default_factory=dict)
 
 
@@ -118,10 +121,11 @@ def run_quant(
             reference = _Reference(perplexity, [choice for _, choice in scored], answers)
         same = sum(int((a == b).sum()) for (_, a), b in zip(scored, reference.choices, strict=True))
         shares = [common_prefix(a, b) / len(b) for a, b in zip(answers, reference.answers, strict=True)]
+        shape = ModelShape.of(target)
         lines.append(
             PrecisionFigures(
                 precision, perplexity, perplexity / reference.perplexity - 1, same / count, fmean(shares),
-                stored_bytes([*target.model.parameters(), *target.model.buffers()]), figures,
+                shape.weights, shape.kv_bytes(KV_TOKENS), figures,
             )
         )  # fmt: skip
         del target
@@ -136,9 +140,15 @@ def _scored(target: HFTarget, tokens: Sequence[int]) -> tuple[float, Tensor]:
         raise ValueError(f"a text of {len(tokens)} tokens has no perplexity")
     inputs = torch.tensor([list(tokens)], device=target.device)
     size = inputs.shape[1] - 1
-    depth = torch.arange(size, device=target.device).unsqueeze(0)
-    causal = torch.ones(1, size, size, dtype=torch.bool, device=target.device).tril()
-    logits = target.run(inputs[:, :-1], None, target.new_cache(1, size), depth, causal).logits[0].float()
+    cache = target.new_cache(1, size)
+    step, parts = cache.longest_pass or size, []
+    for first in range(0, size, step):
+        width = min(step, size - first)
+        depth = torch.arange(width, device=target.device).unsqueeze(0)
+        causal = torch.ones(1, width, width, dtype=torch.bool, device=target.device).tril()
+        parts.append(target.run(inputs[:, first : first + width], None, cache, depth, causal).logits[0].float())
+        cache.advance([width])
+    logits = torch.cat(parts)
     chosen = logits.log_softmax(-1).gather(1, inputs[0, 1:].unsqueeze(1))
     return float(chosen.double().sum()), logits.argmax(-1).cpu()
 
@@ -181,27 +191,22 @@ def _speeds(
 
 
 def document(
-    lines: Sequence[PrecisionFigures], settings: dict[str, Any], command: Sequence[str], device: torch.device
+    lines: Sequence[PrecisionFigures],
+    settings: dict[str, Any],
+    questions: QuestionSet,
+    command: Sequence[str],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The result as JSON: what was measured, on what, from which commit."""
     return {
-        "schema": SCHEMA, "kind": KIND, "command": list(command), "commit": record.commit(),
-        "machine": record.machine(device), "versions": record.versions(), "settings": settings,
+        "schema": SCHEMA, "kind": KIND, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command), "commit": record.commit(), "machine": record.machine(device),
+        "versions": record.versions(), "settings": settings, "questions": questions.to_json(),
         "precisions": [asdict(line) for line in lines],
     }  # fmt: skip
 
 
 def table(lines: Sequence[PrecisionFigures]) -> str:
     """One line per precision and drafter, in Markdown."""
-    rows = ["| weights | perplexity | change | same token | same text | MB | drafter | tok/s | speed-up | tau |"]
-    rows.append("|---|--:|--:|--:|--:|--:|---|--:|--:|--:|")
-    for line in lines:
-        left = (
-            f"{line.precision} | {line.perplexity:.3f} | {100 * line.perplexity_change:+.1f} % | "
-            f"{100 * line.top_agreement:.1f} % | {100 * line.text_agreement:.0f} % | {line.weight_bytes / 1e6:.0f}"
-        )
-        for name, found in line.drafters.items():
-            label = "plain" if name == PLAIN else name
-            rows.append(f"| {left} | {label} | {found.tokens_per_s:.1f} | {found.speedup:.2f} | {found.tau:.2f} |")
-            left = " | ".join([""] * 6)
-    return "\n".join(rows)
+    cells = [HEADS, tuple("---" for _ in HEADS), *rows([asdict(line) for line in lines])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -5,7 +5,7 @@ A block, each marker on a line of its own, is filled from the named file of ``be
     <!-- results: KIND FILE.json -->
     <!-- /results -->
 
-Kinds are ``mt-bench``, ``peers`` and ``serve``. Markers inside fenced code are text.
+Kinds are ``mt-bench``, ``peers``, ``prefix``, ``quant`` and ``serve``. Markers inside fenced code are text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from specdec.benchmarks import quant_rows
 from specdec.benchmarks.report import command_text, equal_text, interval_text, load_text, number_text
-from specdec.benchmarks.schema import SCHEMA
+from specdec.benchmarks.schema import PLAIN, SCHEMA
 from specdec.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +140,11 @@ def serve_table(result: Mapping[str, Any]) -> str:
     return f"{_table(heads, rows)}\n{origin}\n"
 
 
+def quant_table(result: Mapping[str, Any]) -> str:
+    """What precisions cost and give, and where the figures come from."""
+    return f"{_table(quant_rows.HEADS, quant_rows.rows(result['precisions']))}\n{_origin(result)}\n"
+
+
 _COMPANY = {
     "unsettled_runs": "answers that began while another engine still computed",
     "disturbed_runs": "answers that shared the machine with something else that computed",
@@ -164,9 +171,36 @@ def peer_remarks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return remarks
 
 
+def prefix_table(result: Mapping[str, Any]) -> str:
+    """A line per drafter of what sharing a prefix gave, and where it comes from."""
+    settings, rows = result["settings"], []
+    for line in result["drafters"]:
+        shared, without = line["shared_s"], line["unshared_s"]
+        ratios = [b / a for a, b in zip(shared, without, strict=True)]
+        texts = f"{line['equal_rows']} of {settings['batch_size']}"
+        if line["rounding_rows"]:
+            texts += f", {line['rounding_rows']} by rounding"
+        rows.append((
+            "plain" if line["drafter"] == PLAIN else line["drafter"], number_text(median(shared), 2),
+            number_text(median(without), 2), f"{line['speedup']:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+            number_text(line["shared_prefill_s"], 2), number_text(line["unshared_prefill_s"], 2),
+            number_text(line["shared_bytes"] / 1e6, 1), number_text(line["unshared_bytes"] / 1e6, 1),
+            f"{100 * line['excess']:+.1f} %", texts,
+        ))  # fmt: skip
+    heads = (
+        "drafter", "shared, s", "not shared, s", "speed-up [least, most]", "prefill shared, s",
+        "prefill not shared, s", "KV shared, MB", "KV not shared, MB", "KV beyond one prefix and the suffixes",
+        "texts equal to each row's alone",
+    )  # fmt: skip
+    what = f"{settings['dtype']}, {settings['prefix']} tokens shared, {settings['suffix']} of each row's own"
+    return f"{_table(heads, rows)}\n{_origin(result, what)}\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "mt-bench": mt_bench_table,
     "peers": peers_table,
+    "prefix": prefix_table,
+    "quant": quant_table,
     "serve": serve_table,
 }
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specdec.attention import AttentionPass
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
-from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm
+from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm, rms_norm
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -75,10 +74,12 @@ class EagleHead(HeadModule):
 
     def fuse(self, features: Mapping[Feature, Tensor]) -> Tensor:
         """One state ``[..., d]`` from the target's ``[..., d]`` each."""
-        states = torch.cat([features[name] for name in self.features], dim=-1).to(self.fc.weight.dtype)
+        dtype = self.norm.weight.dtype
+        states = torch.cat([features[name] for name in self.features], dim=-1).to(dtype)
         if self.scaled:
             width = self.fc.out_features
-            states = F.rms_norm(states.view(*states.shape[:-1], -1, width), (width,), eps=1e-6).flatten(-2)
+            ones = torch.ones(width, dtype=dtype, device=states.device)
+            states = rms_norm(states.view(*states.shape[:-1], -1, width), ones, 1e-6).flatten(-2)
         fused: Tensor = self.fc(states)
         return fused
 
@@ -124,7 +125,7 @@ class FirstEagleHead(HeadModule):
 
     def fuse(self, features: Mapping[Feature, Tensor]) -> Tensor:
         """The last state ``[..., d]``."""
-        return features["last"].to(self.fc.weight.dtype)
+        return features["last"].to(self.layer.post_attention_layernorm.weight.dtype)
 
     def forward(self, hidden: Tensor, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """As ``EagleHead``'s."""

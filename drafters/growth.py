@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from heapq import nlargest
 
 import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.sampling import filter_logits
-from specdec.tree import PADDING, TokenTree
+from specdec.kernels.decoder_layer import MOST_TOP, find_kernels
+from specdec.tree import PADDING, ROOT, TokenTree
 
 Expand = Callable[[TokenTree, int, int], tuple[Tensor, Tensor]]
 """Children of the nodes expanded last.
@@ -18,6 +20,9 @@ Called with the tree of all nodes expanded so far, the column its newest level s
 wanted (1 for those of the root). Returns log-confidences ``[B, n, k]``, at most 0, and token ids ``[B, n, k]`` of k
 children for each of the n nodes from that column on; ``-inf`` marks a child that is none.
 """
+
+MOST_LISTED = 16
+"""Rows up to which trees grow in lists on the host."""
 
 
 def grow(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand) -> TokenTree:
@@ -33,6 +38,81 @@ def grow(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand
         max_nodes: most nodes of a tree, root included.
         expand: says what children a node has.
     """
+    if pending.device.type == "cpu" and len(pending) <= MOST_LISTED:
+        return grow_in_lists(pending, depth, width, max_nodes, expand)
+    return grow_on_device(pending, depth, width, max_nodes, expand)
+
+
+def grow_in_lists(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand) -> TokenTree:
+    """``grow`` on the host: of a few rows, the candidates of a level are less work than calls about them."""
+    expanded = TokenTree.from_pending(pending)
+    rows = [_Candidates(token) for token in pending.tolist()]
+    first = 0
+    for level in range(1, depth + 1):
+        log_confidence, children = expand(expanded, first, level)
+        for row, scores, tokens in zip(rows, log_confidence.tolist(), children.tolist(), strict=True):
+            row.add(scores, tokens)
+        if level == depth:
+            break
+        promising = [row.advance(width, max_nodes) for row in rows]
+        if not any(promising):
+            break
+        first = expanded.num_nodes
+        expanded = TokenTree(
+            torch.tensor([row.expanded_tokens for row in rows]), torch.tensor([row.expanded_parents for row in rows])
+        )
+    best = [row.best(max_nodes) for row in rows]
+    tokens, parents = (torch.tensor([part[index] for part in best]) for index in (0, 1))
+    confidence = torch.tensor([part[2] for part in best]).exp()
+    return TokenTree(tokens, parents, confidence=confidence).compact()
+
+
+class _Candidates:
+    """One row's: the root and all children of the nodes expanded.
+
+    Args:
+        pending: the root's token.
+    """
+
+    def __init__(self, pending: int) -> None:
+        self._tokens, self._parents, self._joint = [pending], [ROOT], [0.0]
+        self._frontier = [0]  # candidates to expand
+        self.expanded_tokens, self.expanded_parents = [pending], [ROOT]
+        self._column = {0: 0}  # of expanded candidates among them
+        self._new = 0  # where the newest level's candidates start
+
+    def add(self, log_confidence: list[list[float]], tokens: list[list[int]]) -> None:
+        """Children of the frontier's nodes, ``[n][k]``."""
+        self._new = len(self._joint)
+        for candidate, scores, children in zip(self._frontier, log_confidence, tokens, strict=True):
+            above = self._joint[candidate]
+            self._joint += [above + score for score in scores]
+            self._tokens += children
+            self._parents += [candidate] * len(children)
+
+    def advance(self, width: int, max_nodes: int) -> bool:
+        """Take the best new candidates as the next frontier; whether one of them could have a child that is chosen."""
+        new = range(self._new, len(self._joint))
+        self._frontier = nlargest(width, new, key=self._joint.__getitem__)
+        for candidate in self._frontier:
+            possible = self._joint[candidate] > -math.inf
+            self._column[candidate] = len(self.expanded_tokens)
+            self.expanded_tokens.append(self._tokens[candidate])
+            self.expanded_parents.append(self._column[self._parents[candidate]] if possible else PADDING)
+        return len(self._joint) <= max_nodes or nlargest(max_nodes, self._joint)[-1] <= self._joint[self._frontier[0]]
+
+    def best(self, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
+        """Tokens, parents and log-confidence of the ``max_nodes`` best, the best first; impossible ones are padding."""
+        # Ties go to the earlier one, so that a parent never loses to its child.
+        order = nlargest(max_nodes, range(len(self._joint)), key=self._joint.__getitem__)
+        place = {candidate: column for column, candidate in enumerate(order)}
+        place[ROOT] = ROOT
+        parents = [place[self._parents[each]] if self._joint[each] > -math.inf else PADDING for each in order]
+        return [self._tokens[each] for each in order], parents, [self._joint[each] for each in order]
+
+
+def grow_on_device(pending: Tensor, depth: int, width: int, max_nodes: int, expand: Expand) -> TokenTree:
+    """``grow`` where the logits are."""
     expanded = TokenTree.from_pending(pending)
     tokens, parents = [expanded.tokens], [expanded.parents]  # of all candidates, the root first
     joint = torch.zeros(pending.shape[0], 1, device=pending.device)  # [B, C]
@@ -88,15 +168,20 @@ def rank(
         level: depth of the children.
         vocabulary: ``[V']`` int64, token ids the logits are for; None where they are for all.
     """
+    top = min(count, logits.shape[-1])
+    kernels = find_kernels() if logits.device.type == "cpu" and batch.seen is None and batch.greedy else None
+    if kernels is not None and top <= MOST_TOP and logits.dtype in (torch.bfloat16, torch.float32):
+        values, indices, total = kernels.top(logits.contiguous(), top)
+        return values - total.unsqueeze(-1), indices if vocabulary is None else vocabulary[indices]
     seen = None
     if batch.seen is not None:
         nodes = torch.arange(first, first + logits.shape[1], device=logits.device)
         seen = tree.seen_on_paths(batch.seen.to(logits.device), nodes)
-        seen = (seen if vocabulary is None else seen[..., vocabulary]).flatten(0, 1)
-    scores = filter_logits(logits.flatten(0, 1), batch.params, seen).view(logits.shape)
+        seen = seen if vocabulary is None else seen[..., vocabulary]
+    scores = batch.scores(logits, seen)
     if batch.coupled:
-        noise = torch.stack([row.noise.gumbel(len(row.tokens) + level - 1) for row in batch.rows]).to(logits.device)
+        noise = batch.noise(level - 1).to(logits.device)
         scores = scores + (noise if vocabulary is None else noise[:, vocabulary]).unsqueeze(1)
-    best = scores.topk(min(count, scores.shape[-1]), dim=-1)
+    best = scores.topk(top, dim=-1)
     log_confidence = best.values - scores.logsumexp(-1, keepdim=True)
     return log_confidence, best.indices if vocabulary is None else vocabulary[best.indices]

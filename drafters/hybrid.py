@@ -168,7 +168,7 @@ class HybridDrafter(Drafter):
         if max_nodes < 2 or max(row.max_depth for row in batch.rows) < 1:
             return TokenTree.from_pending(batch.pending)
         view = _view(batch, max_nodes)
-        way = (batch.params.greedy, batch.coupled)
+        way = (batch.greedy, batch.coupled)
         calibration = self._calibrations.setdefault(way, Calibration(len(self.parts)))
         merged = [MergedTree(row.pending, calibration, self._rows[row.row_id].odds) for row in batch.rows]
         self._round = current = _Round(self._now(), merged, max_nodes)
@@ -344,7 +344,7 @@ def _view(batch: Batch, max_nodes: int) -> Batch:
 
 def _repeatable_by_tree(batch: Batch) -> bool:
     """Whether a seed asks for a text again that depends on the trees, which then must not depend on a clock."""
-    return not (batch.params.greedy or batch.coupled or batch.params.seed is None)
+    return not (batch.greedy or batch.coupled or batch.params.seed is None)
 
 
 def _mean_length(batch: Batch) -> int:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.attention import AttentionPass, attend
-from specdec.kernels.decoder_layer import LANES, find_kernels
-from specdec.lean import MOST_NODES
+from specdec.kernels.decoder_layer import LANES, LayerArguments, find_kernels
+from specdec.lean import MOST_NODES, share
 from specdec.packing import FusedPart, PackedLinear
+from specdec.panels import PanelWeight
 from specdec.target import HFTarget
 
 _CONFIG_NAMES = (
@@ -34,7 +35,16 @@ class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` computed in the dtype of its factors, which autocast leaves as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
+    """RMSNorm of ``[..., d]``, compiled where there are kernels for it."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        kernels = find_kernels() if x.shape[-1] % LANES == 0 else None
+        if kernels is not None:
+            return kernels.rms_norm(x.contiguous(), weight, eps or torch.finfo(x.dtype).eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ class DraftLayer(nn.Module):
         self.up_proj = nn.Linear(width, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, shape.norm_eps)
+        self._arguments: LayerArguments | None = None
         self._table: tuple[Tensor, Tensor] | None = None  # cosines and sines of the positions so far
 
     def forward(self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -132,9 +143,7 @@ class DraftLayer(nn.Module):
         mixed: Tensor = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
         return mixed
 
-    def _compiled(
-        self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: CachedAttention
-    ) -> Tensor | None:
+    def _compiled(self, inputs: Tensor, residual: Tensor, positions: Tensor, attend: CachedAttention) -> Tensor | None:
         """The same through the target's compiled kernels; None where they do not fit."""
         shape, shared = self.shape, attend.shared
         modules: list[Any] = [self.q_proj, self.gate_proj, self.o_proj, self.down_proj]
@@ -145,12 +154,17 @@ class DraftLayer(nn.Module):
         kernels = find_kernels() if packed and fits and inputs.shape[1] <= MOST_NODES else None
         if kernels is None or not (isinstance(out, PackedLinear) and isinstance(down, PackedLinear)):
             return None
-        cos, sin = self._angles(positions, inputs.dtype)
+        angles = self._angles(positions, inputs.dtype)
         buffers = shared.cache.open(
             attend.layer, shared.depth.shape[1], shape.num_kv_heads, shape.head_dim, inputs.dtype
         )
+        arguments = self._whole()
+        if arguments is not None:
+            now = share(kernels, arguments, angles, shared)
+            kept = [(buffers.keys, buffers.values)]
+            return kernels.layers([arguments], now, inputs.contiguous(), kept, residual=residual.contiguous())
         attended = kernels.attention(
-            query.product.packed(inputs), (cos, sin), buffers.keys, buffers.values, shared.cache.lengths, shared.depth,
+            query.product.packed(inputs), angles, buffers.keys, buffers.values, shared.cache.lengths, shared.depth,
             shared.ancestors, shape.head_dim**-0.5,
         )  # fmt: skip
         hidden = out.packed.add_to(residual, attended)
@@ -159,6 +173,20 @@ class DraftLayer(nn.Module):
         mixed: Tensor = down.packed.add_to(hidden, kernels.gated(gate.product.packed(normed)))
         return mixed
 
+    def _whole(self) -> LayerArguments | None:
+        """The layer for ``Kernels.layers``; None where its weights lie in another layout."""
+        if self._arguments is None:
+            modules: list[Any] = [self.q_proj, self.o_proj, self.gate_proj, self.down_proj]
+            query, out, gate, down = modules
+            linears = (query.product.packed, out.packed, gate.product.packed, down.packed)
+            if all(isinstance(linear, PanelWeight) for linear in linears):
+                shape, norm = self.shape, self.post_attention_layernorm
+                eps = norm.eps or shape.norm_eps
+                self._arguments = LayerArguments.of(
+                    linears, (None, norm.weight), (eps, eps), shape.head_dim**-0.5, shape.num_heads,
+                    shape.num_kv_heads, shape.head_dim, None,
+                )  # fmt: skip
+        return self._arguments
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``rotary``'s, ``[B, n, d_h]``, looked up: computing them takes ten calls."""

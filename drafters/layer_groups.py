@@ -195,6 +195,8 @@ class LayerParallelModel(HFTarget):
         ValueError: for layers of another kind, naming them.
     """
 
+    quantizes_kv = False
+
     def __init__(self, model: Any, size: int, how: How) -> None:
         self.groups: list[range] = []
         super().__init__(model)

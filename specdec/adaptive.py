@@ -61,8 +61,11 @@ class TreePolicy(Protocol):
     def budget(self, rows: Sequence[Row]) -> int:
         """Most nodes per row of the next pass, root included; 1 is plain decoding, for which no drafter is asked."""
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
-        """A pass was run over ``tree`` for the rows last asked about; ``ms`` is all of the step, by phase."""
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
+        """A pass was run over ``tree`` for the rows last asked about.
+
+        ``ms`` is all of the step, by phase; None where prompts of other rows rode along, so that it says nothing.
+        """
 
 
 class FixedTrees:
@@ -73,7 +76,7 @@ class FixedTrees:
     def budget(self, rows: Sequence[Row]) -> int:
         return NO_LIMIT
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         pass
 
 
@@ -240,7 +243,11 @@ class AdaptiveTrees:
         accepted = offers[size].tokens - 1.0
         return f"{accepted:.2f} tokens accepted per pass of late; drafting {size} nodes costs {cost:.2f} plain passes"
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
+        if ms is None:
+            if self._asked > 1:
+                self._learn(rows, tree, verdict)
+            return
         drafting, nodes = ms["draft"], tree.num_nodes
         self._passes += 1
         self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)

@@ -6,7 +6,7 @@ only. It writes them to our cache and attends over it. Nothing here depends on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from specdec.kernels import runs_triton
 from specdec.kernels.decoder_layer import PassArguments
+from specdec.kernels.shared_prefix import PrefixLevel, shared_prefix
 from specdec.kernels.tree_attention import TreeMask, serves_rules, tree_attention
 from specdec.kv_cache import KVCache
+from specdec.segments import Share, runs
 
 ATTENTION_NAME = "specdec_tree"
 
@@ -40,14 +43,28 @@ class AttentionPass:
         self._masks: dict[int | None, Tensor] = {}
         self._rules: dict[int | None, TreeMask] = {}
         self._key_positions: Tensor | None = None
+        self._runs: list[tuple[Share, int, int, Tensor]] | None = None
+        self._own_mask: TreeMask | None = None
         self.arguments: PassArguments | None = None
         """Of compiled layers; ``held`` keeps their tensors alive."""
         self.held: tuple[Tensor, ...] = ()
+        self.copies: dict[int, Tensor | None] = {}
+        """Hidden states wanted of a compiled stack, by how many layers came before; it fills them in."""
+
+    @property
+    def regular(self) -> bool:
+        """Whether compiled layers can read the cache."""
+        return self.cache.regular
+
+    @property
+    def longest(self) -> int:
+        """Nodes per row, n."""
+        return self.ancestors.shape[1]
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
         if not self._masks:
-            self._masks[None], self._key_positions = self._visibility()
+            self._masks[None], self._key_positions = self.cache.visibility(self.depth, self.ancestors)
         if window is not None and window not in self._masks:
             assert self._key_positions is not None
             distance = self.positions.unsqueeze(2) - self._key_positions.unsqueeze(1)
@@ -60,21 +77,63 @@ class AttentionPass:
             self._rules[window] = TreeMask(self.cache.lengths, self.ancestors, self.depth, window)
         return self._rules[window]
 
-    def _visibility(self) -> tuple[Tensor, Tensor]:
-        """What each node sees of the slots, ``[B, n, S]`` bool, and the slots' positions ``[B, S]``."""
-        depth, num_nodes = self.depth, self.ancestors.shape[1]
-        lengths = self.cache.lengths.unsqueeze(1)  # [B, 1]
-        slots = torch.arange(self.cache.max_length + depth.shape[1], device=depth.device)  # [S]
-        relative = slots - lengths  # [B, S]
-        node = relative.clamp(0, depth.shape[1] - 1)
-        in_tree = (relative >= 0) & (relative < depth.shape[1])
-        seen = self.ancestors.gather(2, node.unsqueeze(1).expand(-1, num_nodes, -1))
-        visible = (relative < 0).unsqueeze(1) | (in_tree.unsqueeze(1) & seen)
-        return visible, torch.where(in_tree, lengths + depth.gather(1, node), slots)
+    @property
+    def own_mask(self) -> TreeMask:
+        """What nodes see of the slots behind their rows' segments."""
+        if self._own_mask is None:
+            self._own_mask = TreeMask(self.cache.own_lengths, self.ancestors, self.depth)
+        return self._own_mask
+
+    def levels(self, layer: int) -> list[PrefixLevel]:
+        """A layer's segments, each with the neighbouring rows that refer to it."""
+        if self._runs is None:
+            device = self.depth.device
+            self._runs = [(*run, torch.tensor([run[0].tokens], device=device)) for run in runs(self.cache.shares)]
+        found = []
+        for share, first, end, length in self._runs:
+            keys, values = share.entries(layer)
+            found.append(PrefixLevel(keys.unsqueeze(0), values.unsqueeze(0), length, ((first, end),)))
+        return found
+
+
+class JoinedPass:
+    """Several passes as one: all their nodes stand side by side in one row, ``[1, T]``, and each keeps its own cache.
+
+    What a layer does node by node, products above all, is done for all of them at once; attention is each one's own.
+
+    Args:
+        parts: the passes; part i has ``B_i * n_i`` nodes, row by row.
+    """
+
+    def __init__(self, parts: Sequence[AttentionPass]) -> None:
+        self.parts = tuple(parts)
+        self.positions = torch.cat([part.positions.reshape(1, -1) for part in parts], dim=1)  # [1, T]
+        self.copies: dict[int, Tensor | None] = {}
+
+    @property
+    def regular(self) -> bool:
+        """Whether compiled layers can read all caches."""
+        return all(part.regular for part in self.parts)
+
+    @property
+    def longest(self) -> int:
+        """Most nodes per row of a part."""
+        return max(part.longest for part in self.parts)
+
+    def split(self, states: Tensor) -> list[Tensor]:
+        """``[1, T, ...]`` to each part's ``[B_i, n_i, ...]``."""
+        shapes = [part.positions.shape for part in self.parts]
+        cut = torch.split(states[0], [rows * nodes for rows, nodes in shapes])
+        return [part.view(*shape, *states.shape[2:]) for part, shape in zip(cut, shapes, strict=True)]
+
+    @staticmethod
+    def join(states: Sequence[Tensor]) -> Tensor:
+        """Each part's ``[B_i, n_i, ...]`` to ``[1, T, ...]``."""
+        return torch.cat([part.flatten(0, 1) for part in states]).unsqueeze(0)
 
 
 def attend(
-    specdec_pass: AttentionPass,
+    specdec_pass: AttentionPass | JoinedPass,
     layer: int,
     query: Tensor,
     key: Tensor,
@@ -85,9 +144,24 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Write a layer's keys and values to the cache and attend over it: ``[B, H, n, d]`` to ``[B, H, n, d_v]``."""
+    if isinstance(specdec_pass, JoinedPass):
+        split = zip(*(specdec_pass.split(states.transpose(1, 2)) for states in (query, key, value)), strict=True)
+        outputs = []
+        for part, own in zip(specdec_pass.parts, split, strict=True):
+            q, k, v = (states.transpose(1, 2) for states in own)
+            outputs.append(attend(part, layer, q, k, v, scale, window, softcap, sinks))
+        return specdec_pass.join([out.transpose(1, 2) for out in outputs]).transpose(1, 2)
     specdec_pass.windows[layer] = window
+    # Parts of a softmax are put together in float32. PyTorch's kernel for the CPU rounds 16-bit ones before; there, as
+    # with a window, which leaves a prefix row by row, keys are gathered, and results are those of rows that hold them.
+    exact = query.dtype.itemsize > 2 or runs_triton(query)
+    if specdec_pass.cache.shares_segments and window is None and exact:
+        keys, values = specdec_pass.cache.write_own(layer, key, value, specdec_pass.offset)
+        return shared_prefix(
+            query, specdec_pass.levels(layer), keys, values, specdec_pass.own_mask, scale, softcap, sinks
+        )
     keys, values = specdec_pass.cache.write(layer, key, value, specdec_pass.offset)
-    by_rules = serves_rules(query, keys, values)
+    by_rules = specdec_pass.cache.regular and serves_rules(query, keys, values)
     visible = specdec_pass.rules(window) if by_rules else specdec_pass.mask(window)
     return tree_attention(query, keys, values, visible, scale, softcap, sinks)
 
@@ -103,7 +177,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    specdec_pass: AttentionPass | None = None,
+    specdec_pass: AttentionPass | JoinedPass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form ``AttentionInterface`` asks for: ``[B, H, n, d]`` in, ``[B, n, H, d_v]`` out."""

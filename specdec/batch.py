@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec.sampling import PositionNoise, SamplingParams
+from specdec.kv_cache import KVCache
+from specdec.sampling import PositionNoise, SamplingParams, filter_logits
 from specdec.stats import DecodeStats
 from specdec.text import TextStream
 from specdec.tree import SiblingSampling
@@ -103,7 +104,7 @@ class Batch:
     """The rows still running, and what drafters and verifiers need to know of them.
 
     Args:
-        rows: one or more rows with the same sampling parameters.
+        rows: the rows; what chooses their tokens may differ where the verifier is coupled or greedy.
         vocab_size: width of the logits.
         device: the target's device.
         coupled: whether the verifier's choice is a function of the rows' position noise, so that a drafter does well
@@ -126,6 +127,9 @@ class Batch:
         self.siblings: SiblingSampling = siblings
         self.max_nodes = 1 << 30
         """Most nodes the next trees are used for; what is beyond is cut, making fewer saves time."""
+        self.cache: KVCache | None = None
+        """The target's, which holds every token of each row but the last; what a drafter writes behind the committed
+        tokens, the next pass overwrites. None before the first pass."""
         self.seen: Tensor | None = self._seen_of(self.rows)
 
     def __len__(self) -> int:
@@ -133,8 +137,42 @@ class Batch:
 
     @property
     def params(self) -> SamplingParams:
-        """The call's sampling parameters."""
+        """The first row's sampling parameters, which are all rows' where the batch is ``uniform``."""
         return self.rows[0].params
+
+    @property
+    def uniform(self) -> bool:
+        """Whether tokens of all rows are chosen in the same way."""
+        return len({row.params.choice for row in self.rows}) < 2
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes the most probable token."""
+        return all(row.params.greedy for row in self.rows)
+
+    def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """``filter_logits``, each row by its own parameters.
+
+        Args:
+            logits: ``[B, ..., V]``, of the target or a draft.
+            seen: the same shape, bool; tokens of the context. Read where a row has a repetition penalty.
+        """
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            groups.setdefault(row.params.choice, []).append(index)
+        if len(groups) == 1:
+            return _filter(logits, self.params, seen)
+        out = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+        for rows in groups.values():
+            out[rows] = _filter(logits[rows], self.rows[rows[0]].params, None if seen is None else seen[rows])
+        return out
+
+    def noise(self, ahead: int) -> Tensor:
+        """``[B, V]`` the rows' Gumbel noise for the token ``ahead`` of the next one; zeros for rows that are greedy."""
+        nothing = torch.zeros(self.vocab_size, device=self.device)
+        return torch.stack(
+            [nothing if row.params.greedy else row.noise.gumbel(len(row.tokens) + ahead) for row in self.rows]
+        )
 
     @property
     def pending(self) -> Tensor:
@@ -152,15 +190,16 @@ class Batch:
             self.seen[row, list(tokens)] = True
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Rows join at the end; what chooses their tokens must be the same parameters."""
-        self.rows = [*self.rows, *rows]
+        """Rows join at the end."""
+        before, self.rows = self.rows, [*self.rows, *rows]
         seen = self._seen_of(rows)
-        if self.seen is not None and seen is not None:
-            self.seen = torch.cat([self.seen, seen])
+        if seen is not None:
+            old = self._seen_of(before) if self.seen is None else self.seen
+            self.seen = seen if old is None else torch.cat([old, seen])
 
     def _seen_of(self, rows: Sequence[Row]) -> Tensor | None:
-        """``[rows, V]`` bool, tokens there are; None where nobody asks."""
-        if self.params.repetition_penalty == 1.0:
+        """``[rows, V]`` bool, tokens there are; None where no row of the batch asks."""
+        if all(row.params.repetition_penalty == 1.0 for row in self.rows):
             return None
         seen = torch.zeros(len(rows), self.vocab_size, dtype=torch.bool, device=self.device)
         for index, row in enumerate(rows):
@@ -172,3 +211,9 @@ class Batch:
         self.rows = [self.rows[row] for row in rows]
         if self.seen is not None:
             self.seen = self.seen[list(rows)]
+
+
+def _filter(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+    """``filter_logits`` of ``[B, ..., V]``."""
+    flat = None if seen is None else seen.flatten(0, -2)
+    return filter_logits(logits.flatten(0, -2), params, flat).view(logits.shape)

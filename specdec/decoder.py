@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,9 @@ from specdec.adaptive import NO_LIMIT, AdaptiveTrees, FixedTrees, TreePolicy
 from specdec.batch import Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
+from specdec.filling import PASS_TOKENS
 from specdec.generation import Generation, KeptPrefix
+from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
 from specdec.load_plan import stored_drafter_bytes
 from specdec.memory_plan import (
@@ -30,7 +32,7 @@ from specdec.memory_plan import (
 )
 from specdec.placement import with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
-from specdec.prefix import KeptText, PrefixStore
+from specdec.prefix import KeptText, PrefixStore, SharedWork
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream
@@ -60,8 +62,11 @@ class SpecDecoder:
         dtype: of the weights when loading: "auto", a name such as "bf16", or a torch dtype.
         device: where to load the target: "auto" or a torch device.
         draft_device: where a draft model goes, None for its drafter's own choice; see docs/draft-models.md.
-        quantize: precision of the linear layers' weights when loading, "int8", "w8a8", "int4" or "nf4"; the text is
-            then the quantized model's own.
+        quantize: precision of the linear layers' weights when loading, a name of ``specdec.quantization``'s; the text
+            is then the quantized model's own.
+        kv: precision of the target's KV cache, "int8", "int4" or "int2" (see ``specdec.kv_quantized``), None for the
+            model's own; the text is then that of this cache, with speculation and without.
+        draft_kv: the same of a draft model's.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
             text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
             as the drafter makes them, since a clock must not choose the text.
@@ -69,6 +74,7 @@ class SpecDecoder:
         memory_budget: bytes in all, weights included, as a number or "2GiB"; None is what is free. A call that does not
             fit gets smaller trees, then fewer rows at a time; where even one row without drafts does not, it raises.
         prefix_memory: bytes that prefixes kept across calls may take, see ``prefix``.
+        share_prefixes: compute and hold once what prompts of a call begin with alike; False is there to compare with.
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
@@ -86,10 +92,13 @@ class SpecDecoder:
         device: str | torch.device = "auto",
         quantize: str | None = None,
         draft_device: str | torch.device | None = None,
+        kv: str | None = None,
+        draft_kv: str | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
         prefix_memory: int | str = "1GiB",
+        share_prefixes: bool = True,
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
@@ -98,6 +107,7 @@ class SpecDecoder:
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         self._prefix_memory = parse_size(prefix_memory)
+        self._share_prefixes = share_prefixes
         self._prefixes: PrefixStore | None = None
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
@@ -112,6 +122,10 @@ class SpecDecoder:
                 f"quantize={quantize!r} goes with a name to load; this model is loaded already: "
                 "specdec.quantization.quantize_linears(model, name) does it in place"
             )
+        kv_bits = find_kv(kv)
+        find_kv(draft_kv)
+        if kv is not None and isinstance(target, HFTarget):
+            raise ValueError(f"kv={kv!r} goes with a model; this is an HFTarget already: set its kv_bits = {kv_bits}")
         if isinstance(target, str | Path):
             from specdec.models import load_model
 
@@ -122,6 +136,8 @@ class SpecDecoder:
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)
+        if kv_bits is not None:
+            self.target.kv_bits = kv_bits
         if isinstance(drafter, str):
             drafter = create_drafter(resolve_drafter(drafter, self.target), drafter_options)
         self.drafter = drafter
@@ -135,6 +151,8 @@ class SpecDecoder:
         self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         self.drafter.bind(self.target, tokenizer)
+        if draft_kv is not None:
+            quantize_draft_kv(self.drafter, self.target, draft_kv)
         self.memory_plan: MemoryPlan | None = None
         """What the last call was planned to take, None before the first."""
         self.stats = DecodeStats()
@@ -195,16 +213,18 @@ class SpecDecoder:
         self._running = weakref.ref(stream)
         return stream
 
-    def serve(self, max_rows: int = 8, max_waiting: int = 64) -> Server:
+    def serve(self, max_rows: int = 8, max_waiting: int = 64, pass_tokens: int = PASS_TOKENS) -> Server:
         """Serve requests of many clients at a time: ``async with decoder.serve() as server``.
 
         Args:
             max_rows: decoded at a time.
             max_waiting: requests that may wait for a place; handing in another waits.
+            pass_tokens: nodes of a pass, those of decoding rows and of prompts that ride along; larger ones answer a
+                request sooner, and keep the others waiting longer for their next token.
         """
         from specdec.serving import Server
 
-        return Server(self, max_rows, max_waiting)
+        return Server(self, max_rows, max_waiting, pass_tokens)
 
     def _take_over(self, server: Server) -> None:
         self._end_running()
@@ -223,12 +243,12 @@ class SpecDecoder:
         if params.n != 1:
             raise ValueError(f"a request is one completion, got n={params.n}: submit it as often")
         row = self._make_rows([prompt], params, self._pick_verifier(params))[0]
-        self._plan_memory([row], params)
+        self._plan_memory([row], joins=True)
         return row, params
 
-    def _fits(self, rows: Sequence[Row], params: SamplingParams) -> bool:
+    def _fits(self, rows: Sequence[Row]) -> bool:
         """Whether all these rows may run at a time."""
-        return self._plan_memory(rows, params).rows >= len(rows)
+        return self._plan_memory(rows, joins=True).rows >= len(rows)
 
     def _make_generation(
         self,
@@ -237,12 +257,17 @@ class SpecDecoder:
         verifier: Verifier,
         most_rows: int | None = None,
         kept: KeptPrefix | None = None,
+        pass_tokens: int = PASS_TOKENS,
+        start: Sequence[Row] | None = None,
     ) -> Generation:
-        plan = self.memory_plan = self._plan_memory(rows, params)
+        """A generation planned for ``rows``, with those of ``start`` in it; with all of them where None."""
+        plan = self.memory_plan = self._plan_memory(rows, joins=start is not None)
+        rows = rows if start is None else start
         return Generation(
             self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
             self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
-            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self._prefixes,
+            NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self.prefixes,
+            pass_tokens, self._share_prefixes,
         )  # fmt: skip
 
     @property
@@ -266,7 +291,14 @@ class SpecDecoder:
             ValueError: when it is larger than ``prefix_memory``, or than what prefixes in use leave of it.
         """
         tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
-        with self.prefixes.hold(tokens, self.drafter.features) as kept:
+        running = None if self._running is None else self._running()
+        with ExitStack() as stack:
+            # A server computes in a thread of its own, and the model can do one thing at a time.
+            quiet: AbstractContextManager[object] = nullcontext()
+            if running is not None and not isinstance(running, GenerationStream):
+                quiet = running.between_passes
+            with quiet:
+                kept = stack.enter_context(self.prefixes.hold(tokens, self.drafter.features))
             yield kept
 
     def _model_shape(self) -> ModelShape:
@@ -283,16 +315,30 @@ class SpecDecoder:
             return create_verifier("greedy")
         return create_verifier("coupled" if self._verifier == "auto" else self._verifier)
 
-    def _plan_memory(self, rows: Sequence[Row], params: SamplingParams) -> MemoryPlan:
+    def _serving_verifier(self, params: SamplingParams) -> Verifier:
+        """The verifier for requests such as this one; a coupled one serves any of them side by side."""
+        picked = self._pick_verifier(params)
+        if not params.greedy or self._verifier == "greedy":
+            return picked
+        if isinstance(self._verifier, Verifier):
+            return self._verifier if self._verifier.coupled else picked
+        return create_verifier("coupled") if self._verifier in ("auto", "coupled") else picked
+
+    def _plan_memory(self, rows: Sequence[Row], joins: bool = False) -> MemoryPlan:
         """The most this call can have. Raises ValueError where it cannot run."""
         length = max(row.max_len for row in rows)
+        prompts = [tuple(row.tokens[: row.prompt_len - 1]) for row in rows]
+        shared = SharedWork.of(prompts) if self._share_prefixes else None
         work = Workload(
             rows=len(rows),
             prompt_len=max(row.prompt_len for row in rows),
             max_len=length,
             nodes=tree_size(self.drafter),
             features=len(self.drafter.features),
-            sampled=not params.greedy,
+            sampled=not all(row.params.greedy for row in rows),
+            shared=shared,
+            refers=self.target.refers_to_segments,
+            joins=joins,
         )
         shape = self._model_shape()
         drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
@@ -337,9 +383,7 @@ class SpecDecoder:
                 noise = PositionNoise(derive_seed(seed, completion if repeatable else len(rows)), self._vocabulary)
                 text = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop)
                 max_len = longest if limit is None else min(longest, limit)
-                rows.append(
-                    Row(list(tokens), len(tokens), max_len, params, noise, eos, prompt_index, completion, text)
-                )
+                rows.append(Row(list(tokens), len(tokens), max_len, params, noise, eos, prompt_index, completion, text))
         return rows
 
 

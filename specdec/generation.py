@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -15,13 +15,15 @@ from specdec.adaptive import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
+from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows
 from specdec.kv_cache import KVCache
+from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
 from specdec.prefix import PrefixStore, common_prefix, prefill_shared
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
-from specdec.target import HFTarget, TargetOutput
+from specdec.target import PREFILL_CHUNK, Chunk, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict, Verifier
 
@@ -50,6 +52,8 @@ class Generation:
         most_nodes: of a tree, whatever the policy says; 1 is plain decoding.
         most_rows: decoded at a time; the others take the places of those that end.
         prefixes: computed by earlier calls, to build on.
+        pass_tokens: nodes of a pass in which prompts ride along, those of decoding rows included.
+        share: whether to compute and hold once what prompts begin with alike.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Generation:
         most_nodes: int = NO_LIMIT,
         most_rows: int = NO_LIMIT,
         prefixes: PrefixStore | None = None,
+        pass_tokens: int = PASS_TOKENS,
+        share: bool = True,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -76,11 +82,15 @@ class Generation:
         self._prefixes = prefixes
         self._raise_drafter_errors = raise_drafter_errors
         self._policy = policy or FixedTrees()
-        self._missed = MissedPasses()
+        self._missed = MissedPasses(drafter.reads_logits)
         # A GPU's passes are queued: without waiting, the target's time would be counted where its result is first read.
         self._finish_device = torch.cuda.synchronize if target.waits_after_phases else None
         self._most_nodes = most_nodes
         self._most_rows = most_rows
+        self._pass_tokens = pass_tokens
+        self._share_prefixes = share
+        self._filling = FillingRows(target, prefixes, share)
+        self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else SPARE_SLOTS
         self._waiting = list(rows)
         self._batch = self._next_batch()
         for counted in self._counted(rows):
@@ -98,14 +108,14 @@ class Generation:
         try:
             cache = self._prefill()
             while True:
-                while self._batch.rows:
-                    self._join(cache)
-                    yield self._step(cache)
+                while self._batch.rows or self._filling or (self._waiting and self._joins):
+                    cache = self._join(cache)
+                    yield self._step(cache) if self._batch.rows else self._fill()
                     self._retire(cache)  # rows that were cancelled meanwhile
                 if not self._waiting:
                     break
                 self._guarded(self.drafter.stop)
-                self._missed, self._batch = MissedPasses(), self._next_batch()
+                self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._next_batch()
                 del cache  # its memory is the next one's
                 cache = self._prefill()
             self._keep(cache)
@@ -129,63 +139,98 @@ class Generation:
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
         self._waiting = [each for each in self._waiting if each is not row]
+        self._filling.drop(row)
 
     @property
-    def idle(self) -> bool:
-        """Whether no row is running or waiting."""
-        return not self._waiting and all(row.finish_reason is not None for row in self._batch.rows)
-
-    def _next_batch(self) -> Batch:
-        target, verifier = self.target, self.verifier
-        rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
-        return Batch(rows, target.vocab_size, target.device, verifier.coupled, verifier.siblings)
-
-    @torch.inference_mode()
-    def _join(self, cache: KVCache) -> None:
-        """Waiting rows take the places of those that ended, while the others go on.
+    def _joins(self) -> bool:
+        """Whether rows join while others run.
 
         Not where the drafter follows hidden states: it would have to be shown those of all running rows again.
         """
-        count = min(self._most_rows - len(self._batch), len(self._waiting))
-        if count < 1 or self.drafter.features:
-            return
-        self._guarded(lambda: self._missed.hand_over(self._observe))
-        rows, self._waiting = self._waiting[:count], self._waiting[count:]
-        clock, first = PhaseClock(self._finish_device), cache.batch_size
+        return not self.drafter.features
+
+    def _next_batch(self) -> Batch:
+        rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
+        return self._make_batch(rows)
+
+    def _make_batch(self, rows: Sequence[Row]) -> Batch:
+        target, verifier = self.target, self.verifier
+        return Batch(rows, target.vocab_size, target.device, verifier.coupled, verifier.siblings)
+
+    @torch.inference_mode()
+    def _join(self, cache: KVCache) -> KVCache:
+        """Have the prompts of waiting rows computed where there is room, and let those go on whose prompts are done.
+
+        Returns:
+            The batch's cache, a new one where no row was left.
+        """
+        if not self._joins:
+            return cache
+        room = self._most_rows - len(self._batch) - len(self._filling)
+        if room > 0 and self._waiting:
+            self._filling.add(self._waiting[:room])
+            self._waiting = self._waiting[room:]
+        filled = self._filling.take()
+        if not filled:
+            return cache
+        rows, clock = [row for row, _ in filled], PhaseClock(self._finish_device)
+        capacity, first = max(row.max_len for row in rows) + self._spare, len(self._batch)
+        if first:
+            self._guarded(lambda: self._missed.hand_over(self._observe))
         with clock.phase("prefill"):
-            prompts = list(dict.fromkeys(tuple(row.tokens[:-1]) for row in rows))
-            fresh, _ = prefill_shared(self.target, prompts, max(map(len, prompts)), (), self._prefixes)
-            cache.reserve(max(row.max_len for row in rows) + SPARE_SLOTS)
-            cache.add_rows(count)
-            for index, row in enumerate(rows):
-                source = prompts.index(tuple(row.tokens[:-1]))
-                cache.copy_row(first + index, fresh, source, len(prompts[source]))
-        self._batch.add(rows)
+            if first:
+                cache.reserve(capacity)
+                cache.add_rows(len(rows))
+            else:
+                cache = self.target.new_cache(len(rows), capacity)
+            for index, (row, held) in enumerate(filled, first):
+                cache.copy_row(index, held, 0, len(row.tokens) - 1)
         with clock.phase("draft"):
-            self._guarded(lambda: self.drafter.join(self._batch, count))
+            if first:
+                self._batch.add(rows)
+                self._guarded(lambda: self.drafter.join(self._batch, len(rows)))
+            else:
+                self._guarded(self.drafter.stop)
+                self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._make_batch(rows)
+                self._guarded(lambda: self.drafter.start(self._batch, None))
         self._share(clock.stop(), rows)
+        return cache
+
+    @torch.inference_mode()
+    def _fill(self) -> list[StreamPiece]:
+        """A pass over prompts alone."""
+        chunks, rows, clock = self._filling.chunks(PREFILL_CHUNK), self._filling.rows, PhaseClock(self._finish_device)
+        if chunks:
+            with clock.phase("prefill"):
+                self.target.extend_all(chunks)
+            self._share(clock.stop(), rows)
+        return []
+
+    def _chunks(self, tree: TokenTree) -> list[Chunk]:
+        """What of prompts rides in the pass over a tree."""
+        return self._filling.chunks(max(LEAST_CHUNK, self._pass_tokens - tree.tokens.numel()))
 
     @torch.inference_mode()
     def _prefill(self) -> KVCache:
         """Cache every prompt but its last token, the first pending one; what prompts share is computed once."""
         batch, clock = self._batch, PhaseClock(self._finish_device)
+        if not batch.rows:
+            return self.target.new_cache(0, 1)
         with clock.phase("prefill"):
-            capacity = max(row.max_len for row in batch.rows) + SPARE_SLOTS
-            prompts = list(dict.fromkeys(tuple(row.tokens[:-1]) for row in batch.rows))
+            capacity = max(row.max_len for row in batch.rows) + self._spare
+            prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
             if self._kept is None or self._kept.cache is None or self.drafter.features:
-                cache, output = prefill_shared(self.target, prompts, capacity, self.drafter.features, self._prefixes)
+                cache, output = prefill_shared(
+                    self.target, prompts, capacity, self.drafter.features, self._prefixes, self._share_prefixes
+                )
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
+                reused = cache.max_length  # a quantized cache may not go back so far
                 cache.reserve(capacity)
                 missing = [prompt[reused:] for prompt in prompts]
                 output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
-            if len(prompts) < len(batch):
-                source = [prompts.index(tuple(row.tokens[:-1])) for row in batch.rows]
-                cache.keep_rows(source)
-                if output is not None:
-                    output = replace(output, features={k: v[source] for k, v in output.features.items()})
         with clock.phase("draft"):
             self._guarded(lambda: self.drafter.start(batch, output))
         self._share(clock.stop(), batch.rows)
@@ -195,12 +240,14 @@ class Generation:
     def _step(self, cache: KVCache) -> list[StreamPiece]:
         """One pass over one tree per row."""
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
+        batch.cache = cache
         budget = min(self._policy.budget(rows), self._most_nodes)
         with clock.phase("draft"):
             tree = self._draft(budget)
         with clock.phase("target"):
             cache.reserve(cache.max_length + tree.num_nodes)
-            output = self.target.forward(tree, cache, self.drafter.features)
+            chunks = self._chunks(tree)
+            output = self.target.forward_beside(tree, cache, chunks, self.drafter.features)
         with clock.phase("accept"):
             verdict = self.verifier.accept(tree, output.logits, batch)
         with clock.phase("commit"):
@@ -211,7 +258,7 @@ class Generation:
         self._retire(cache)
         milliseconds = clock.stop()
         self._share(milliseconds, rows)
-        self._policy.observe(rows, tree, verdict, milliseconds)
+        self._policy.observe(rows, tree, verdict, None if chunks else milliseconds)
         return pieces
 
     def _draft(self, budget: int) -> TokenTree:
@@ -235,7 +282,10 @@ class Generation:
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
-        tree = tree.limit_depth(batch.max_depth).first(batch.max_nodes)
+        deepest = batch.max_depth
+        if self.target.kv_bits is not None:
+            deepest = deepest.clamp(max=WINDOW)
+        tree = tree.limit_depth(deepest).first(batch.max_nodes)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPass
+from specdec.kernels.trees import by_products
 from specdec.kv_cache import KVCache
 from specdec.pooled_cache import BufferPools, DeviceCache, PooledKVCache
 from specdec.target import Feature, HFTarget, TargetOutput
@@ -183,9 +184,14 @@ class GraphTarget(HFTarget):
         """Waiting would leave the device idle while the host prepares what follows."""
         return self.fallback is not None and super().waits_after_phases
 
+    @property
+    def refers_to_segments(self) -> bool:
+        """See ``HFTarget.refers_to_segments``."""
+        return self._pools is None and super().refers_to_segments
+
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """See ``HFTarget.new_cache``."""
-        if self._pools is None:
+        if self._pools is None or self.kv_bits is not None:
             return super().new_cache(batch_size, capacity)
         return PooledKVCache(self._pools, batch_size, capacity, self.device)
 
@@ -226,13 +232,11 @@ class GraphTarget(HFTarget):
         captured, pool = CapturedPass.allocate(key, self.device), cache.pool
 
         def run() -> None:
-            padded = TokenTree(captured.tokens, captured.parents)
+            ancestors, depth = by_products(captured.parents)
             virtual = None
             if captured.virtual is not None and captured.embeddings is not None:
                 virtual = captured.virtual, captured.embeddings
-            captured.output = self.run(
-                captured.tokens, virtual, DeviceCache(cache), padded.depth, padded.ancestors, key.features
-            )
+            captured.output = self.run(captured.tokens, virtual, DeviceCache(cache), depth, ancestors, key.features)
 
         captured.load(tree)
         try:

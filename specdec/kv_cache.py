@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.decoder_layer import find_kernels
+from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
+from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
+from specdec.slot_order import SlotOrder
 
 
 @dataclass
@@ -19,23 +21,32 @@ class LayerBuffers:
     values: Tensor
 
 
-class KVCache:
+class KVCache(SlotOrder):
     """Keys and values of every layer, one pair of buffers per layer, with a length per row.
 
-    Slot ``s`` of a row holds the token at position ``s`` while ``s < length``. A pass writes its nodes behind the
-    row's length; ``commit`` moves the accepted ones up to it, and the rest is dead by length: nothing is erased.
-    Buffers are allocated at a layer's first write, so key and value widths are whatever the layer produces.
+    A row begins with the tokens of its shared segments, if it has any; what stands behind them is its own. Slot ``s``
+    of a row's buffers holds the token at position ``shared tokens + s`` while that is below the row's length. A pass
+    writes its nodes behind the row's length; ``commit`` moves the accepted ones up to it, and the rest is dead by
+    length: nothing is erased. Buffers are allocated at a layer's first write, so key and value widths are whatever the
+    layer produces.
 
-    Invariants: ``0 <= length <= capacity`` for every row; all buffers share batch size, capacity and device.
+    Invariants: ``shared tokens <= length <= capacity`` for every row, and what is its own fits its slots; all buffers
+    share batch size, slots and device. Segments are only read: rows of many caches may refer to one.
 
     Args:
         batch_size: number of rows, B.
-        capacity: slots per row, S; must cover the longest row plus the largest tree.
+        capacity: tokens per row; must cover the longest row plus the largest tree.
         device: where lengths and buffers live.
     """
 
+    most_segments = MOST_LEVELS
+    """Segments a row can refer to; what stands in further ones is copied."""
+    _lends = True  # buffers may live on as segments
+
     def __init__(self, batch_size: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
+        self._own: Tensor | None = None  # lengths, where rows share something
+        self._set_shares([()] * batch_size)
         self.layers: dict[int, LayerBuffers] = {}
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._host_lengths = [0] * batch_size
@@ -56,9 +67,41 @@ class KVCache:
         return max(self._host_lengths)
 
     @property
+    def shares(self) -> list[Shares]:
+        """Each row's use of shared segments."""
+        return list(self._shares)
+
+    @property
+    def shares_segments(self) -> bool:
+        """Whether a row refers to a segment."""
+        return self._sharing
+
+    @property
+    def own_lengths(self) -> Tensor:
+        """``[B]`` int64, committed tokens in the rows' own buffers."""
+        if not self._sharing:
+            return self.lengths
+        if self._own is None:
+            self._own = torch.tensor(self._host_own, dtype=torch.int64, device=self.lengths.device)
+        return self._own
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row's own buffers, S; before the first write, what they will have."""
+        for buffers in self.layers.values():
+            return buffers.keys.shape[2]
+        return self.capacity - min(self._shared, default=0)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes the buffers take."""
-        return sum(b.keys.nbytes + b.values.nbytes for b in self.layers.values())
+        """Bytes the buffers take, and the segments, each counted once."""
+        return sum(b.keys.nbytes + b.values.nbytes for b in self.layers.values()) + sum(
+            segment.num_bytes for segment in distinct(self._shares)
+        )
+
+    @property
+    def _host_own(self) -> list[int]:
+        return [length - shared for length, shared in zip(self._host_lengths, self._shared, strict=True)]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """Write the nodes of a pass behind the committed tokens and return what is to be attended to.
@@ -70,11 +113,17 @@ class KVCache:
             offset: nodes of the same tree written by earlier passes; row b's nodes go to ``length_b + offset`` on.
 
         Returns:
-            Views of the buffers' first ``max_length + offset + n`` slots; valid until the next write or commit.
+            Keys and values at positions ``0 .. max_length + offset + n``: views of the buffers, or copies where rows
+            share segments; valid until the next write or commit.
 
         Raises:
             ValueError: when the nodes do not fit the capacity.
         """
+        own = self.write_own(layer, keys, values, offset)
+        return self._whole(layer, own, offset + keys.shape[2]) if self._sharing else own
+
+    def write_own(self, layer: int, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """``write`` that returns what stands behind the rows' segments only: views of the buffers' first slots."""
         if layer not in self.layers:
             self.layers[layer] = LayerBuffers(self._allocate(keys), self._allocate(values))
         return self._store(self.layers[layer], keys, values, offset)
@@ -83,16 +132,47 @@ class KVCache:
         """``write`` into given buffers."""
         num_nodes = keys.shape[2]
         end = self._end(offset + num_nodes)
-        if min(self._host_lengths) == self.max_length:
-            start = self.max_length + offset
+        own = self._host_own
+        if min(own) == max(own):
+            start = own[0] + offset
             buffers.keys[:, :, start:end] = keys
             buffers.values[:, :, start:end] = values
         else:
-            slots = self.lengths.unsqueeze(1) + offset + torch.arange(num_nodes, device=keys.device)
+            slots = self.own_lengths.unsqueeze(1) + offset + torch.arange(num_nodes, device=keys.device)
             rows = torch.arange(self.batch_size, device=keys.device).unsqueeze(1)
             buffers.keys[rows, :, slots] = keys.transpose(1, 2)
             buffers.values[rows, :, slots] = values.transpose(1, 2)
         return buffers.keys[:, :, :end], buffers.values[:, :, :end]
+
+    def _whole(self, layer: int, own: tuple[Tensor, Tensor], behind: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values at every row's positions, ``behind`` nodes included, gathered for one pass."""
+        gathered = []
+        for part, buffer in enumerate(own):
+            whole = buffer.new_zeros(*buffer.shape[:2], self.max_length + behind, buffer.shape[3])
+            for row, (shares, length) in enumerate(zip(self._shares, self._host_own, strict=True)):
+                at = 0
+                for share in shares:
+                    whole[row, :, at : at + share.tokens] = share.entries(layer)[part]
+                    at += share.tokens
+                whole[row, :, at : at + length + behind] = buffer[row, :, : length + behind]
+            gathered.append(whole)
+        return gathered[0], gathered[1]
+
+    def entries(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H_kv, length, d]`` of a row's committed tokens, gathered."""
+        own, cut = self._host_own[row], [share.entries(layer) for share in self._shares[row]]
+        if own:
+            buffers = self.layers[layer]
+            cut.append((buffers.keys[row, :, :own], buffers.values[row, :, :own]))
+        return torch.cat([keys for keys, _ in cut], dim=1), torch.cat([values for _, values in cut], dim=1)
+
+    def segment_table(self, layer: int) -> Tensor | None:
+        """``[B, levels, 4]`` int64 as ``Kernels.attention`` takes it; None where no row shares anything."""
+        if not self._sharing:
+            return None
+        if layer not in self._tables:
+            self._tables[layer] = address_table(self._shares, layer)
+        return self._tables[layer]
 
     def open(self, layer: int, num_nodes: int, num_heads: int, width: int, dtype: torch.dtype) -> LayerBuffers:
         """The buffers of a layer, for a kernel that writes the nodes of a pass itself.
@@ -115,15 +195,21 @@ class KVCache:
 
     def _end(self, num_nodes: int) -> int:
         """The first slot behind so many nodes."""
-        end = self.max_length + num_nodes
-        if end > self.capacity:
-            raise ValueError(f"{end} slots are needed, the cache has {self.capacity}: reserve more")
+        end = max(self._host_own) + num_nodes
+        if end > self.slots:
+            raise ValueError(f"{end} slots are needed, the cache has {self.slots}: reserve more")
         return end
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN would still poison the row.
         batch_size, num_heads, _, width = like.shape
-        return like.new_zeros(batch_size, num_heads, self.capacity, width)
+        return like.new_zeros(batch_size, num_heads, self.slots, width)
+
+    def bind(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """See that a layer has its buffers, for keys and values such as these ``[.., H_kv, n, d]``."""
+        if layer not in self.layers:
+            wide = (part.expand(self.batch_size, *part.shape[-3:]) for part in (keys, values))
+            self.layers[layer] = LayerBuffers(*map(self._allocate, wide))
 
     def advance(self, counts: Sequence[int]) -> None:
         """Commit the first ``counts[b]`` slots behind each row's length as they lie."""
@@ -140,7 +226,7 @@ class KVCache:
         kept = torch.tensor(counts, dtype=torch.int64, device=path.device)
         wanted = kept.unsqueeze(1) > order
         if bool((wanted & (path != order)).any()) and not self._moved(path, kept):
-            base = self.lengths.unsqueeze(1)
+            base = self.own_lengths.unsqueeze(1)
             # A column is never left of its new place, so reading all before writing is enough; ignored entries stay.
             source = base + torch.where(wanted, path, order)
             rows = torch.arange(self.batch_size, device=path.device).unsqueeze(1)
@@ -156,21 +242,31 @@ class KVCache:
         kernels = find_kernels() if alike and path.device.type == "cpu" else None
         if kernels is None:
             return False
-        kernels.move_slots(buffers, self.lengths, path, kept)
+        kernels.move_slots(buffers, self.own_lengths, path, kept)
         return True
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget tokens from ``lengths[b]`` on. Raises ValueError where that is beyond the row's length."""
+        """Forget tokens from ``lengths[b]`` on; where that is within a segment, the row uses less of it from now on.
+
+        Raises:
+            ValueError: where that is beyond the row's length.
+        """
         for row, (new, old) in enumerate(zip(lengths, self._host_lengths, strict=True)):
             if not 0 <= new <= old:
                 raise ValueError(f"cannot truncate row {row} to {new} tokens: it holds {old}")
+        if self._sharing:
+            rows = zip(self._shares, lengths, strict=True)
+            self._set_shares([first_tokens(shares, length) for shares, length in rows])
         self._set_lengths(list(lengths))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in the order given."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
+        # Rows that share nothing may have needed longer buffers than those that stay.
+        slots = self.capacity - min((self._shared[row] for row in rows), default=0)
         for buffers in self.layers.values():
-            buffers.keys, buffers.values = buffers.keys[index], buffers.values[index]
+            buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
+        self._set_shares([self._shares[row] for row in rows])
         self._set_lengths([self._host_lengths[row] for row in rows])
 
     def add_rows(self, count: int) -> None:
@@ -179,10 +275,69 @@ class KVCache:
             for name in ("keys", "values"):
                 old: Tensor = getattr(buffers, name)
                 setattr(buffers, name, torch.cat([old, old.new_zeros(count, *old.shape[1:])]))
+        self._set_shares([*self._shares, *([()] * count)])
         self._set_lengths(self._host_lengths + [0] * count)
+
+    def share(self, row: int, shares: Sequence[Share]) -> None:
+        """Make a row hold the tokens of segments, in place of what it holds.
+
+        The row refers to the first ``most_segments`` of them; further ones are copied.
+
+        Raises:
+            ValueError: where they do not fit the capacity.
+        """
+        if num_tokens(shares) > self.capacity:
+            raise ValueError(f"{num_tokens(shares)} slots are needed, the cache has {self.capacity}: reserve more")
+        referred, copied = tuple(shares[: self.most_segments]), shares[self.most_segments :]
+        if referred or self._shares[row]:
+            self._set_shares([*self._shares[:row], referred, *self._shares[row + 1 :]])
+        lengths = self.row_lengths
+        lengths[row] = num_tokens(referred)
+        self._set_lengths(lengths)
+        for each in copied:
+            self._append(row, each.segment.layers, each.tokens)
+
+    def _append(self, row: int, layers: Mapping[int, tuple[Tensor, Tensor]], count: int) -> None:
+        """Copy the first ``count`` tokens of ``[H_kv, slots, d]`` behind what a row holds, and commit them."""
+        if not count:
+            return
+        start = self._host_own[row]
+        for layer, (keys, values) in layers.items():
+            self.bind(layer, keys.unsqueeze(0), values.unsqueeze(0))
+        if start + count > self.slots:
+            self._grow(self.capacity - min(self._shared))
+        for layer, (keys, values) in layers.items():
+            mine = self.layers[layer]
+            mine.keys[row, :, start : start + count] = keys[:, :count]
+            mine.values[row, :, start : start + count] = values[:, :count]
+        lengths = self.row_lengths
+        lengths[row] += count
+        self._set_lengths(lengths)
+
+    def give_away(self) -> list[Shares]:
+        """Turn what every row holds into shares for other caches to refer to; this one is empty afterwards."""
+        own = self._host_own
+        lent: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in own]
+        full = self._lends and min(own, default=0) == self.slots
+        for layer in [*self.layers]:
+            buffers = self.layers.pop(layer)
+            for row, count in enumerate(own):
+                if count:
+                    keys, values = buffers.keys[row, :, :count], buffers.values[row, :, :count]
+                    # Rows as they are where all of them are full: a view of one would keep all alive.
+                    lent[row][layer] = (keys, values) if full else (_copied(keys), _copied(values))
+        given = [
+            (*shares, Share(Segment(layers, count), count)) if count else shares
+            for shares, layers, count in zip(self._shares, lent, own, strict=True)
+        ]
+        self._set_shares([()] * self.batch_size)
+        self._set_lengths([0] * self.batch_size)
+        return given
 
     def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
         """Make a row hold the first ``length`` tokens of another cache's row, in place of what it holds.
+
+        Segments of that row are referred to, what is its own is copied.
 
         Raises:
             ValueError: when the other row holds fewer, or they do not fit the capacity.
@@ -191,29 +346,26 @@ class KVCache:
             raise ValueError(f"row {source_row} holds {source.row_lengths[source_row]} tokens, {length} are asked for")
         if length > self.capacity:
             raise ValueError(f"{length} slots are needed, the cache has {self.capacity}: reserve more")
-        for layer, theirs in source.layers.items():
-            if layer not in self.layers:
-                shape = (self.batch_size, -1, -1, -1)
-                self.layers[layer] = LayerBuffers(
-                    self._allocate(theirs.keys[:1].expand(shape)), self._allocate(theirs.values[:1].expand(shape))
-                )
-            mine = self.layers[layer]
-            mine.keys[row, :, :length] = theirs.keys[source_row, :, :length]
-            mine.values[row, :, :length] = theirs.values[source_row, :, :length]
-        lengths = self.row_lengths
-        lengths[row] = length
-        self._set_lengths(lengths)
+        shares = first_tokens(source._shares[source_row], length)
+        own = {layer: (theirs.keys[source_row], theirs.values[source_row]) for layer, theirs in source.layers.items()}
+        self.share(row, shares)
+        self._append(row, own, length - num_tokens(shares))
 
     def reserve(self, capacity: int) -> None:
-        """Grow to at least ``capacity`` slots per row, keeping what is committed."""
-        if capacity <= self.capacity:
-            return
-        self.capacity = capacity
+        """Grow to at least ``capacity`` tokens per row, keeping what is committed."""
+        self.capacity = max(self.capacity, capacity)
+        slots = self.capacity - min(self._shared, default=0)
+        if slots > self.slots:
+            self._grow(slots)
+
+    def _grow(self, slots: int) -> None:
+        """Give every row's buffers so many slots."""
         for buffers in self.layers.values():
-            old_keys, old_values = buffers.keys, buffers.values
-            buffers.keys, buffers.values = self._allocate(old_keys), self._allocate(old_values)
-            buffers.keys[:, :, : old_keys.shape[2]] = old_keys
-            buffers.values[:, :, : old_values.shape[2]] = old_values
+            for name in ("keys", "values"):
+                old: Tensor = getattr(buffers, name)
+                new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                setattr(buffers, name, new)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where an invariant is broken: lengths, shapes, or a committed entry that is not finite."""
@@ -221,17 +373,33 @@ class KVCache:
             raise RuntimeError(f"device lengths {self.lengths.tolist()} differ from host lengths {self._host_lengths}")
         if not all(0 <= length <= self.capacity for length in self._host_lengths):
             raise RuntimeError(f"lengths {self._host_lengths} leave [0, {self.capacity}]")
+        own = self._host_own
+        if min(own, default=0) < 0 or (self.layers and max(own) > self.slots):
+            raise RuntimeError(f"lengths {self._host_lengths}, {self._shared} of them shared, leave {self.slots} slots")
+        for segment in distinct(self._shares):
+            segment.check_integrity()
         for layer, buffers in self.layers.items():
             for name, buffer in (("keys", buffers.keys), ("values", buffers.values)):
-                if buffer.shape[0] != self.batch_size or buffer.shape[2] != self.capacity:
+                if buffer.shape[0] != self.batch_size or buffer.shape[2] != self.slots:
                     raise RuntimeError(
                         f"{name} of layer {layer} are {tuple(buffer.shape)}, expected {self.batch_size} rows of "
-                        f"{self.capacity} slots"
+                        f"{self.slots} slots"
                     )
-                for row, length in enumerate(self._host_lengths):
+                for row, length in enumerate(own):
                     if not bool(buffer[row, :, :length].isfinite().all()):
                         raise RuntimeError(f"{name} of layer {layer}, row {row} hold a value that is not finite")
 
+    def _set_shares(self, shares: Sequence[Shares]) -> None:
+        """What rows share; whoever changes it sets the lengths next."""
+        self._shares, self._shared = list(shares), [num_tokens(each) for each in shares]
+        self._sharing = any(self._shared)
+        self._tables: dict[int, Tensor] = {}  # of segments, for compiled kernels
+        self._own = None
+
     def _set_lengths(self, lengths: list[int]) -> None:
-        self._host_lengths = lengths
+        self._host_lengths, self._own = lengths, None
         self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+
+
+def _copied(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)

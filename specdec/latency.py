@@ -146,7 +146,7 @@ class LatencyKey:
             architecture=facts.architecture,
             fingerprint=facts.fingerprint,
             precision=str(target.dtype).removeprefix("torch."),
-            backend=f"{type(target).__name__}-{backend}",
+            backend=f"{type(target).__name__}-{backend}{'' if target.kv_bits is None else f'-kv{target.kv_bits}'}",
         )
 
     def path(self, folder: Path | None = None) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from specdec.attention import AttentionPass, attend
+from specdec.attention import AttentionPass, JoinedPass, attend
 from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArguments, PassArguments, find_kernels
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -123,15 +123,14 @@ class LeanLayer:
         hidden_states: Tensor,
         *args: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        specdec_pass: AttentionPass | None = None,
+        specdec_pass: AttentionPass | JoinedPass | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """``[B, n, d]`` to ``[B, n, d]``; arguments as the layer's own forward takes them."""
         if specdec_pass is None or position_embeddings is None:
             kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
             return self._own(hidden_states, *args, **kwargs)
-        compiled = hidden_states.dtype == torch.bfloat16 and hidden_states.shape[1] <= MOST_NODES
-        if self._kernels is not None and compiled:
+        if self._kernels is not None and _compiles(hidden_states.dtype, specdec_pass):
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
         qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
@@ -147,32 +146,52 @@ class LeanLayer:
         out: Tensor = self._down.add_to(hidden_states, gated)
         return out
 
-    def buffers(self, specdec_pass: AttentionPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the layer in the pass's cache, opened for a kernel that writes them."""
+    def buffers(self, specdec_pass: AttentionPass, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of the layer in the pass's cache, opened for a kernel that writes them, and its segments."""
         specdec_pass.windows[self._index] = self._window
         nodes = specdec_pass.depth.shape[1]
         opened = specdec_pass.cache.open(self._index, nodes, self._kv_heads, self._head_dim, dtype)
-        return opened.keys, opened.values
+        return opened.keys, opened.values, specdec_pass.cache.segment_table(self._index)
 
     def _compiled(
-        self, kernels: Kernels, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
+        self,
+        kernels: Kernels,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        specdec_pass: AttentionPass | JoinedPass,
     ) -> Tensor:
-        keys, values = self.buffers(specdec_pass, hidden_states.dtype)
-        if self.arguments is not None:
+        if self.arguments is not None and isinstance(specdec_pass, AttentionPass):
+            keys, values, segments = self.buffers(specdec_pass, hidden_states.dtype)
             shared = share(kernels, self.arguments, rotary, specdec_pass)
-            return kernels.layers([self.arguments], shared, hidden_states, [(keys, values)])
+            parts = None if segments is None else [segments]
+            return kernels.layers([self.arguments], shared, hidden_states, [(keys, values)], parts)
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         qkv = self._norm_heads(
             qkv, lambda norm, heads: kernels.rms_norm(heads.contiguous(), norm.weight, norm.variance_epsilon)
         )
-        depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
-        attended = kernels.attention(qkv, rotary, keys, values, lengths, depth, seen, self._scale, self._window)
+        attended = self._attend(kernels, qkv, rotary, specdec_pass)
         hidden_states = self._out.add_to(hidden_states, attended)
         norm = self._mlp_norm
         gate_up = self._gate_up(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         out: Tensor = self._down.add_to(hidden_states, kernels.gated(gate_up))
         return out
+
+    def _attend(
+        self, kernels: Kernels, qkv: Tensor, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass | JoinedPass
+    ) -> Tensor:
+        """``[B, n, (H + 2 H_kv) d]`` to ``[B, n, H d]``, keys and values written to the cache."""
+        if isinstance(specdec_pass, JoinedPass):
+            cut = zip(*(specdec_pass.split(part) for part in (qkv, *rotary)), strict=True)
+            return specdec_pass.join(
+                [
+                    self._attend(kernels, own, (cos, sin), part)
+                    for part, (own, cos, sin) in zip(specdec_pass.parts, cut, strict=True)
+                ]
+            )
+        keys, values, segments = self.buffers(specdec_pass, qkv.dtype)
+        depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
+        return kernels.attention(qkv, rotary, keys, values, lengths, depth, seen, self._scale, self._window, segments)
 
     def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
@@ -182,6 +201,7 @@ class LeanLayer:
         query, key, value = torch.split(qkv.view(*qkv.shape[:2], -1, self._head_dim), widths, dim=2)
         normed = rms_norm(self._head_norms[0], query), rms_norm(self._head_norms[1], key)
         return torch.cat([*normed, value], dim=2).flatten(2)
+
 
 class LeanStack:
     """The ``forward`` of a stack of decoder layers during our passes: all of them in one call where all are compiled.
@@ -200,13 +220,17 @@ class LeanStack:
         # Angles of these kinds depend on the position alone, those of others on how long the text is.
         self._table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
 
+    def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
+        """Whether a pass runs through compiled layers, which also fill ``copies``."""
+        return find_kernels() is not None and all(map(_whole, self._stack.layers)) and _compiles(dtype, now)
+
     def __call__(
         self,
         input_ids: Tensor | None = None,
         *args: Any,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
-        specdec_pass: AttentionPass | None = None,
+        specdec_pass: AttentionPass | JoinedPass | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stack's own forward."""
@@ -215,16 +239,20 @@ class LeanStack:
             kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(input_ids, *args, **kwargs)
         states = self._stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if states.dtype != torch.bfloat16 or states.shape[1] > MOST_NODES:
+        if not _compiles(states.dtype, specdec_pass):
             kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(None, *args, **kwargs)
-        rotary, first = self._rotary(states, position_ids), 0
+        rotary, first, copies = self._rotary(states, position_ids), 0, specdec_pass.copies
+        if 0 in copies:
+            copies[0] = states
         for index, layer in enumerate(layers):
             if layer._forward_hooks or layer._forward_pre_hooks:
-                states = self._run(kernels, layers[first:index], states, rotary, specdec_pass)
+                states = self._run(kernels, layers[first:index], first, states, rotary, specdec_pass)
                 states = layer(states, position_embeddings=rotary, specdec_pass=specdec_pass)
+                if index + 1 in copies:
+                    copies[index + 1] = states
                 first = index + 1
-        states = self._run(kernels, layers[first:], states, rotary, specdec_pass)
+        states = self._run(kernels, layers[first:], first, states, rotary, specdec_pass)
         norm = self._stack.norm
         if norm._forward_hooks or norm._forward_pre_hooks:
             states = norm(states)
@@ -233,14 +261,32 @@ class LeanStack:
         return BaseModelOutputWithPast(last_hidden_state=states)
 
     def _run(
-        self, kernels: Kernels, layers: list[Any], states: Tensor, rotary: tuple[Tensor, Tensor], now: AttentionPass
+        self,
+        kernels: Kernels,
+        layers: list[Any],
+        first: int,
+        states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        now: AttentionPass | JoinedPass,
     ) -> Tensor:
         if not layers:
             return states
+        ends = range(first + 1, first + 1 + len(layers))
+        if isinstance(now, JoinedPass):
+            for end, layer in zip(ends, layers, strict=True):
+                states = layer.forward(states, position_embeddings=rotary, specdec_pass=now)
+                if end in now.copies:
+                    now.copies[end] = states
+            return states
         forwards: list[LeanLayer] = [layer.forward for layer in layers]
         arguments = [forward.arguments for forward in forwards if forward.arguments is not None]
-        buffers = [forward.buffers(now, states.dtype) for forward in forwards]
-        return kernels.layers(arguments, share(kernels, arguments[0], rotary, now), states, buffers)
+        opened = [forward.buffers(now, states.dtype) for forward in forwards]
+        tables = [segments for *_, segments in opened if segments is not None]
+        buffers = [(keys, values) for keys, values, _ in opened]
+        now.copies.update({end: torch.empty_like(states) for end in ends if end in now.copies})
+        copies = [now.copies.get(end) for end in ends] if now.copies else None
+        shared = share(kernels, arguments[0], rotary, now)
+        return kernels.layers(arguments, shared, states, buffers, tables or None, copies=copies)
 
     def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
@@ -253,6 +299,11 @@ class LeanStack:
             cos, sin = self._stack.rotary_emb(states, position_ids=known)
             self._angles = (cos[0].contiguous(), sin[0].contiguous())
         return F.embedding(positions, self._angles[0]), F.embedding(positions, self._angles[1])
+
+
+def _compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
+    """Whether compiled layers serve a pass."""
+    return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES and specdec_pass.regular
 
 
 def _whole(layer: Any) -> bool:

@@ -27,7 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 """As safetensors name them."""
 
-_BITS = {"int8": 8, "w8a8": 8, "int4": 4, "nf4": 4}
+_BITS = {"int8": 8, "w8a8": 8, "int4": 4, "int4-g128": 4, "nf4": 4, "fp6": 6, "gguf": 8}
 _GROUP = 32
 """Inputs of a 4-bit weight that share a scale and a zero point; larger groups take less."""
 _ROUNDING = 12
@@ -172,7 +172,7 @@ def _laid_out(shape: tuple[int, ...], element: int, quantize: str | None) -> int
     count = math.prod(shape)
     if quantize is None:
         return count * element
-    scales = 8 * shape[0] if _BITS[quantize] == 8 else count // _GROUP * 2 * element
+    scales = 8 * shape[0] if _BITS[quantize] > 4 else count // _GROUP * 2 * element
     return count * _BITS[quantize] // 8 + scales
 
 

@@ -6,22 +6,29 @@ at the worst moment: attention or the MLP of a layer, for a chunk of the prompt 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdec.drafters.base import Drafter
+from specdec.drafters.none import NoneDrafter
+from specdec.kv_groups import kv_bytes
+from specdec.kv_quantized import IN_FULL
 from specdec.planner import RUNGS
 from specdec.target import PREFILL_CHUNK, HFTarget
 
+if TYPE_CHECKING:
+    from specdec.prefix import SharedWork
+
 SPARE_SLOTS = 64
-"""Slots a cache has behind the longest possible text; larger trees make it grow."""
+"""Slots a cache has behind the longest possible text where drafts are made; larger trees make it grow."""
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{middle}B": base**power
@@ -41,6 +48,9 @@ class Workload:
         nodes: most nodes of a row's tree.
         features: hidden states a drafter reads.
         sampled: whether tokens are drawn.
+        shared: what prompts begin with alike, held and computed once; None where nobody looks for it.
+        refers: whether rows refer to it; else it is copied to them.
+        joins: whether prompts of further rows are computed beside those that run.
     """
 
     rows: int
@@ -49,6 +59,9 @@ class Workload:
     nodes: int
     features: int = 0
     sampled: bool = False
+    shared: SharedWork | None = None
+    refers: bool = True
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,8 @@ class ModelShape:
         vocab: width of the logits.
         element: bytes of a number.
         scores: whether attention holds its scores: with a soft-cap or sinks there is no fused kernel.
+        kv_bits: of a number in the KV cache; None where it is not quantized.
+        width: of a head.
     """
 
     weights: int
@@ -78,12 +93,15 @@ class ModelShape:
     vocab: int
     element: int
     scores: bool = False
+    kv_bits: int | None = None
+    width: int = 0
 
     @classmethod
     def of(cls, target: HFTarget) -> ModelShape:
         """The shape of a loaded model."""
         weights = stored_bytes([*target.model.parameters(), *target.model.buffers()])
-        return cls.from_config(target.config, weights, target.dtype.itemsize)
+        shape = cls.from_config(target.config, weights, target.dtype.itemsize)
+        return shape if target.kv_bits is None else replace(shape, kv_bits=target.kv_bits)
 
     @classmethod
     def from_config(cls, config: Any, weights: int, element: int) -> ModelShape:
@@ -109,12 +127,20 @@ class ModelShape:
             vocab=int(config.vocab_size),
             element=element,
             scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
+            width=width,
         )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of a token, all layers together."""
+        if self.kv_bits is not None:
+            return math.ceil(self.layers * (self.keys // self.width) * kv_bytes(self.kv_bits, self.width, self.element))
         return 2 * self.layers * self.keys * self.element
+
+    def kv_bytes(self, tokens: int) -> int:
+        """A row of the KV cache with room for so many tokens."""
+        in_full = 0 if self.kv_bits is None else 2 * self.layers * self.keys * self.element * min(tokens, IN_FULL)
+        return tokens * self.kv_bytes_per_token + in_full
 
 
 @dataclass(frozen=True)
@@ -171,14 +197,23 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
         rows: decoded at a time.
         nodes: of each row's tree.
     """
-    capacity = work.max_len + max(SPARE_SLOTS, nodes)
-    kv = rows * capacity * model.kv_bytes_per_token
+    capacity = work.max_len + (max(SPARE_SLOTS, nodes) if nodes > 1 else 1)
     prompt = work.prompt_len - 1
+    joins = rows < work.rows or work.joins
+    shared = None if joins else work.shared  # fewer rows may share less
+    beside = 0 if work.shared is None else work.shared.held
+    if joins:
+        beside = min(beside, rows // 2 * prompt)  # of rows that run, two at least share a prefix
+    if joins and not work.features:
+        beside += prompt  # one in the making has its own cache
+    own = capacity if shared is None or not work.refers else capacity - shared.least
+    kv = rows * model.kv_bytes(own) + model.kv_bytes(beside)
     held = 2 * work.features * rows * prompt * model.hidden * model.element  # in parts and put together
     moments = [(0, *_layer(model, rows, nodes, work.max_len + nodes))]
     if prompt > 0:
-        masks, activations = _layer(model, rows, min(prompt, PREFILL_CHUNK), prompt)
-        moments.append((0, masks, activations + held))
+        for texts, computed, longest in ((rows, prompt, prompt),) if shared is None else shared.passes:
+            masks, activations = _layer(model, texts, min(computed, PREFILL_CHUNK), longest)
+            moments.append((0, masks, activations + held))
     choices = (3 if work.sampled else 1) * rows * model.vocab * 4
     if rows > 1:
         choices = max(choices, kv // model.layers)  # as rows end, a layer after the other is copied
@@ -195,6 +230,8 @@ def _layer(model: ModelShape, rows: int, nodes: int, slots: int) -> tuple[int, i
     masks = pairs * model.group * (1 + model.element) if not model.scores else 0  # repeated per query head, then added
     scores = 3 * pairs * (model.queries // max(model.keys // model.group, 1)) * 4 if model.scores else 0
     attention = count * (2 * model.hidden + 4 * model.queries + 2 * model.keys) * model.element
+    if model.kv_bits is not None:  # decoded in float32, and in the dtype
+        attention += rows * slots * 2 * model.keys * (8 + model.element)
     mlp = count * (4 * model.hidden + 3 * model.inner) * model.element
     if masks + scores + attention >= mlp:
         return visible + masks, attention + scores
@@ -234,7 +271,7 @@ def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:
     for value in vars(drafter).values():
         if isinstance(value, HFTarget):
             tensors += [*value.model.parameters(), *value.model.buffers()]
-            cached += rows * (length + SPARE_SLOTS) * ModelShape.of(value).kv_bytes_per_token
+            cached += rows * ModelShape.of(value).kv_bytes(length + SPARE_SLOTS)
         elif isinstance(value, nn.Module):
             tensors += [*value.parameters(), *value.buffers()]
         elif isinstance(value, Tensor):
@@ -244,6 +281,8 @@ def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:
 
 def tree_size(drafter: Drafter) -> int:
     """Most nodes of a drafter's trees, as far as its options tell."""
+    if isinstance(drafter, NoneDrafter):
+        return 1
     return max(1, int(getattr(getattr(drafter, "config", None), "max_nodes", SPARE_SLOTS)))
 
 

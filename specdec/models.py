@@ -16,21 +16,16 @@ import torch
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
-from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
+from specdec.quantization import STORED, check_scheme, is_quantized, isolate_rows, quantize_linears
+from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names, and the hub id each stands for where its weights are not installed."""
 
 DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-}
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64, "fp64": torch.float64,
+}  # fmt: skip
 """Names of weights' dtypes."""
 
 HUB_TIMEOUT_S = 5.0
@@ -86,8 +81,8 @@ def load_model(
         trust_remote_code: run modelling code that the checkpoint brings along.
         packed: lay linear layers out for decoding where that helps (see ``specdec.packing``); such a model generates
             as before, but cannot be trained or saved. What is quantized already is left as it is.
-        quantize: precision of the linear layers' weights, see ``specdec.quantization``: "int8", "w8a8", "int4" or
-            "nf4"; the rest is then bfloat16 where dtype is "auto" and the CPU computes in it.
+        quantize: precision of the linear layers' weights, one of ``specdec.quantization``'s names; the rest is then
+            bfloat16 where dtype is "auto" and the CPU computes in it.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
         memory_budget: bytes in all; None is what is free. A model that does not fit is refused before it is read.
@@ -114,11 +109,14 @@ def load_model(
     else:
         _reject_hopeless(name)
         folder = _download(name, allow_pickle, trust_remote_code, progress)
+    blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder) if quantize == STORED else None
     with quiet():
         _check_memory(folder, what, where, packed, quantize, trust_remote_code, memory_budget, drafter_bytes)
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
-    if quantize is not None:
+    if blocks is not None:
+        keep_blocks(model, blocks)
+    elif quantize is not None:
         quantize_linears(model, quantize)
         make_lean(model)
     elif is_quantized(model):
@@ -285,24 +283,22 @@ def _load_folder(
 
     auto_model: Any = AutoModelForCausalLM
     try:
-        model, info = auto_model.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        found = None if trust_remote_code else read_4bit(folder, dtype)
+        if found is None:
+            model, info = auto_model.from_pretrained(
+                folder, dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=True,
+                trust_remote_code=trust_remote_code, output_loading_info=True,
+            )  # fmt: skip
+            found = model, sorted(info["missing_keys"])
         tokenizer = None
         if any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except ImportError as error:  # transformers names the package a quantized checkpoint needs
-        raise ValueError(f"{folder} cannot be loaded: {error}. pip install 'specdec[quantized]'") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    return model, tokenizer, sorted(info["missing_keys"])
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError) as error:
+        hint = missing_library(folder, error)
+        raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
+    return found[0], tokenizer, found[1]
 
 
 def _alias_folder(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv_cache import KVCache, LayerBuffers
+from specdec.segments import Share
 
 ROUND_CAPACITY = 256
 """Slots per row are a multiple of this, so that calls of about the same length share buffers and recorded passes."""
@@ -93,6 +94,9 @@ class PooledKVCache(KVCache):
         device: of the buffers.
     """
 
+    most_segments = 0  # recorded passes read one place
+    _lends = False  # the pool is somebody else's next
+
     def __init__(self, pools: BufferPools, batch_size: int, capacity: int, device: torch.device) -> None:
         super().__init__(batch_size, capacity, device)
         self._pools = pools
@@ -124,6 +128,8 @@ class PooledKVCache(KVCache):
     def _set_lengths(self, lengths: list[int]) -> None:
         self._host_lengths = lengths
         count = len(lengths)
+        if count != len(self._shares):
+            self._set_shares([()] * count)
         self.lengths = self._pool.lengths[:count]
         with torch.inference_mode():
             self.lengths.copy_(upload(lengths, self.lengths.device), non_blocking=True)
@@ -188,10 +194,13 @@ class PooledKVCache(KVCache):
         self._set_lengths(self._host_lengths + [0] * count)
 
     @torch.inference_mode()
+    def share(self, row: int, shares: Sequence[Share]) -> None:
+        """See ``KVCache.share``; all of it is copied."""
+        super().share(row, shares)
+
+    @torch.inference_mode()
     def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
         """See ``KVCache.copy_row``."""
-        for layer, theirs in source.layers.items():
-            self.bind(layer, theirs.keys, theirs.values)
         super().copy_row(row, source, source_row, length)
 
     def reserve(self, capacity: int) -> None:

@@ -2,7 +2,7 @@
 
 A trie over token ids says which prompts begin alike (BatchLLM, Zheng et al. 2024, section 4.1: global prefix
 identification). Its inner nodes nest - system prompt, examples, question - and are prefilled a level at a time, each on
-top of a copy of its parent's keys and values; the prompts go on from there.
+top of its parent's keys and values, which it refers to; the prompts go on from there, and share what they have read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.kv_cache import KVCache
 from specdec.memory_plan import size_text
+from specdec.segments import Shares, distinct, first_tokens, num_tokens
 from specdec.target import Feature, HFTarget, TargetOutput
 
 LEAST_SAVED = 16
@@ -44,7 +45,7 @@ def shared_prefixes(
     """The prefixes worth computing once.
 
     Args:
-        prompts: token ids, all different.
+        prompts: token ids; those that are the same share all of them.
         least_saved: tokens that computing a prefix once, not once per prompt, must save.
 
     Returns:
@@ -76,20 +77,61 @@ def shared_prefixes(
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The first ``length`` tokens of a row of a cache, computed.
+class SharedWork:
+    """What ``prefill_shared`` takes.
 
     Attributes:
-        cache: holds their keys and values.
-        row: of the cache.
-        length: tokens.
-        features: ``[length, d]`` hidden states of them, by name.
+        held: tokens of all prefixes while they are computed, those of a level side by side and padded.
+        least: tokens of them that every prompt begins with.
+        passes: per level, and last of the prompts themselves: texts, most tokens computed of one, longest.
     """
 
-    cache: KVCache
-    row: int
-    length: int
+    held: int
+    least: int
+    passes: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[tuple[int, ...]]) -> SharedWork:
+        """For prompts, one or more."""
+        nodes, below = shared_prefixes(prompts)
+        levels: dict[int, list[TrieNode]] = {}
+        for node in nodes:
+            levels.setdefault(node.level, []).append(node)
+        computed = [
+            (len(level), max(len(node.tokens) - _known(nodes, node.parent) for node in level), _longest(level))
+            for level in levels.values()
+        ]
+        known = [_known(nodes, index) for index in below]
+        missing = max(len(prompt) - length for prompt, length in zip(prompts, known, strict=True))
+        last = (len(prompts), missing, max(map(len, prompts)))
+        return cls(sum(count * most for count, most, _ in computed), min(known), (*computed, last))
+
+
+def _known(nodes: Sequence[TrieNode], index: int | None) -> int:
+    """Tokens of a shared prefix."""
+    return 0 if index is None else len(nodes[index].tokens)
+
+
+def _longest(nodes: Sequence[TrieNode]) -> int:
+    return max(len(node.tokens) for node in nodes)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The beginning of a text, computed.
+
+    Attributes:
+        shares: its keys and values, for rows to refer to.
+        features: ``[length, d]`` hidden states, by name; they may go on beyond it.
+    """
+
+    shares: Shares
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return num_tokens(self.shares)
 
 
 @dataclass
@@ -101,9 +143,14 @@ class KeptText:
     pinned: int = 0
 
     @property
+    def feature_bytes(self) -> int:
+        """Bytes of hidden states drafters read."""
+        return sum(states.nbytes for states in self.stretch.features.values())
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of its keys and values, and of hidden states drafters read."""
-        return self.stretch.cache.num_bytes + sum(states.nbytes for states in self.stretch.features.values())
+        """Bytes of its keys and values, shared ones included, and of hidden states drafters read."""
+        return sum(part.num_bytes for part in distinct([self.stretch.shares])) + self.feature_bytes
 
 
 class PrefixStore:
@@ -129,8 +176,9 @@ class PrefixStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that is kept."""
-        return sum(kept.num_bytes for kept in self._kept.values())
+        """Bytes of all that is kept; what several prefixes begin with counts once."""
+        segments = distinct(kept.stretch.shares for kept in self._kept.values())
+        return sum(part.num_bytes for part in segments) + sum(kept.feature_bytes for kept in self._kept.values())
 
     @contextmanager
     def hold(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Iterator[KeptText]:
@@ -167,15 +215,15 @@ class PrefixStore:
     def find(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Stretch | None:
         """The longest beginning of a text that is kept, with the hidden states asked for; None where there is none."""
         best, length = None, 0
-        for key, kept in self._kept.items():
-            shared = common_prefix(key, tokens)
+        for kept in [*self._kept.values()]:  # a server looks from a thread of its own
+            shared = common_prefix(kept.tokens, tokens)
             if shared > length and set(features) <= set(kept.stretch.features):
-                best, length = key, shared
+                best, length = kept, shared
         if best is None:
             return None
-        self._kept.move_to_end(best)
-        stretch = self._kept[best].stretch
-        return Stretch(stretch.cache, stretch.row, length, stretch.features)
+        if best.tokens in self._kept:
+            self._kept.move_to_end(best.tokens)
+        return Stretch(first_tokens(best.stretch.shares, length), best.stretch.features)
 
     def _take(self, tokens: tuple[int, ...], features: Sequence[Feature]) -> KeptText:
         known = self._kept.get(tokens)
@@ -191,7 +239,7 @@ class PrefixStore:
         self._make_room(needed, tokens)
         cache, output = extend_from(self.target, [tokens], [self.find(tokens, features)], len(tokens), features)
         states = {} if output is None else {name: value[0].clone() for name, value in output.features.items()}
-        kept = KeptText(tokens, Stretch(cache, 0, len(tokens), states), 0 if known is None else known.pinned)
+        kept = KeptText(tokens, Stretch(cache.give_away()[0], states), 0 if known is None else known.pinned)
         self._kept[tokens] = kept
         self._kept.move_to_end(tokens)
         try:
@@ -221,21 +269,23 @@ def prefill_shared(
     capacity: int,
     features: Sequence[Feature] = (),
     store: PrefixStore | None = None,
+    share: bool = True,
 ) -> tuple[KVCache, TargetOutput | None]:
     """Cache prompts, computing what they share once.
 
     Args:
         target: the model.
-        prompts: token ids, all different; they may be empty.
+        prompts: token ids; they may be empty, or the same.
         capacity: slots per row of the cache.
         features: hidden states to return.
         store: prefixes computed earlier.
+        share: whether to look for what prompts share.
 
     Returns:
-        A cache with a row per prompt, and the features ``[B, longest, d]`` of all their tokens, padded at the end; None
-        where no prompt has a token.
+        A cache with a row per prompt, which refers to what it shares, and the features ``[B, longest, d]`` of all their
+        tokens, padded at the end; None where no prompt has a token.
     """
-    nodes, below = shared_prefixes(prompts)
+    nodes, below = shared_prefixes(prompts) if share else ([], [None] * len(prompts))
     stretches: list[Stretch | None] = [None] * len(nodes)
 
     def origin(tokens: tuple[int, ...], parent: int | None) -> Stretch | None:
@@ -247,10 +297,9 @@ def prefill_shared(
         texts = [nodes[index].tokens for index in indices]
         origins = [origin(nodes[index].tokens, nodes[index].parent) for index in indices]
         cache, output = extend_from(target, texts, origins, max(map(len, texts)), features)
-        for row, index in enumerate(indices):
-            length = len(nodes[index].tokens)
-            states = {} if output is None else {name: value[row, :length] for name, value in output.features.items()}
-            stretches[index] = Stretch(cache, row, length, states)
+        for row, (index, shares) in enumerate(zip(indices, cache.give_away(), strict=True)):
+            states = {} if output is None else {name: value[row] for name, value in output.features.items()}
+            stretches[index] = Stretch(shares, states)
     origins = [origin(prompt, parent) for prompt, parent in zip(prompts, below, strict=True)]
     return extend_from(target, prompts, origins, capacity, features)
 
@@ -278,7 +327,7 @@ def extend_from(
     cache = target.new_cache(len(texts), max(capacity, 1))
     for row, source in enumerate(origins):
         if source is not None:
-            cache.copy_row(row, source.cache, source.row, min(source.length, len(texts[row])))
+            cache.share(row, first_tokens(source.shares, len(texts[row])))
     known = cache.row_lengths
     missing = [list(text[length:]) for text, length in zip(texts, known, strict=True)]
     if not any(texts):

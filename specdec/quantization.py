@@ -8,8 +8,12 @@ over a tree says what a pass over one node says: speculation gives the quantized
 ``w8a8``   int8 x int8: activations get a scale per row as they come (LLM.int8, Dettmers et al. 2022, section 2.1, there
            called vector-wise). Sums of integers are exact.
 ``int4``   weights with a scale and a zero point per 32 input channels.
+``int4-g128`` the same per 128 input channels, or as many of 64 and 32 as divide them: what GPTQ's and AWQ's files have.
 ``nf4``    the 16 quantiles of a normal distribution, blocks of 64, their scales quantized too (QLoRA, Dettmers et al.
            2023, section 3).
+``fp6``    floating point of 1 + 3 + 2 bits, a scale per output channel (FP6-LLM, Xia et al. 2024), decoded in each
+           call: less memory than int8, finer than int4, but slow; libraries no longer have it.
+``gguf``   the Q4_1 and Q8_0 blocks of a GGUF file as they are stored.
 
 Weight-only kernels read less, which pays for few rows, and then cost more per row than 16-bit ones; ``w8a8`` is flat.
 """
@@ -26,9 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.kernels.w4a16 import from_dense
+from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Panel8Weight, panels_pay
+from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight
 from specdec.registry import unknown
+from specdec.stored_weights import StoredInt4
 
 GROUP = 32
 """Input channels that share a scale in ``int4``."""
@@ -37,52 +45,11 @@ _OUTPUTS = 16
 """What PyTorch's int4 kernel wants the output channels to be a multiple of."""
 _BLOCK = 64
 """Input channels of a block in ``nf4``; bitsandbytes' CPU kernels want whole ones."""
-_SMALLEST = 1e-12
-"""Least scale: a channel of zeros must not divide by it."""
 _ZERO_POINT = 128
 """Of activations in ``w8a8``: oneDNN is fast with unsigned ones."""
 
 
-class _IntegerWeight(nn.Module):
-    """A quantized weight as ``specdec.packing`` runs it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scales: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self._in_features = weight.shape[1]
-        for name, value in self.quantized(weight.detach()).items():
-            self.register_buffer(name, value, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        self._dtype = weight.dtype
-
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """The buffers that stand for ``weight`` ``[out, in]``; ``weight`` and ``scales`` among them."""
-        raise NotImplementedError
-
-    def product(self, inputs: Tensor) -> Tensor:
-        """``[rows, in]`` to ``[rows, out]``."""
-        raise NotImplementedError
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        out = self.product(inputs.reshape(-1, self._in_features).contiguous())
-        out = out.view(*inputs.shape[:-1], out.shape[-1])
-        return out if self.bias is None else out + self.bias
-
-    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        """``residual`` plus the layer's output."""
-        out: Tensor = residual + self(inputs)
-        return out
-
-    def dense(self) -> Tensor:
-        """``[out, in]``, the numbers the layer computes with."""
-        units = torch.eye(self._in_features, dtype=self._dtype, device=self.weight.device)
-        return self.product(units).t().contiguous()
-
-
-class Int8Weight(_IntegerWeight):
+class Int8Weight(QuantizedWeight):
     """int8 weights, a scale per output channel."""
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
@@ -93,7 +60,7 @@ class Int8Weight(_IntegerWeight):
         return torch.ops.aten._weight_int8pack_mm(inputs, self.weight, self.scales)  # type: ignore[no-any-return]
 
 
-class W8A8Weight(_IntegerWeight):
+class W8A8Weight(QuantizedWeight):
     """int8 weights times activations in 8 bit, each row of them with its own scale."""
 
     zero_points: Tensor
@@ -105,7 +72,7 @@ class W8A8Weight(_IntegerWeight):
 
     def product(self, inputs: Tensor) -> Tensor:
         exact = inputs.float()
-        scale = exact.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST).mul_(1 / 127)  # NaN stays, and fails the row
+        scale = exact.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST).mul_(1 / 127)  # NaN stays, and fails the row
         rows = exact.div_(scale) if exact is not inputs else exact / scale
         shifted = rows.round_().add_(_ZERO_POINT).nan_to_num_(0.0).to(torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -121,13 +88,13 @@ def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return kind(weight, bias)
 
 
-class Int4Weight(_IntegerWeight):
+class Int4Weight(QuantizedWeight):
     """4-bit weights, a scale and a zero point per group of input channels."""
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         groups = weight.float().view(weight.shape[0], -1, GROUP)  # [out, groups, GROUP]
         low, high = groups.amin(-1), groups.amax(-1)
-        scales = ((high - low) / 15).clamp(min=_SMALLEST)
+        scales = ((high - low) / 15).clamp(min=SMALLEST)
         levels = ((groups - low.unsqueeze(-1)) / scales.unsqueeze(-1)).round().clamp(0, 15).to(torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.view_as(weight), 1)
         both = torch.stack([scales, low + 8 * scales], -1).transpose(0, 1).contiguous()  # [groups, out, 2]
@@ -144,18 +111,34 @@ def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return Int4Weight(weight, bias) if fits else Int8Weight(weight, bias)
 
 
+def _int4_in_large_groups(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Rounded by each group's range, without calibration; int8 where no group size divides the inputs."""
+    sizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
+    if not sizes:
+        return Int8Weight(weight, bias)
+    return StoredInt4(from_dense(weight, max(sizes), zero_points=False), bias, weight.dtype)
+
+
+def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """int8 where codes would leave part of a byte."""
+    return (Fp6Weight if Fp6Weight.fits(weight) else Int8Weight)(weight, bias)
+
+
+def _on_the_spot(model: nn.Module, pack: WeightFactory) -> None:
+    """By our own modules, which run on every device."""
+    pack_linears(model, pack)
+
+
 def _round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 ``[out, in]`` and float32 scales ``[out]``, symmetric."""
     exact = weight.float()
-    scales = exact.abs().amax(-1).clamp(min=_SMALLEST) / 127
+    scales = exact.abs().amax(-1).clamp(min=SMALLEST) / 127
     return (exact / scales.unsqueeze(-1)).round().to(torch.int8), scales
 
 
 def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
     def apply(model: nn.Module) -> None:
-        library = _library("torchao", "torchao.quantization")
-        if not hasattr(library, config):
-            raise ValueError(f"torchao is too old, it has no {config}: pip install -U 'specdec[torchao]'")
+        library = _library("torchao", "torchao.quantization", config)
         try:
             library.quantize_(model, getattr(library, config)(**options))
         except ImportError as error:
@@ -166,7 +149,7 @@ def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 def _with_bitsandbytes(model: nn.Module) -> None:
     """NF4 with double quantization; the output head stays, as QLoRA leaves it, and so do rows of no whole blocks."""
-    library = _library("bitsandbytes", "bitsandbytes.nn")
+    library = _library("bitsandbytes", "bitsandbytes.nn", "Linear4bit", "Params4bit")
     output: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
@@ -218,11 +201,16 @@ class _OwnOutliers:
         return out
 
 
-def _library(name: str, module: str) -> ModuleType:
+def _library(name: str, module: str, *wanted: str) -> ModuleType:
+    """A module with what is wanted of it; raises ValueError, with the extra to install, where that is not there."""
     try:
-        return importlib.import_module(module)
+        library = importlib.import_module(module)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name} is needed and cannot be imported ({error}): pip install 'specdec[{name}]'") from error
+    missing = [each for each in wanted if not hasattr(library, each)]
+    if missing:
+        raise ValueError(f"{name} is too old, it has no {missing[0]}: pip install -U 'specdec[{name}]'")
+    return library
 
 
 @dataclass(frozen=True)
@@ -242,16 +230,20 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(Int8Weight, _with_torchao("Int8WeightOnlyConfig")),
     "w8a8": Scheme(_w8a8, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
     "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
+    "int4-g128": Scheme(_int4_in_large_groups, lambda model: _on_the_spot(model, _int4_in_large_groups)),
     "nf4": Scheme(None, _with_bitsandbytes),
+    "fp6": Scheme(_fp6_where_it_fits, lambda model: _on_the_spot(model, _fp6_where_it_fits)),
 }
-"""Names ``quantize=`` takes."""
+"""Names ``quantize=`` takes, beside ``STORED``."""
+
+STORED = "gguf"
+"""What ``quantize=`` takes to keep a GGUF file's own blocks (``specdec.quantized_checkpoints``)."""
 
 
-def check_scheme(name: str) -> Scheme:
-    """The scheme of a name; raises ValueError with the nearest names where there is none."""
-    if name not in SCHEMES:
-        raise ValueError(unknown("quantization", name, SCHEMES))
-    return SCHEMES[name]
+def check_scheme(name: str) -> None:
+    """Raise ValueError, with the nearest names, where ``quantize=`` does not take this one."""
+    if name not in SCHEMES and name != STORED:
+        raise ValueError(unknown("quantization", name, [*SCHEMES, STORED]))
 
 
 def usable_on_cpu() -> list[str]:
@@ -267,7 +259,7 @@ def usable_on_cpu() -> list[str]:
 def is_quantized(model: Any) -> bool:
     """Whether a quantizer of transformers' or of ours made the model what it is."""
     found = getattr(model, "hf_quantizer", None) is not None
-    return found or any(isinstance(module, _IntegerWeight) for module in model.modules())
+    return found or any(isinstance(module, QuantizedWeight) for module in model.modules())
 
 
 def quantize_linears(model: nn.Module, name: str) -> None:
@@ -281,13 +273,20 @@ def quantize_linears(model: nn.Module, name: str) -> None:
         ValueError: for an unknown name, a model that is quantized already or has no linear layers of PyTorch's, a
             library that is missing or too old, or a CPU without the instructions.
     """
-    scheme = check_scheme(name)
+    check_scheme(name)
+    if name == STORED:
+        raise ValueError(f"quantize={name!r} goes with a .gguf file to load; choose from {', '.join(SCHEMES)}")
+    scheme = SCHEMES[name]
     if is_quantized(model):
         raise ValueError(f"quantize={name!r}: {type(model).__name__} is quantized already; leave quantize out")
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers that quantize={name!r} knows")
-    if scheme.cpu is None or any(linear.weight.device.type != "cpu" for linear in linears):
+    places = {linear.weight.device for linear in linears}
+    if len(places) > 1:
+        names = " and ".join(sorted(map(str, places)))
+        raise ValueError(f"quantize={name!r}: {type(model).__name__} has its layers on {names}: load it on one device")
+    if scheme.cpu is None or places != {torch.device("cpu")}:
         scheme.other(model)
         return
     if scheme.cpu is _w8a8 and not torch.cpu._is_vnni_supported():

@@ -26,6 +26,8 @@ _BUILT_IN = {
         "ngram": "specdec.drafters.ngram:NgramDrafter",
         "suffix": "specdec.drafters.suffix:SuffixDrafter",
         "recycling": "specdec.drafters.recycling:RecyclingDrafter",
+        "lookahead": "specdec.drafters.lookahead:LookaheadDrafter",
+        "skip": "specdec.drafters.skip:SkipDrafter",
         "model": "specdec.drafters.model:ModelDrafter",
         "layer_parallel": "specdec.drafters.layer_parallel:LayerParallelDrafter",
         "medusa": "specdec.drafters.medusa:MedusaDrafter",

@@ -97,6 +97,13 @@ class SamplingParams:
         """Whether the most probable token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def choice(self) -> tuple[float, ...]:
+        """What chooses a token, a seed apart: rows that agree in it are filtered together."""
+        if self.greedy:
+            return 0.0, 0, 1.0, 0.0, self.repetition_penalty
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The fields' names, in order."""

@@ -1,7 +1,8 @@
 """Requests from many clients on one decoder: rows join and leave the batch between passes (Orca, Yu et al. 2022).
 
-Requests are served first come, first served. Those whose tokens are chosen by the same parameters run together; a
-request with others waits until these have ended, and so do those behind it, so that none waits for ever.
+Requests are served first come, first served, each by its own parameters. Where the acceptance policy is one that needs
+all rows alike (any but greedy and coupled ones), a request with other parameters waits until the running ones have
+ended, and so do those behind it, so that none waits for ever.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +79,18 @@ class Server:
         decoder: runs them.
         max_rows: decoded at a time.
         max_waiting: requests that may wait; ``submit`` waits for its turn beyond that.
+        pass_tokens: nodes of a pass, those of decoding rows and of prompts that ride along.
     """
 
-    def __init__(self, decoder: SpecDecoder, max_rows: int, max_waiting: int) -> None:
-        for name, value in (("max_rows", max_rows), ("max_waiting", max_waiting)):
+    def __init__(self, decoder: SpecDecoder, max_rows: int, max_waiting: int, pass_tokens: int) -> None:
+        limits = (("max_rows", max_rows), ("max_waiting", max_waiting), ("pass_tokens", pass_tokens))
+        for name, value in limits:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._decoder = decoder
         self._max_rows = max_rows
         self._max_waiting = max_waiting
+        self._pass_tokens = pass_tokens
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._cancelled: list[_Request] = []
@@ -137,6 +142,11 @@ class Server:
         self._changed.set()
         return ServedStream(request, self)
 
+    @property
+    def between_passes(self) -> AbstractContextManager[object]:
+        """Within it no pass runs."""
+        return self._pass
+
     def close(self) -> None:
         """End everything as "cancelled", after the pass in flight."""
         self._closed = True
@@ -187,28 +197,45 @@ class Server:
 
     async def _admit(self) -> None:
         """Move requests from the queue to the batch, in order, as places and memory allow."""
-        admitted = False
+        admitted = False  # or refused: there is room in the queue
         while self._waiting and len(self._running) < self._max_rows:
             request = self._waiting[0]
-            rows = [*(running.row for running in self._running.values()), request.row]
-            if self._generation is not None and (
-                _choice(request.params) != _choice(self._params) or not self._decoder._fits(rows, request.params)
-            ):
-                break
-            if self._generation is None:
-                self._params = request.params
-                verifier = self._decoder._pick_verifier(request.params)
-                self._generation = self._decoder._make_generation(rows, request.params, verifier, self._max_rows)
-                self._passes = self._generation.passes()
-                request.index = 0
-            else:
-                request.index = self._generation.add(request.row)
+            try:
+                if not self._may_join(request):
+                    break
+                if self._generation is None:
+                    self._begin(request)
+            except ValueError as error:  # less memory is free than when it was handed in
+                if self._running:
+                    break
+                request.error = error
+                self._waiting.popleft()
+                self._end(request, "error")
+                admitted = True
+                continue
+            assert self._generation is not None
+            request.index = self._generation.add(request.row)
             self._running[request.index] = request
             self._waiting.popleft()
             admitted = True
         if admitted:
             async with self._room:
                 self._room.notify_all()
+
+    def _may_join(self, request: _Request) -> bool:
+        """Whether a request may run beside those that run. Raises ValueError where it could not even run alone."""
+        if self._generation is None:
+            return True
+        alike = self._generation.verifier.coupled or _choice(request.params) == _choice(self._params)
+        return alike and self._decoder._fits([*(running.row for running in self._running.values()), request.row])
+
+    def _begin(self, request: _Request) -> None:
+        """A generation for requests such as this one."""
+        self._params, verifier = request.params, self._decoder._serving_verifier(request.params)
+        self._generation = self._decoder._make_generation(
+            [request.row], request.params, verifier, self._max_rows, pass_tokens=self._pass_tokens, start=()
+        )
+        self._passes = self._generation.passes()
 
     def _cancel(self, request: _Request) -> None:
         self._cancelled.append(request)
@@ -233,7 +260,4 @@ class Server:
 
 def _choice(params: SamplingParams | None) -> tuple[Any, ...] | None:
     """What chooses a token; rows of a batch have it in common. A seed matters to which trees may be drafted."""
-    if params is None:
-        return None
-    p = params
-    return p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, p.seed is None
+    return None if params is None else (*params.choice, params.seed is None)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.attention import AttentionPass, AttentionSwitch
+from specdec.attention import AttentionPass, AttentionSwitch, JoinedPass
 from specdec.kv_cache import KVCache
+from specdec.kv_quantized import QuantizedKVCache
+from specdec.lean import LeanStack
 from specdec.tree import TokenTree
 
 Feature = str | int
@@ -36,6 +38,19 @@ class TargetOutput:
     features: dict[Feature, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of a text to be computed in somebody else's pass.
+
+    Attributes:
+        tokens: token ids, one or more.
+        cache: of one row; they are appended to it and committed.
+    """
+
+    tokens: Sequence[int]
+    cache: KVCache
+
+
 class HFTarget:
     """A transformers causal language model that checks token trees.
 
@@ -47,6 +62,11 @@ class HFTarget:
     Raises:
         ValueError: when the model cannot be served, with the reason.
     """
+
+    kv_bits: int | None = None
+    """Of a number in caches that ``new_cache`` makes (``specdec.kv_quantized``); None is the dtype's."""
+    quantizes_kv = True
+    """Whether ``new_cache`` heeds that."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -61,6 +81,9 @@ class HFTarget:
                 f"{name} cannot be served: it keeps recurrent state beside what goes through transformers' attention "
                 "interface, and a rejected draft could not be taken back from it"
             )
+        places = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(places) > 1:
+            raise ValueError(f"{name} has its weights on {' and '.join(places)}: load it on one device")
         model.eval()
         self._switch = AttentionSwitch(model)
         parameters = inspect.signature(model.forward).parameters
@@ -119,8 +142,15 @@ class HFTarget:
         """Whether each phase of a step waits for its device, so that its time is its own."""
         return self.device.type == "cuda"
 
+    @property
+    def refers_to_segments(self) -> bool:
+        """Whether rows of ``new_cache``'s caches refer to what they share; else they copy it."""
+        return self.kv_bits is None
+
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this model; capacity counts committed tokens plus the largest tree."""
+        if self.kv_bits is not None:
+            return QuantizedKVCache(self.kv_bits, batch_size, capacity, self.device)
         return KVCache(batch_size, capacity, self.device)
 
     def extend(self, rows: Sequence[Sequence[int]], cache: KVCache, features: Sequence[Feature] = ()) -> TargetOutput:
@@ -139,8 +169,9 @@ class HFTarget:
             raise ValueError("no row has a token to append")
         logits: list[Tensor | None] = [None] * len(rows)
         collected: dict[Feature, list[Tensor]] = {name: [] for name in features}
-        for start in range(0, longest, PREFILL_CHUNK):
-            chunk = [list(row[start : start + PREFILL_CHUNK]) for row in rows]
+        step = min(PREFILL_CHUNK, cache.longest_pass or PREFILL_CHUNK)
+        for start in range(0, longest, step):
+            chunk = [list(row[start : start + step]) for row in rows]
             width = max(len(part) for part in chunk)
             cache.reserve(cache.max_length + width)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in chunk], device=self.device)
@@ -178,6 +209,55 @@ class HFTarget:
         ancestors = tree.ancestors[:, first_node:]
         return self.run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
 
+    def forward_beside(
+        self, tree: TokenTree, cache: KVCache, chunks: Sequence[Chunk], features: Sequence[Feature] = ()
+    ) -> TargetOutput:
+        """``forward`` in one pass with chunks of other texts: decoding rows wait for no prompt (SARATHI, Agrawal et al.
+        2023).
+
+        Args:
+            tree: as ``forward`` takes it.
+            cache: the rows'.
+            chunks: each is committed to its own cache.
+            features: hidden states to return, of the tree's nodes.
+        """
+        if not chunks:
+            return self.forward(tree, cache, features)
+        parts = [self._new_pass(cache, tree.depth, tree.ancestors), *map(self._chunk_pass, chunks)]
+        beside = torch.tensor([[token for chunk in chunks for token in chunk.tokens]], device=self.device)
+        nodes = tree.tokens.numel()
+        virtual = None
+        if tree.virtual is not None and tree.embeddings is not None:
+            none, nothing = torch.zeros_like(beside, dtype=torch.bool), tree.embeddings.new_zeros(1, beside.numel(), 1)
+            embeddings = tree.embeddings.flatten(0, 1).unsqueeze(0)
+            virtual = (
+                torch.cat([tree.virtual.view(1, -1), none], dim=1),
+                torch.cat([embeddings, nothing.expand(-1, -1, embeddings.shape[-1])], dim=1),
+            )
+        tokens, joined = torch.cat([tree.tokens.reshape(1, -1), beside], dim=1), JoinedPass(parts)
+        out = self._run(joined, tokens, virtual, features, list(range(nodes)))
+        self._commit(chunks)
+        shape = tree.tokens.shape
+        features_of = {name: states[0, :nodes].view(*shape, -1) for name, states in out.features.items()}
+        return TargetOutput(out.logits[0].view(*shape, -1), features_of)
+
+    def extend_all(self, chunks: Sequence[Chunk]) -> None:
+        """Compute chunks of several texts in one pass."""
+        tokens = torch.tensor([[token for chunk in chunks for token in chunk.tokens]], device=self.device)
+        self._run(JoinedPass([*map(self._chunk_pass, chunks)]), tokens, None, (), [0])
+        self._commit(chunks)
+
+    def _chunk_pass(self, chunk: Chunk) -> AttentionPass:
+        count = len(chunk.tokens)
+        chunk.cache.reserve(chunk.cache.max_length + count)
+        causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
+        return self._new_pass(chunk.cache, torch.arange(count, device=self.device).unsqueeze(0), causal)
+
+    @staticmethod
+    def _commit(chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.cache.advance([len(chunk.tokens)])
+
     def run(
         self,
         tokens: Tensor,
@@ -202,7 +282,16 @@ class HFTarget:
             features: hidden states to return.
             logits_at: nodes to return logits at; all where None.
         """
-        attention_pass = self._new_pass(cache, depth, ancestors)
+        return self._run(self._new_pass(cache, depth, ancestors), tokens, virtual, features, logits_at)
+
+    def _run(
+        self,
+        attention_pass: AttentionPass | JoinedPass,
+        tokens: Tensor,
+        virtual: tuple[Tensor, Tensor] | None,
+        features: Sequence[Feature],
+        logits_at: list[int] | None,
+    ) -> TargetOutput:
         inputs: dict[str, Any] = {"input_ids": tokens}
         if virtual is not None:
             is_virtual, embeddings = virtual
@@ -214,8 +303,11 @@ class HFTarget:
         captured: dict[Feature, Tensor] = {}
         with ExitStack() as stack:
             stack.enter_context(self._switch.on())
+            copied = self._copied(features, attention_pass)
+            attention_pass.copies = dict.fromkeys(copied.values())
             for name in features:
-                stack.enter_context(self._capture(name, captured))
+                if name not in copied:
+                    stack.enter_context(self._capture(name, captured))
             # Padding may point past the last position a model has an embedding for.
             positions = attention_pass.positions
             if self.max_context is not None:
@@ -224,7 +316,19 @@ class HFTarget:
         logits: Tensor = out.logits
         if not self._keeps_logits and logits_at is not None:
             logits = logits[:, logits_at]
-        return TargetOutput(logits, captured)
+        for name, index in copied.items():
+            states = attention_pass.copies[index]
+            assert states is not None
+            captured[name] = states
+        return TargetOutput(logits, {name: captured[name] for name in features})
+
+    def _copied(self, features: Sequence[Feature], now: AttentionPass | JoinedPass) -> dict[Feature, int]:
+        """Features that a compiled stack hands out itself, and how many layers come before each; others need hooks."""
+        forward = getattr(self.model.base_model, "forward", None) if features else None
+        if not isinstance(forward, LeanStack) or not forward.takes(self.dtype, now):
+            return {}
+        places = {name: self.num_layers if name == "pre_norm" else name for name in features}
+        return {name: at for name, at in places.items() if isinstance(at, int) and 0 <= at <= self.num_layers}
 
     def _new_pass(self, cache: KVCache, depth: Tensor, ancestors: Tensor) -> AttentionPass:
         """What the layers of a pass share."""

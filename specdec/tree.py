@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from specdec.kernels.trees import tree_shape
 
 ROOT = -1
 """Parent index of the root node."""
@@ -82,19 +83,18 @@ class TokenTree:
         return draft if self.virtual is None else draft & ~self.virtual
 
     @cached_property
+    def _shape(self) -> tuple[Tensor, Tensor]:
+        return tree_shape(self.parents)
+
+    @property
     def ancestors(self) -> Tensor:
         """``[B, N, N]`` bool: entry ``[b, i, j]`` is set where j is i or an ancestor of i."""
-        identity = torch.eye(self.num_nodes, device=self.tokens.device)
-        hop = torch.nn.functional.one_hot(self.parents.clamp(min=0), self.num_nodes).to(identity.dtype)
-        reach = identity + hop * (self.parents >= 0).unsqueeze(-1)
-        for _ in range(math.ceil(math.log2(self.num_nodes)) if self.num_nodes > 1 else 0):
-            reach = (reach @ reach).clamp(max=1)  # doubles the number of generations covered
-        return reach > 0
+        return self._shape[0]
 
-    @cached_property
+    @property
     def depth(self) -> Tensor:
         """``[B, N]`` int64: edges from the root; 0 for padding."""
-        return self.ancestors.sum(-1) - 1
+        return self._shape[1]
 
     @cached_property
     def draft_depth(self) -> Tensor:
@@ -216,7 +216,9 @@ class TokenTree:
         return seen.unsqueeze(1).repeat(1, held.shape[1], 1).scatter_(2, held, True)
 
     def to(self, device: torch.device | str) -> TokenTree:
-        """The tree on another device."""
+        """The tree on another device; itself where it is there."""
+        if self.tokens.device == torch.device(device):
+            return self
         return replace(
             self,
             tokens=self.tokens.to(device),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.sampling import filter_logits
 from specdec.tree import SiblingSampling, TokenTree
 
 
@@ -91,7 +90,7 @@ class TreeWalk:
 
     def scores(self) -> Tensor:
         """``[B, V]`` filtered logits at each row's node."""
-        scores = filter_logits(self._logits[self._rows, self._node], self._batch.params, self._seen)
+        scores = self._batch.scores(self._logits[self._rows, self._node], self._seen)
         self._failed |= self._active & scores.isnan().any(-1)
         return scores
 

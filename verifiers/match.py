@@ -10,7 +10,6 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.kernels.accept import accept, noise_keys, serves
 from specdec.kernels.accept.acceptance import NUM_FIELDS
-from specdec.sampling import filter_logits
 from specdec.tree import TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
@@ -22,9 +21,10 @@ class MatchVerifier(Verifier):
     """
 
     def accept(self, tree: TokenTree, logits: Tensor, batch: Batch) -> Verdict:
-        plain = batch.seen is None and (batch.params.greedy or not batch.params.filters)
-        if serves(logits) or (plain and logits.device.type == "cpu"):
-            return accept_by_kernel(tree, logits, batch, self.coupled)
+        alike = batch.greedy or not any(row.params.greedy for row in batch.rows)
+        plain = batch.seen is None and batch.uniform and (batch.greedy or not batch.params.filters)
+        if alike and (serves(logits) or (plain and logits.device.type == "cpu")):
+            return accept_by_kernel(tree, logits, batch, self.coupled and not batch.greedy)
         walk = TreeWalk(tree, logits, batch)
         while walk.active:
             walk.choose(self._choice(walk, batch))
@@ -48,15 +48,15 @@ class CoupledVerifier(MatchVerifier):
     """The target takes ``argmax(log p + g)``, g being Gumbel noise keyed by (seed, position).
 
     This samples from p exactly, and the text for a seed is the same with any drafter, tree or batch, or with none
-    (Daliri et al. 2024, "Coupling without communication and drafter-invariant speculative decoding").
+    (Daliri et al. 2024, "Coupling without communication and drafter-invariant speculative decoding"). Rows at
+    temperature 0 have no noise: they take their most probable token beside others that sample.
     """
 
     name = "coupled"
     coupled = True
 
     def _choice(self, walk: TreeWalk, batch: Batch) -> Tensor:
-        noise = torch.stack([row.noise.gumbel(len(row.tokens) + walk.depth) for row in batch.rows])
-        return (walk.scores() + noise).argmax(-1)
+        return (walk.scores() + batch.noise(walk.depth)).argmax(-1)
 
 
 def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: bool) -> Verdict:
@@ -65,13 +65,13 @@ def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: boo
     Args:
         tree: the tree the target checked.
         logits: ``[B, N, V]`` the target's logits at its nodes.
-        batch: the rows; not changed.
+        batch: the rows, all of them greedy or none; not changed.
         coupled: add the rows' noise to the scores.
     """
     params, temperature = batch.params, batch.params.temperature or 1.0
-    if params.repetition_penalty != 1.0 or (params.filters and not params.greedy):
-        seen = None if batch.seen is None else tree.seen_on_paths(batch.seen).flatten(0, 1)
-        logits, temperature = filter_logits(logits.flatten(0, 1), params, seen).view(logits.shape), 1.0
+    if batch.seen is not None or not batch.uniform or (params.filters and not params.greedy):
+        seen = None if batch.seen is None else tree.seen_on_paths(batch.seen)
+        logits, temperature = batch.scores(logits, seen), 1.0
     keys = None
     if coupled:  # made while the device is still busy with the pass
         positions = [len(row.tokens) for row in batch.rows]

@@ -20,12 +20,14 @@ from specdec.kernels.decoder_layer.structures import (
     Panels,
     PassArguments,
     Product,
+    Top,
     pointer_to,
 )
 
 __all__ = [
     "LANES",
     "MOST_LEVELS",
+    "MOST_TOP",
     "MOST_WIDTH",
     "PANEL",
     "Kernels",
@@ -43,6 +45,9 @@ MOST_WIDTH = 512
 
 MOST_LEVELS = 8
 """Of segments that rows share."""
+
+MOST_TOP = 64
+"""Tokens that ``Kernels.top`` finds."""
 
 PANEL = 32
 """Output channels of a panel."""
@@ -69,9 +74,18 @@ class Kernels:
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
         self._layers = declare(
-            "decoder_layers", pointer, number, structure(PassArguments), *[pointer] * 4, number, pointer, number
+            "decoder_layers",
+            pointer,
+            number,
+            structure(PassArguments),
+            *[pointer] * 5,
+            number,
+            pointer,
+            number,
+            pointer,
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
+        self._top = declare("top", structure(Top), ctypes.c_int)
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
         runtime = _openmp()
@@ -135,26 +149,49 @@ class Kernels:
         states: Tensor,
         buffers: Sequence[tuple[Tensor, Tensor]],
         segments: Sequence[Tensor] | None = None,
+        residual: Tensor | None = None,
+        copies: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Whole decoder layers in sequence: ``[B, n, d]`` to ``[B, n, d]``.
 
         Args:
             layers: their weights.
             arguments: what they share.
-            states: of the nodes.
+            states: of the nodes; as wide as the first layer's products of queries, keys and values read.
             buffers: each layer's keys and values, as ``attention`` takes them.
             segments: each layer's, likewise.
+            residual: what the first layer adds to; None for ``states``.
+            copies: ``[B, n, d]`` to write each layer's output to, where it is wanted.
         """
-        out = torch.empty_like(states)
+        out = torch.empty_like(states if residual is None else residual)
         count = len(layers)
         self._layers(
             _array([ctypes.addressof(layer) for layer in layers]), count, arguments, states.data_ptr(),
-            out.data_ptr(), _array([keys.data_ptr() for keys, _ in buffers]),
+            pointer_to(residual), out.data_ptr(), _array([keys.data_ptr() for keys, _ in buffers]),
             _array([values.data_ptr() for _, values in buffers]), buffers[0][0].shape[2],
             None if segments is None else _array([part.data_ptr() for part in segments]),
             0 if segments is None else _levels(segments[0]),
+            None if copies is None else _array([pointer_to(copy) for copy in copies]),
         )  # fmt: skip
         return out
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest of each row's logits, in one read of them.
+
+        Args:
+            logits: ``[..., V]``, bfloat16 or float32.
+            count: how many, k; at most ``MOST_TOP`` and V.
+
+        Returns:
+            ``[..., k]`` float32, descending, and int64 indices, of equals the first; ``[...]`` float32, the log of the
+            sum of each row's exponentials.
+        """
+        *shape, width = logits.shape
+        best = torch.empty(*shape, count)
+        index, total = torch.empty(*shape, count, dtype=torch.int64), torch.empty(*shape)
+        pointers = (tensor.data_ptr() for tensor in (logits, best, total, index))
+        self._top(Top(*pointers, total.numel(), width, count, logits.element_size()), torch.get_num_threads())
+        return best, index, total
 
     def move_slots(self, buffers: Sequence[Tensor], lengths: Tensor, path: Tensor, counts: Tensor) -> None:
         """Move kept columns of a tree up to the committed tokens, in many buffers of one shape.
@@ -222,7 +259,7 @@ class Kernels:
         return out
 
 
-def _array(addresses: list[int]) -> Any:
+def _array(addresses: Sequence[int | None]) -> Any:
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 

@@ -15,6 +15,7 @@
 #include "threads.h"
 #include "product.h"
 #include "attention.h"
+#include "top.h"
 
 /* ---- row by row ---- */
 
@@ -165,31 +166,41 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
   product(&a);
 }
 
-/* `in` and `out` may be the same. */
-static void decoder_layer(const layer *l, const pass *p, const bf16 *in, bf16 *out, bf16 *keys, bf16 *values, long slots,
-                   const segment *segments, long levels) {
-  long rows = p->batch * p->nodes, d = l->qkv.in_width;
+/* Attention reads `in`, normed where the layer has an input norm, and adds to `residual`; that and `out` may be the
+   same. */
+static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const bf16 *residual, bf16 *out, bf16 *keys,
+                          bf16 *values, long slots, const segment *segments, long levels) {
+  long rows = p->batch * p->nodes, d = l->gate_up.in_width;
   int threads = p->threads;
   buffers b;
   place(l, rows, p->space, &b);
-  rms_norm(in, l->input_norm, b.normed, rows, d, l->input_eps, threads);
-  multiply(&l->qkv, &b, b.normed, 0, b.qkv, rows, threads);
+  if (l->input_norm) {
+    rms_norm(in, l->input_norm, b.normed, rows, l->qkv.in_width, l->input_eps, threads);
+    in = b.normed;
+  }
+  multiply(&l->qkv, &b, in, 0, b.qkv, rows, threads);
   attention_arguments a = {b.qkv, p->cos, p->sin, keys, values, p->lengths, p->depth, p->seen, segments, b.attended,
                            p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window, levels,
                            l->scale, threads, 0};
   tree_attention(&a);
-  multiply(&l->out, &b, b.attended, in, out, rows, threads);
+  multiply(&l->out, &b, b.attended, residual, out, rows, threads);
   rms_norm(out, l->mlp_norm, b.normed, rows, d, l->mlp_eps, threads);
   multiply(&l->gate_up, &b, b.normed, 0, b.gate_up, rows, threads);
   gated(b.gate_up, b.gated, rows, l->down.in_width, threads);
   multiply(&l->down, &b, b.gated, out, out, rows, threads);
 }
 
-/* Layers in sequence; `segments` is null, or for each layer what attention_arguments has. */
-void decoder_layers(const layer *const *layers, long count, const pass *p, const bf16 *in, bf16 *out,
-                    bf16 *const *keys, bf16 *const *values, long slots, const segment *const *segments, long levels) {
-  for (long i = 0; i < count; i++)
-    decoder_layer(layers[i], p, i ? out : in, out, keys[i], values[i], slots, segments ? segments[i] : 0, levels);
+/* Layers in sequence. The first reads `in` and adds to `residual`, `in` itself where that is null; `segments` is null, or
+   for each layer what attention_arguments has; `copies` is null, or for each layer where its output is wanted too. */
+void decoder_layers(const layer *const *layers, long count, const pass *p, const bf16 *in, const bf16 *residual,
+                    bf16 *out, bf16 *const *keys, bf16 *const *values, long slots, const segment *const *segments,
+                    long levels, bf16 *const *copies) {
+  for (long i = 0; i < count; i++) {
+    decoder_layer(layers[i], p, i ? out : in, i ? out : residual ? residual : in, out, keys[i], values[i], slots,
+                  segments ? segments[i] : 0, levels);
+    if (copies && copies[i])
+      __builtin_memcpy(copies[i], out, (size_t)(p->batch * p->nodes * layers[i]->down.out_width) * sizeof(bf16));
+  }
 }
 
 /* ---- the cache ---- */

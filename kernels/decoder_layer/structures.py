@@ -80,10 +80,13 @@ class LayerArguments(ctypes.Structure):
 
     @classmethod
     def of(
-        cls, linears: tuple[Panels, Panels, Panels, Panels], norms: tuple[Tensor, Tensor], eps: tuple[float, float],
-        scale: float, heads: int, kv_heads: int, width: int, window: int | None,
+        cls, linears: tuple[Panels, Panels, Panels, Panels], norms: tuple[Tensor | None, Tensor],
+        eps: tuple[float, float], scale: float, heads: int, kv_heads: int, width: int, window: int | None,
     ) -> LayerArguments:  # fmt: skip
-        """For a layer's products (query-key-value, output, gate-up, down), the weights of its norms, and sizes."""
+        """For a layer's products (query-key-value, output, gate-up, down), the weights of its norms, and sizes.
+
+        Without a first norm the layer reads what is normed already.
+        """
         return cls(
             *(_Linear.of(panels) for panels in linears), *(pointer_to(norm) for norm in norms), *eps, scale, heads,
             kv_heads, width, window or 0,
@@ -94,6 +97,12 @@ class PassArguments(ctypes.Structure):
     """``pass``: what the layers of one pass share."""
 
     _fields_ = _fields("cos sin lengths depth seen space", "batch nodes tree", ("threads", ctypes.c_int))
+
+
+class Top(ctypes.Structure):
+    """``top_arguments``."""
+
+    _fields_ = _fields("logits best total index", "rows width count", ("bytes", ctypes.c_int))
 
 
 class Move(ctypes.Structure):

@@ -63,6 +63,8 @@ def tree_attention(
     if isinstance(mask, Tensor) and storage is PLAIN:
         if softcap is None and sinks is None:
             return cpu.tree_attention(query, keys, values, mask, scale)
+        if query.device.type == "cpu":
+            return cpu.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks)[0]
         return reference.tree_attention(query, keys, values, mask, scale, softcap, sinks)
     return tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)[0]
 

@@ -10,6 +10,9 @@ from specdec.kernels.tree_attention.combine import apply_sinks, combine
 from specdec.kernels.tree_attention.mask import TreeMask
 from specdec.kernels.tree_attention.storage import PLAIN, KVFormat
 
+_BLOCK = 1024
+"""Slots whose scores are held at a time where there is a soft-cap."""
+
 _UNMASKED_FROM = 4096
 """Committed slots from which a second call and the merge cost less than a mask over them."""
 
@@ -35,14 +38,16 @@ def tree_attention_with_lse(
     sinks: Tensor | None = None,
     storage: KVFormat = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """See ``specdec.kernels.tree_attention.tree_attention_with_lse``; no fused kernel of the CPU has a soft-cap.
+    """See ``specdec.kernels.tree_attention.tree_attention_with_lse``.
 
     Slots that are not seen, up to the end of the longest row, have weight 0 and must hold finite numbers.
     """
-    if softcap is not None or query.dtype == torch.float64:
+    if query.dtype == torch.float64:
         return reference.tree_attention_with_lse(query, keys, values, mask, scale, softcap, sinks, storage)
     keys, values = storage.dense(keys, values, query.dtype)
-    if isinstance(mask, TreeMask):
+    if softcap is not None:
+        out, lse = _capped(query, keys, values, mask, scale, softcap)
+    elif isinstance(mask, TreeMask):
         out, lse = _by_rules(query, keys, values, mask, scale)
     else:
         out, lse = _fused(query, keys, values, mask, scale)
@@ -63,9 +68,14 @@ def _by_rules(query: Tensor, keys: Tensor, values: Tensor, mask: TreeMask, scale
         visible = mask.dense(end, common)
         parts.append(_fused(query, keys[:, :, common:end], values[:, :, common:end], visible, scale))
     if not parts:
-        shape = (*query.shape[:3], values.shape[-1])
-        return query.new_zeros(shape), query.new_full(shape[:3], -torch.inf, dtype=torch.float32)
+        return _nothing(query, values)
     return parts[0] if len(parts) == 1 else combine(parts, query.dtype)
+
+
+def _nothing(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of queries that see no slot."""
+    shape = (*query.shape[:3], values.shape[-1])
+    return query.new_zeros(shape), query.new_full(shape[:3], -torch.inf, dtype=torch.float32)
 
 
 def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -84,6 +94,28 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
     if unseen is not None:
         out, lse = out.masked_fill(unseen.unsqueeze(-1), 0.0), lse.masked_fill(unseen, -torch.inf)
     return out.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
+
+
+def _capped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMask, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """With a soft-cap, which no fused kernel of the CPU has: products of float32, a block of slots after the other."""
+    end = keys.shape[2]
+    if isinstance(mask, TreeMask):
+        end = min(int(mask.lengths.max()) + mask.num_tree, end)
+    packed = _pack(query.float() * (scale / softcap), keys.shape[1])
+    parts = []
+    for start in range(0, end, _BLOCK):
+        stop = min(start + _BLOCK, end)
+        visible = mask.dense(stop, start) if isinstance(mask, TreeMask) else mask[:, :, start:stop]
+        hidden = ~_mask_rows(visible, query.shape[1] // keys.shape[1])
+        scores = packed @ keys[:, :, start:stop].float().transpose(-1, -2)
+        scores = scores.tanh_().mul_(softcap).masked_fill_(hidden, -torch.inf)
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse.clamp(min=-softcap).unsqueeze(-1)).exp_()  # of a node that sees nothing: 0
+        out = weights @ values[:, :, start:stop].float()
+        parts.append((out.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])))
+    return combine(parts, query.dtype) if parts else _nothing(query, values)
 
 
 def _pack(query: Tensor, num_kv_heads: int) -> Tensor:

@@ -36,26 +36,42 @@ def w4a16(inputs: Tensor, weight: Int4Weight, implementation: str) -> Tensor:
             f"unknown implementation {implementation!r} of w4a16 on the CPU; choose from {IMPLEMENTATIONS}"
         )
     if implementation == "int4":
-        codes, scales = _int4(weight, inputs.dtype)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs.contiguous(), codes, weight.group_size, scales)
-        return out[:, : weight.num_outputs]
+        return product(inputs, *_int4(weight, inputs.dtype), weight.group_size, weight.num_outputs)
     if implementation == "packed":
         return _packed(inputs, weight)
     return torch.nn.functional.linear(inputs, weight.dequantize(inputs.dtype))
 
 
-def _int4(weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes as the int4 kernel wants them, and ``[K / G, N, 2]``: its weight is ``scale * (code - 8) + offset``."""
+def prepare(weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight as ``product`` reads it: codes in the int4 kernel's own layout, and ``[K / G, N, 2]`` of ``dtype``.
+
+    Codes stay 4 bits each. The kernel's weight is ``scale * (code - 8) + offset``; N is filled up to whole tiles.
+    """
     missing = -weight.num_outputs % _TILE
-    if "int4" not in weight.prepared:
-        codes = torch.nn.functional.pad(weight.unpack().int(), (0, 0, 0, missing))
-        weight.prepared["int4"] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    codes = torch.nn.functional.pad(weight.unpack().int(), (0, 0, 0, missing))
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), _factors(weight, missing, dtype)
+
+
+def product(inputs: Tensor, codes: Tensor, factors: Tensor, group_size: int, num_outputs: int) -> Tensor:
+    """``[M, N]`` of ``[M, K]`` inputs and a weight that was prepared for their type; each row by itself."""
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs.contiguous(), codes, group_size, factors)
+    return out[:, :num_outputs]
+
+
+def _factors(weight: Int4Weight, missing: int, dtype: torch.dtype) -> Tensor:
+    scales = weight.scales.float()
+    both = torch.stack([scales, weight.minima() + 8.0 * scales], dim=-1)  # [N, K / G, 2]
+    both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, missing))
+    return both.transpose(0, 1).to(dtype).contiguous()
+
+
+def _int4(weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``prepare``, kept with the weight: codes once, factors by type."""
     name = f"int4 {dtype}"
+    if "int4" not in weight.prepared:
+        weight.prepared["int4"], weight.prepared[name] = prepare(weight, dtype)
     if name not in weight.prepared:
-        scales = weight.scales.float()
-        both = torch.stack([scales, weight.minima() + 8.0 * scales], dim=-1)  # [N, K / G, 2]
-        both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, missing))
-        weight.prepared[name] = both.transpose(0, 1).to(dtype).contiguous()
+        weight.prepared[name] = _factors(weight, -weight.num_outputs % _TILE, dtype)
     return weight.prepared["int4"], weight.prepared[name]
 
 

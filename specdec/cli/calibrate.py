@@ -1,4 +1,4 @@
-"""``specdec calibrate``: measure how often a trained drafter's guesses are right, and keep it with the weights."""
+"""``specdec calibrate``: measure how often a drafter's guesses are right, and keep it with the weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import click
 
 from specdec.cli.options import split_assignments
 from specdec.cli.train import Line, describe_features, describe_writing, load_target
-from specdec.registry import unknown
+from specdec.registry import make_config, unknown
 
 if TYPE_CHECKING:
     from specdec.training.calibrate import Calibration
 
 
 @click.command()
-@click.option("-d", "--drafter", required=True, help="Trained drafter.")
-@click.option("-o", "options", multiple=True, metavar="weights=DIR", help="Folder of the weights; else those shipped.")
+@click.option("-d", "--drafter", required=True, help="Trained drafter, or skip.")
+@click.option("-o", "options", multiple=True, metavar="weights=DIR", help="Folder of the weights; else the usual one.")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option("--data", type=click.Path(path_type=Path), help="Jsonl of prompts or conversations; else its own.")
 @click.option("--tokens", type=click.IntRange(min=1), default=20_000, show_default=True, help="Tokens of replies.")
@@ -44,15 +44,25 @@ def calibrate(
 
     Drafters shape their trees by them: -o tree=calibrated, and the sizes of PPD's trees. The text is held out: the
     model writes it now, from another seed than the training's.
+
+    For skip the layers that draft best for their cost are searched, and kept with their rates, where --drafter skip
+    finds them or in -o weights=DIR; -o trials=N, levels=N, depth=N, vocab_size=N are the search's.
     """
     import torch
 
+    from specdec.drafters.skip import NAME
     from specdec.training.calibrate import CalibrationReporter, CalibrationRequest, calibrate_drafter
     from specdec.training.method import METHODS
+    from specdec.training.skip import SearchOptions, calibrate_skip
 
-    if drafter not in METHODS:
-        raise ValueError(unknown("trainable drafter", drafter, METHODS))
-    folder = weights_option(split_assignments(options))
+    if drafter not in (*METHODS, NAME):
+        raise ValueError(unknown("trainable drafter", drafter, (*METHODS, NAME)))
+    given = split_assignments(options)
+    searching = None
+    if drafter == NAME:
+        searching = make_config(SearchOptions, {k: v for k, v in given.items() if k != "weights"}, "the search")
+        given = {k: v for k, v in given.items() if k == "weights"}
+    folder = weights_option(given)
     if threads is not None:
         torch.set_num_threads(threads)
     show = Line()
@@ -65,8 +75,17 @@ def calibrate(
     target, tokenizer = load_target(model, dtype, device)
     with TemporaryDirectory(prefix="specdec-calibrate-") as temporary:
         request = CalibrationRequest(drafter, folder, cache or Path(temporary), tokens, data, seed)
-        found = calibrate_drafter(request, target, tokenizer, report)
+        if searching is None:
+            found = calibrate_drafter(request, target, tokenizer, report)
+        else:
+            subset, found = calibrate_skip(request, target, tokenizer, report, searching)
     show.end()
+    if searching is not None:
+        click.echo(
+            f"layers {', '.join(map(str, subset.layers))} of {target.num_layers}: a draft pass reads "
+            f"{100 * subset.cost:.0f} % of a whole one; a chain of drafts is up to {subset.speedup:.2f} times as fast "
+            "as plain decoding"
+        )
     click.echo(describe(found))
 
 

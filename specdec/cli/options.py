@@ -34,6 +34,8 @@ class ModelOptions:
     adaptive: bool
     memory_budget: str | None
     quantize: str | None
+    kv: str | None
+    draft_kv: str | None
 
 
 _MODEL = (
@@ -48,10 +50,14 @@ _MODEL = (
     click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the weights."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default."),
     click.option("--adaptive/--fixed-trees", default=True, help="Draft what pays, or what the drafter makes."),
+    click.option("--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."),
     click.option(
-        "--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."
+        "--quantize",
+        metavar="NAME",
+        help="Linear layers in int8, w8a8, int4, nf4, fp6 or a .gguf file's blocks (gguf).",
     ),
-    click.option("--quantize", metavar="NAME", help="Linear layers' weights: int8, w8a8, int4 or nf4."),
+    click.option("--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."),
+    click.option("--draft-kv", metavar="NAME", help="The same of a draft model's KV cache."),
 )
 
 # No defaults here: what is not given is left to SamplingParams, so the two cannot disagree.
@@ -129,6 +135,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         import torch
 
         from specdec.decoder import SpecDecoder
+        from specdec.kv_quantized import find_kv
         from specdec.memory_plan import parse_size
         from specdec.models import load_model
         from specdec.placement import with_draft_device
@@ -138,6 +145,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         check_verifier(options.verifier)
+        kv_bits, _ = find_kv(options.kv), find_kv(options.draft_kv)
         budget = None if options.memory_budget is None else parse_size(options.memory_budget)
         drafter_options = split_assignments(options.drafter_options)
         if options.draft_device is not None:
@@ -155,9 +163,10 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
             memory_budget=budget,
         )
         target = HFTarget(loaded.model)
+        target.kv_bits = kv_bits
         if options.drafter == "auto":
             drafter = create_drafter(resolve_drafter("auto", target), drafter_options)
         return SpecDecoder(
             target, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer, adaptive=options.adaptive,
-            memory_budget=options.memory_budget,
+            memory_budget=options.memory_budget, draft_kv=options.draft_kv,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from tiny_chat import Invoke
 
 from specdec.benchmarks.quant import run_quant
 from specdec.benchmarks.questions import SHIPPED, load_questions
+from specdec.benchmarks.tables import fill
 from specdec.models import load_model
 from specdec.quantization import usable_on_cpu
 from specdec.target import HFTarget
@@ -21,20 +22,26 @@ def test_one_table_and_one_document(chat_folder: str, invoke: Invoke, tmp_path: 
     out = tmp_path / "quant.json"
     result = invoke(
         "bench", "quant", "-m", chat_folder, "--dtype", "fp32", "-q", "int8", "-q", "int4", "-d", "ngram",
-        "--limit", "2", "-t", "8", "--device", "cpu", "--json", str(out),
+        "--kv", "int4", "--limit", "2", "-t", "8", "--device", "cpu", "--json", str(out),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     document = json.loads(out.read_text())
-    assert [line["precision"] for line in document["precisions"]] == ["fp32", "int8", "int4"]
-    dense, int8, int4 = document["precisions"]
+    assert [line["precision"] for line in document["precisions"]] == ["fp32", "int8", "int4", "fp32, KV int4"]
+    dense, int8, int4, kv = document["precisions"]
     assert (dense["perplexity_change"], dense["top_agreement"], dense["text_agreement"]) == (0, 1, 1)
     assert int8["top_agreement"] > int4["top_agreement"]
     assert dense["weight_bytes"] > int8["weight_bytes"] > int4["weight_bytes"]
+    assert kv["weight_bytes"] == dense["weight_bytes"]
+    assert kv["kv_bytes"] < 0.5 * dense["kv_bytes"]
     assert {*int8["drafters"]} == {"none", "ngram"}
     assert int8["drafters"]["none"]["tau"] == 1
     for line in document["precisions"]:
         row = next(row for row in result.stdout.splitlines() if row.startswith(f"| {line['precision']} "))
         assert f"{line['perplexity']:.3f}" in row
+    published = fill("<!-- results: quant quant.json -->\n<!-- /results -->\n", tmp_path)
+    for line in result.stdout.splitlines()[2:]:
+        assert line.replace(" ", "") in published.replace(" ", "").replace("\\", "")
+    assert "2 questions of" in published
 
 
 def test_perplexity_is_that_of_the_model_itself(chat_folder: str) -> None:
@@ -62,4 +69,4 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(invoke: Invoke,
 def test_precisions_that_cannot_run_here_are_left_out_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert usable_on_cpu() == ["int8", "int4"]
+    assert usable_on_cpu() == ["int8", "int4", "int4-g128", "fp6"]

@@ -56,7 +56,7 @@ class OnAndOff:
         self.step += 1
         return (1, 1, 1, 6, 1, 24, 24, *[1] * 40)[self.step % 47]
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         assert len(rows) == tree.batch_size == len(verdict.num_accepted)
         assert ms["target"] > 0
 
@@ -113,7 +113,7 @@ def test_one_wrong_row_of_a_batch_does_not_stop_the_other(target: HFTarget) -> N
     assert results[1].stats.plain_passes > LENGTH // 2  # alone with its wrong drafts
 
 
-DRAFTERS = ["ngram", "suffix", "recycling", "model"]
+DRAFTERS = ["ngram", "suffix", "recycling", "lookahead", "skip", "model"]
 
 
 def make_drafter(name: str, model: Any) -> Any:

@@ -105,16 +105,12 @@ def test_a_chain_longer_than_what_is_left_is_cut(
 def test_the_right_path_among_decoys_is_found(
     target: HFTarget, wholes: list[list[int]], reference: list[int], other: list[int]
 ) -> None:
-    results = decoder_for(target, bush(wholes, VOCAB)).generate(
-        [PROMPT, OTHER], max_new_tokens=LENGTH, ignore_eos=True
-    )
+    results = decoder_for(target, bush(wholes, VOCAB)).generate([PROMPT, OTHER], max_new_tokens=LENGTH, ignore_eos=True)
     assert [r.token_ids for r in results] == [reference, other]
     assert all(r.stats.accepted > LENGTH // 3 for r in results)
 
 
-def test_the_same_child_twice_is_accepted_once(
-    target: HFTarget, wholes: list[list[int]], reference: list[int]
-) -> None:
+def test_the_same_child_twice_is_accepted_once(target: HFTarget, wholes: list[list[int]], reference: list[int]) -> None:
     def twins(batch: Batch) -> TokenTree:
         row = batch.rows[0]
         token = wholes[0][len(row.tokens) : len(row.tokens) + 1] or [0]
@@ -197,9 +193,7 @@ def test_a_raising_drafter_is_switched_off_with_a_warning(
         strict.generate(prompts, max_new_tokens=LENGTH, ignore_eos=True)
 
 
-def test_the_first_failure_is_the_one_reported(
-    target: HFTarget, wholes: list[list[int]], reference: list[int]
-) -> None:
+def test_the_first_failure_is_the_one_reported(target: HFTarget, wholes: list[list[int]], reference: list[int]) -> None:
     class Twice(ScriptedDrafter):
         def stop(self) -> None:
             raise RuntimeError("planted in stop")
@@ -271,9 +265,7 @@ MALFORMED: dict[str, tuple[Propose, str]] = {
 def test_a_malformed_tree_switches_the_drafter_off(target: HFTarget, reference: list[int], name: str) -> None:
     propose, message = MALFORMED[name]
     with pytest.warns(RuntimeWarning, match=message):
-        result = SpecDecoder(target, ScriptedDrafter(propose)).generate(
-            PROMPT, max_new_tokens=LENGTH, ignore_eos=True
-        )
+        result = SpecDecoder(target, ScriptedDrafter(propose)).generate(PROMPT, max_new_tokens=LENGTH, ignore_eos=True)
     assert result.token_ids == reference
     assert "drafter 'scripted' raised" in (result.stats.speculation_off or "")
 

@@ -27,7 +27,9 @@ from specdec.target import HFTarget
 
 PROMPTS = [[5, 6, 7, 8, 9] * 4, [9, 10, 11, 9, 10, 11, 9], [30, 31] * 6]
 NEW_TOKENS = 20
-DRAFTERS = ("none", "ngram", "suffix", "recycling", "model", "itself", "suffix+recycling")
+DRAFTERS = (
+    "none", "ngram", "suffix", "recycling", "lookahead", "skip", "model", "itself", "suffix+recycling", "suffix+skip",
+)  # fmt: skip
 
 
 def make_drafter(name: str, target: Any) -> Drafter:
@@ -58,7 +60,7 @@ def reference(architecture: str) -> tuple[Any, HFTarget, list[list[int]]]:
 def texts(architecture: str, drafter: str) -> Texts:
     """Each prompt alone, then all of them in one batch, with one decoder."""
     model, target, _ = reference(architecture)
-    decoder = SpecDecoder(target, make_drafter(drafter, model), on_drafter_error="raise")
+    decoder = SpecDecoder(target, make_drafter(drafter, model), on_drafter_error="raise", adaptive=False)
     alone, accepted = [], 0
     for prompt in PROMPTS:
         alone.append(decoder.generate(prompt, max_new_tokens=NEW_TOKENS).token_ids)

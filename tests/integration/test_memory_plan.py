@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from integration.scripted import ScriptedDrafter, per_row
 from specdec import SpecDecoder, memory_plan
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.memory_plan import ModelShape, Workload, drafter_bytes, estimate, parse_size, plan_memory, size_text
+from specdec.prefix import SharedWork
 from specdec.target import HFTarget
 
 SLACK = 2**19
@@ -48,14 +50,16 @@ def star_drafter(nodes: int) -> ScriptedDrafter:
     return ScriptedDrafter(per_row(fill))
 
 
-def peak_bytes(decoder: SpecDecoder, prompts: list[list[int]], trace: Path, **fields: Any) -> int:
+def peak_bytes(
+    decoder: SpecDecoder, prompts: list[list[int]], trace: Path, pieces: int | None = None, **fields: Any
+) -> int:
     """The most that was allocated at a time in a call's prefill and first passes, beside what was there before."""
     decoder.generate(prompts[:1], max_new_tokens=1)
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         decoder.stream(prompts, ignore_eos=True, **fields) as stream,
     ):
-        for _ in range(3 * len(prompts)):
+        for _ in range(pieces or 3 * len(prompts)):
             next(stream)
     profiler.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
@@ -88,6 +92,35 @@ def test_the_plan_is_within_ten_percent_of_what_is_allocated(
     peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", max_new_tokens=new_tokens, **fields)
     work = Workload(rows, prompt_len, prompt_len + new_tokens, nodes, sampled=sampled)
     plan = estimate(ModelShape.of(target), 0, work, rows, nodes)
+    assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
+
+
+@pytest.mark.parametrize("nodes", [1, 16])
+def test_what_prompts_share_is_planned_once(target: HFTarget, tmp_path: Path, nodes: int) -> None:
+    decoder = SpecDecoder(target, "none" if nodes == 1 else star_drafter(nodes), adaptive=False)
+    prompts = [[3] * 1500 + [row, 4, 5] for row in range(8)]
+    peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", max_new_tokens=40)
+    shape, work = ModelShape.of(target), Workload(8, 1503, 1543, nodes)
+    shared = replace(work, shared=SharedWork.of([tuple(prompt[:-1]) for prompt in prompts]))
+    plan = estimate(shape, 0, shared, 8, nodes)
+    assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
+    assert plan.kv < estimate(shape, 0, work, 8, nodes).kv / 3
+    if nodes == 1:
+        tight = SpecDecoder(target, "none", memory_budget=plan.total)
+        tight.generate(prompts, max_new_tokens=40, ignore_eos=True)
+        assert tight.memory_plan == plan
+
+
+def test_a_prompt_that_is_computed_beside_others_is_counted(target: HFTarget, tmp_path: Path) -> None:
+    """Two rows at a time; the third prompt is computed before its row joins."""
+    prompts = [[row + 1] + [3] * 999 for row in range(3)]
+    work = Workload(3, 1000, 1030, 1)
+    budget = estimate(ModelShape.of(target), 0, work, 2, 1).total
+    decoder = SpecDecoder(target, "none", memory_budget=budget)
+    peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", pieces=85, max_new_tokens=30)
+    plan = decoder.memory_plan
+    assert plan is not None
+    assert (plan.rows, plan.total) == (2, budget)
     assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
 
 
@@ -165,7 +198,7 @@ def test_groups_of_rows_write_what_all_at_once_would(small: HFTarget) -> None:
     assert whole.memory_plan is not None
     assert whole.memory_plan.rows == len(PROMPTS)
     shape = ModelShape.of(small)
-    work = Workload(2, 6, 26, 1, sampled=True)
+    work = Workload(len(PROMPTS), 6, 26, 1, sampled=True)
     tight = SpecDecoder(small, "suffix", memory_budget=estimate(shape, 0, work, 2, 1).total, on_drafter_error="raise")
     with tight.stream(PROMPTS, **fields) as stream:
         order = [piece.index for piece in stream]

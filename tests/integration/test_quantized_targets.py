@@ -26,6 +26,8 @@ EVERY = [
         "w8a8", marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no AVX-512 VNNI")
     ),
     "int4",
+    "int4-g128",
+    "fp6",
     pytest.param(
         "nf4",
         marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
@@ -174,6 +176,25 @@ def test_gptq_and_awq_need_a_library_that_is_named(folder: Path, tmp_path: Path)
         path = with_config(folder, tmp_path / method, quantization_config=settings)
         with pytest.raises(ValueError, match=r"specdec\[quantized\]"):
             load_model(str(path), device="cpu")
+
+
+def test_whatever_a_quantizer_raises_comes_with_what_to_install(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ's says that a GPU is required, where it is gptqmodel that is missing."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("GPU is required")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    settings = {"quant_method": "gptq", "bits": 3, "group_size": 32}
+    path = with_config(folder, tmp_path / "gptq", quantization_config=settings)
+    with pytest.raises(
+        ValueError, match=r"GPU is required. Its weights are quantized \(gptq\): .*specdec\[quantized\]"
+    ):
+        load_model(str(path), device="cpu")
+    with pytest.raises(ValueError, match=r"GPU is required$"):
+        load_model(str(folder), device="cpu")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -192,3 +192,119 @@ def test_clients_learn_of_a_failure(target: HFTarget) -> None:
     with pytest.raises(ValueError, match="unknown feature"):
         run(work())
     assert "unknown feature" in seen[0]
+
+
+def test_a_prefix_is_kept_while_others_are_served(target: HFTarget) -> None:
+    decoder = make(target)
+    prefix = [(7 * n) % VOCAB for n in range(60)]
+    prompts = [[*prefix, 4, 9, 4], [*prefix, 50]]
+    expected = [decoder.generate(prompt, max_new_tokens=8).token_ids for prompt in prompts]
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=3) as server:
+            other = await server.submit(PROMPTS[0], max_new_tokens=200)
+            await anext(other)
+            with decoder.prefix(prefix):
+                streams = [await server.submit(prompt, max_new_tokens=8) for prompt in prompts]
+                assert [(await stream.wait()).token_ids for stream in streams] == expected
+                with pytest.raises(ValueError, match="is in use"):
+                    decoder.prefixes.evict(prefix)
+            decoder.prefixes.evict(prefix)
+            other.cancel()
+
+    run(work())
+    assert computed(target, lambda: decoder.generate(prompts[0], max_new_tokens=1)) > 60  # it is kept no longer
+
+
+def computed(target: HFTarget, work: Any) -> int:
+    """Tokens that the target computes meanwhile."""
+    counts: list[int] = []
+    embeddings = target.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _module, args, _out: counts.append(args[0].numel()))
+    try:
+        work()
+    finally:
+        hook.remove()
+    return sum(counts)
+
+
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 1.3, "top_p": 0.7, "seed": 8},
+    {"temperature": 0.6, "top_k": 5, "min_p": 0.05, "seed": 9},
+    {"repetition_penalty": 1.4},
+]
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
+def test_requests_run_side_by_side_whatever_chooses_their_tokens(target: HFTarget, drafter: str) -> None:
+    decoder = make(target, drafter)
+    expected = [
+        decoder.generate(prompt, max_new_tokens=40, **each).token_ids
+        for prompt, each in zip(PROMPTS, FIELDS, strict=True)
+    ]
+    together: list[int] = []
+
+    async def work() -> list[list[int]]:
+        async with decoder.serve(max_rows=5) as server:
+            streams = [
+                await server.submit(prompt, max_new_tokens=40, **each)
+                for prompt, each in zip(PROMPTS, FIELDS, strict=True)
+            ]
+            await anext(streams[0])
+            together.append(len(server._running))
+            return [(await stream.wait()).token_ids for stream in streams]
+
+    assert run(work()) == expected
+    assert together == [5]
+
+
+def test_a_policy_that_needs_rows_alike_runs_them_in_turn(target: HFTarget) -> None:
+    decoder = make(target, verifier="rejection")
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=3) as server:
+            fields: list[dict[str, Any]] = [{"temperature": 0.5}, {"temperature": 0.5}, {"temperature": 1.5}, {}]
+            streams = [await server.submit([5, 9, 5], max_new_tokens=6, **each) for each in fields]
+            await anext(streams[0])
+            assert len(server._running) == 2
+            results = [await stream.wait() for stream in streams]
+            assert [len(result.token_ids) for result in results] == [6] * 4
+
+    run(work())
+
+
+def test_a_request_larger_than_memory_is_refused_and_others_go_on(target: HFTarget) -> None:
+    decoder = make(target)
+    decoder.generate(PROMPTS[0], max_new_tokens=20)
+    assert decoder.memory_plan is not None
+    tight = make(target, memory_budget=decoder.memory_plan.total + decoder.memory_plan.kv // 4)
+
+    async def work() -> None:
+        async with tight.serve(max_rows=4) as server:
+            first = await server.submit(PROMPTS[0], max_new_tokens=20)
+            with pytest.raises(ValueError, match=r"are needed and .* may be used"):
+                await server.submit(PROMPTS[1], max_new_tokens=240)
+            assert (await first.wait()).finish_reason == "length"
+
+    run(work())
+
+
+def test_where_memory_was_taken_meanwhile_the_request_learns_of_it(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make(target)
+    expected = decoder.generate(PROMPTS[1], max_new_tokens=6).token_ids
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=4) as server:
+            lost = await server.submit(PROMPTS[0], max_new_tokens=200)
+            with monkeypatch.context() as patched:
+                patched.setattr("specdec.decoder.free_bytes", lambda device: 1)
+                with pytest.raises(ValueError, match="may be used"):
+                    await lost.wait()
+            assert lost.result.finish_reason == "error"
+            assert (await (await server.submit(PROMPTS[1], max_new_tokens=6)).wait()).token_ids == expected
+
+    run(work())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
+from specdec.lean import make_lean
+from specdec.packing import can_pack, pack_linears
+from specdec.prefix import prefill_shared
 from specdec.target import HFTarget
 
 VOCAB = 96
@@ -55,10 +59,32 @@ def alone(target: Counting) -> list[list[int]]:
     return [decoder.generate(prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "recycling"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "suffix", "recycling", "lookahead", "skip"])
 def test_every_row_writes_what_it_writes_alone(target: Counting, alone: list[list[int]], drafter: str) -> None:
     results = make(target, drafter).generate(PROMPTS, max_new_tokens=20)
     assert [result.token_ids for result in results] == alone
+
+
+def test_prefixes_are_attended_to_where_they_lie(
+    target: Counting, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gathered(*_: Any) -> None:
+        raise AssertionError("keys and values were copied together")
+
+    monkeypatch.setattr("specdec.kv_cache.KVCache._whole", gathered)
+    assert [each.token_ids for each in make(target, "ngram").generate(PROMPTS, max_new_tokens=20)] == alone
+
+
+def test_a_window_leaves_a_prefix_row_by_row() -> None:
+    torch.manual_seed(1)
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, sliding_window=50,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    windowed = HFTarget(MistralForCausalLM(config))
+    separate = [make(windowed).generate(prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
+    assert [each.token_ids for each in make(windowed, "ngram").generate(PROMPTS, max_new_tokens=20)] == separate
 
 
 def test_sampling_is_that_of_the_row_alone(target: Counting) -> None:
@@ -105,6 +131,24 @@ def test_a_prefix_is_computed_once_for_all_calls_of_its_block(target: Counting, 
     assert decoder.generate(PROMPTS[0], max_new_tokens=20).token_ids == alone[0]
 
 
+def test_a_prefix_that_is_evicted_while_rows_read_it_stays_theirs(target: Counting, alone: list[list[int]]) -> None:
+    decoder = make(target)
+    with decoder.prefix([*SYSTEM, *SHOTS]) as kept:
+        stream = decoder.stream(PROMPTS, max_new_tokens=20)
+        pieces = [next(stream)]
+        with pytest.raises(ValueError, match="is in use: leave its with-block first"):
+            decoder.prefixes.evict(kept.tokens)
+    decoder.prefixes.evict(kept.tokens)
+    del kept
+    assert len(decoder.prefixes) == 0
+    gc.collect()
+    overwritten = [torch.full((1 << 16,), torch.nan) for _ in range(64)]  # memory that was free would be theirs
+    pieces += stream
+    assert [result.token_ids for result in stream.results] == alone
+    assert len(pieces) == 20 * len(PROMPTS)
+    del overwritten
+
+
 def test_a_prefix_larger_than_the_limit_is_refused(target: Counting) -> None:
     decoder = make(target, prefix_memory="1KiB")
     with pytest.raises(ValueError, match="raise prefix_memory or shorten it"), decoder.prefix(SYSTEM):
@@ -117,8 +161,47 @@ def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list
     decoder = make(target)
     decoder.generate(PROMPTS, max_new_tokens=20)
     assert decoder.memory_plan is not None
-    budget = decoder.memory_plan.weights + decoder.memory_plan.working // 3
+    budget = decoder.memory_plan.weights + decoder.memory_plan.working * 2 // 3
     tight = make(target, memory_budget=budget)
     assert [result.token_ids for result in tight.generate(PROMPTS, max_new_tokens=20)] == alone
     assert tight.memory_plan is not None
     assert tight.memory_plan.rows < len(PROMPTS)
+
+
+def test_memory_is_one_prefix_and_the_suffixes(target: Counting) -> None:
+    """Sixteen rows behind 1,024 tokens, 64 new ones each; slots for a tree stand behind every row."""
+    prefix = [(5 * n + n // 7) % VOCAB for n in range(1024)]
+    prompts = [(*prefix, row, row + 1) for row in range(16)]
+    room = len(prompts[0]) + 64
+    with torch.inference_mode():
+        cache, _ = prefill_shared(target, prompts, room)
+        cache.reserve(room)
+    token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
+    least = token * (len(prefix) + 16 * (room - len(prefix)))
+    assert least <= cache.num_bytes <= 1.05 * least
+    assert len({id(share.segment) for shares in cache.shares for share in shares}) == 1
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
+def test_compiled_layers_write_the_same_text_to_the_token(drafter: str) -> None:
+    """In bfloat16, where ties are frequent: there rows equal those of a batch of one to the bit."""
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=VOCAB, initializer_range=0.2, max_position_embeddings=256, eos_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    if not can_pack(model):
+        pytest.skip("this CPU does not compute in bfloat16")
+    pack_linears(model)
+    assert make_lean(model) == 3
+    short = HFTarget(model)
+    plain = make(short)
+    separate = [plain.generate(prompt, max_new_tokens=24).token_ids for prompt in PROMPTS]
+    assert [each.token_ids for each in make(short, drafter).generate(PROMPTS, max_new_tokens=24)] == separate
+    texts = [each.token_ids for each in make(short, drafter).generate(PROMPTS[:3], max_new_tokens=24, n=2)]
+    assert texts == [separate[index] for index in (0, 0, 1, 1, 2, 2)]
+    decoder = make(short, drafter)
+    with decoder.prefix([*SYSTEM, *SHOTS]):
+        assert [each.token_ids for each in decoder.generate(PROMPTS, max_new_tokens=24)] == separate

@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "T=1.3": {"temperature": 1.3, "top_k": 6, "top_p": 0.85},
     "T=1.3, min-p, penalty": {"temperature": 1.3, "min_p": 0.05, "repetition_penalty": 1.3},
 }
-DRAFTERS = ("none", "ngram", "recycling", "model")
+DRAFTERS = ("none", "ngram", "recycling", "lookahead", "skip", "model")
 VERIFIERS: dict[str, Verifier] = {
     "coupled": CoupledVerifier(),
     "rejection, ranked": RejectionVerifier(RejectionConfig(siblings="deterministic")),

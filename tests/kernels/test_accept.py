@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accept_cases import AcceptCase, accept_case
 
+from specdec.batch import Batch, Row
 from specdec.kernels.accept import accept, cpu, noise_keys, reference
 from specdec.sampling import SamplingParams, keyed_gumbel, noise_key
 from specdec.tree import ROOT, TokenTree
@@ -17,11 +17,11 @@ from specdec.verifiers.match import CoupledVerifier, GreedyVerifier
 
 def verdict(case: AcceptCase, temperature: float | None) -> Any:
     """What the verifier that ``SpecDecoder`` uses decides."""
-    rows = [
-        SimpleNamespace(noise=noise, tokens=[0] * position)
-        for noise, position in zip(case.rows, case.positions, strict=True)
-    ]
-    batch: Any = SimpleNamespace(params=SamplingParams(temperature=temperature or 0.0), seen=None, rows=rows)
+    params = SamplingParams(temperature=temperature or 0.0)
+    rows = []
+    for noise, position in zip(case.rows, case.positions, strict=True):
+        rows.append(Row([0] * position, position, position + 100, params, noise))
+    batch = Batch(rows, case.logits.shape[-1])
     verifier = GreedyVerifier() if temperature is None else CoupledVerifier()
     return verifier.accept(TokenTree(case.tokens, case.parents), case.logits, batch)
 

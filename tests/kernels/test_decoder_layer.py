@@ -52,6 +52,28 @@ def test_nan_stays_nan(kernels: Kernels) -> None:
     assert norm.isnan().all(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width", "count"), [(1, 7, 7), (3, 16, 1), (5, 1000, 8), (2, 8192, 64)])
+def test_top(kernels: Kernels, dtype: torch.dtype, rows: int, width: int, count: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(rows, width).mul(5).to(dtype)
+    best, index, total = kernels.top(logits, count)
+    assert torch.equal(best, logits.float().topk(count).values)
+    assert torch.equal(logits.float().gather(1, index), best)
+    assert all(len(set(row)) == count for row in index.tolist())
+    # 2e-7 of each exponential, and of the sum as many additions as a lane holds, rounded to half a step each
+    assert float((total.double() - logits.double().logsumexp(-1)).abs().max()) <= 2e-6 + width / 16 * 2.0**-24
+
+
+def test_top_of_equals_is_the_first_and_nan_is_none(kernels: Kernels) -> None:
+    logits = torch.zeros(2, 40).bfloat16()
+    logits[1, 3] = torch.nan
+    best, index, total = kernels.top(logits, 4)
+    assert index.tolist() == [[0, 1, 2, 3], [0, 1, 2, 4]]
+    assert best.tolist() == [[0.0] * 4] * 2
+    assert total.isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("width", [16, 576])
 def test_activations_in_8_bit(kernels: Kernels, width: int) -> None:
     torch.manual_seed(0)

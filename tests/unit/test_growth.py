@@ -15,14 +15,18 @@ from torch import Tensor
 from unit_rows import make_batch, make_row
 
 from specdec.batch import Batch
-from specdec.drafters.growth import grow, rank
+from specdec.drafters.growth import MOST_LISTED, grow, grow_in_lists, grow_on_device, rank
 from specdec.sampling import SamplingParams, filter_logits
 from specdec.tree import PADDING, TokenTree
 
 VOCAB = 50
 Path = tuple[int, ...]
 Children = Callable[[int, Path], list[tuple[float, int]]]
+Grow = Callable[[Tensor, int, int, int, "Expand"], TokenTree]
 Expand = Callable[[TokenTree, int, int], tuple[Tensor, Tensor]]
+
+
+BOTH = pytest.mark.parametrize("grown", [grow_in_lists, grow_on_device])
 
 
 def paths_of(tree: TokenTree, row: int) -> dict[int, Path]:
@@ -95,6 +99,7 @@ def closed_choices(found: dict[Path, float], count: int) -> Iterator[set[Path]]:
                 yield chosen
 
 
+@BOTH
 @given(
     seed=st.integers(0, 10**6),
     depth=st.integers(1, 3),
@@ -104,11 +109,11 @@ def closed_choices(found: dict[Path, float], count: int) -> Iterator[set[Path]]:
     holes=st.sampled_from([0.0, 0.4, 0.9]),
 )
 def test_grown_trees_are_the_best_of_all_closed_choices(
-    seed: int, depth: int, width: int, branching: int, max_nodes: int, holes: float
+    grown: Grow, seed: int, depth: int, width: int, branching: int, max_nodes: int, holes: float
 ) -> None:
     children = drawn_children(seed, branching, holes)
     pending = torch.tensor([3, 4])
-    tree = grow(pending, depth, width, max_nodes, expander(children, branching, []))
+    tree = grown(pending, depth, width, max_nodes, expander(children, branching, []))
 
     tree.validate(VOCAB)
     assert tree.tokens[:, 0].tolist() == [3, 4]
@@ -120,34 +125,45 @@ def test_grown_trees_are_the_best_of_all_closed_choices(
         assert set(paths_of(tree, row).values()) - {()} == best
 
 
-def test_growth_ends_where_no_deeper_node_can_be_chosen() -> None:
+@BOTH
+def test_growth_ends_where_no_deeper_node_can_be_chosen(grown: Grow) -> None:
     def children(row: int, path: Path) -> list[tuple[float, int]]:
         return [(math.log(0.5), 1), (math.log(0.4), 2)] if path == () else [(math.log(0.1), 3), (math.log(0.1), 4)]
 
     calls: list[int] = []
-    tree = grow(torch.tensor([0]), 6, 2, 3, expander(children, 2, calls))
+    tree = grown(torch.tensor([0]), 6, 2, 3, expander(children, 2, calls))
 
     assert sorted(paths_of(tree, 0).values()) == [(), (1,), (2,)]
     assert calls == [1, 2]
 
 
-def test_growth_goes_on_while_one_row_has_something_to_gain() -> None:
+@BOTH
+def test_growth_goes_on_while_one_row_has_something_to_gain(grown: Grow) -> None:
     def children(row: int, path: Path) -> list[tuple[float, int]]:
         sure = row == 1 or path == ()
         return [(math.log(0.9 if sure else 0.01), 1), (math.log(0.05 if sure else 0.01), 2)]
 
     calls: list[int] = []
-    tree = grow(torch.tensor([0, 0]), 4, 1, 3, expander(children, 2, calls))
+    tree = grown(torch.tensor([0, 0]), 4, 1, 3, expander(children, 2, calls))
 
     assert sorted(paths_of(tree, 0).values()) == [(), (1,), (2,)]
     assert sorted(paths_of(tree, 1).values()) == [(), (1,), (1, 1)]
     assert calls == [1, 2, 3]
 
 
-def test_a_parent_never_loses_to_its_equally_sure_child() -> None:
-    tree = grow(torch.tensor([0]), 5, 2, 4, expander(lambda row, path: [(0.0, 1), (-5.0, 2)], 2, []))
+@BOTH
+def test_a_parent_never_loses_to_its_equally_sure_child(grown: Grow) -> None:
+    tree = grown(torch.tensor([0]), 5, 2, 4, expander(lambda row, path: [(0.0, 1), (-5.0, 2)], 2, []))
 
     assert sorted(paths_of(tree, 0).values()) == [(), (1,), (1, 1), (1, 1, 1)]
+
+
+def test_many_rows_grow_as_few_do() -> None:
+    children = drawn_children(0, 3, 0.3)
+    many = grow(torch.arange(MOST_LISTED + 1), 3, 2, 6, expander(children, 3, []))
+    few = grow(torch.arange(MOST_LISTED), 3, 2, 6, expander(children, 3, []))
+    for row in range(MOST_LISTED):
+        assert paths_of(many, row) == paths_of(few, row)
 
 
 def ranked(
@@ -165,6 +181,17 @@ def test_rank_gives_the_most_probable_tokens_with_their_log_probabilities() -> N
 
     assert torch.equal(tokens, expected.indices)
     torch.testing.assert_close(confidence, expected.values)
+
+
+def test_rank_of_bfloat16_logits_beside_impossible_ones() -> None:
+    batch = make_batch([[1, 2]], VOCAB, SamplingParams())
+    logits = torch.full((1, 1, VOCAB), -torch.inf).bfloat16()
+    logits[0, 0, 7], logits[0, 0, 3] = 2.0, 1.0
+    confidence, tokens = ranked(batch, logits, 3)
+
+    assert tokens[0, 0, :2].tolist() == [7, 3]
+    torch.testing.assert_close(confidence[0, 0, :2], torch.tensor([2.0, 1.0]).log_softmax(0))
+    assert confidence[0, 0, 2] == -torch.inf
 
 
 def test_rank_over_few_tokens_names_them_by_their_ids() -> None:

@@ -116,7 +116,8 @@ def test_the_models_own_generate_is_untouched(pair: tuple[HFTarget, HFTarget]) -
 
 
 @pytest.mark.parametrize(
-    ("drafter", "temperature"), [("ngram", 0.0), ("suffix", 0.9), ("recycling", 0.0), ("model", 0.0)]
+    ("drafter", "temperature"),
+    [("ngram", 0.0), ("suffix", 0.9), ("recycling", 0.0), ("lookahead", 0.0), ("skip", 0.0), ("model", 0.0)],
 )
 def test_bfloat16_texts_do_not_depend_on_drafts(
     pair: tuple[HFTarget, HFTarget], drafter: str, temperature: float

@@ -54,7 +54,7 @@ class Bursts:
         self.step += 1
         return 16 if self.step % 11 > 8 else 1
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float]) -> None:
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         pass
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.kv_cache import KVCache
-from specdec.prefix import PrefixStore, prefill_shared, shared_prefixes
+from specdec.prefix import PrefixStore, SharedWork, prefill_shared, shared_prefixes
 from specdec.target import HFTarget
 
 TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
@@ -63,6 +63,18 @@ def common(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
+def test_tokens_held_beside_the_rows_are_those_of_every_level_side_by_side() -> None:
+    first, other = tuple(range(100)), tuple(range(200, 250))
+    long, short = (*first, *range(300, 360)), (*first, *range(400, 430))
+    prompts = [(*long, 1), (*long, 2), (*short, 3), (*short, 4), (*other, 5), (*other, 6)]
+    found = SharedWork.of(prompts)
+    # Two at the top, of 100 and 50 tokens; below the first, of 60 and 30; a token of each row's own behind them.
+    assert found.passes == ((2, 100, 100), (2, 60, 160), (6, 1, 161))
+    assert (found.held, found.least) == (2 * 100 + 2 * 60, 50)
+    assert SharedWork.of([*prompts, (7, 8)]).least == 0
+    assert SharedWork.of(prompts[:1]) == SharedWork(0, 0, ((1, 161, 161),))
+
+
 def test_what_saves_little_is_no_pass_of_its_own() -> None:
     prompts = [(1, 2, 3, 4), (1, 2, 3, 5)]
     assert shared_prefixes(prompts, least_saved=4) == ([], [None, None])
@@ -82,8 +94,9 @@ def test_nested_prefixes_are_computed_once_and_exactly(target: HFTarget) -> None
         expected = target.extend([prompt], alone, ["last", 1])
         assert cache.row_lengths[row] == len(prompt)
         for layer, buffers in alone.layers.items():
-            torch.testing.assert_close(cache.layers[layer].keys[row, :, : len(prompt)], buffers.keys[0])
-            torch.testing.assert_close(cache.layers[layer].values[row, :, : len(prompt)], buffers.values[0])
+            keys, values = cache.entries(layer, row)
+            torch.testing.assert_close(keys, buffers.keys[0])
+            torch.testing.assert_close(values, buffers.values[0])
         for name in ("last", 1):
             torch.testing.assert_close(output.features[name][row, : len(prompt)], expected.features[name][0])
     cache.check_integrity()
@@ -110,9 +123,7 @@ def test_a_kept_prefix_is_built_on_as_far_as_it_goes(target: HFTarget) -> None:
         alone = target.new_cache(1, 64)
         expected = target.extend([prompt], alone, ["last"])
         torch.testing.assert_close(output.features["last"][row, : len(prompt)], expected.features["last"][0])
-        torch.testing.assert_close(
-            cache.layers[1].keys[row, :, : len(prompt)], alone.layers[1].keys[0, :, : len(prompt)]
-        )
+        torch.testing.assert_close(cache.entries(1, row)[0], alone.layers[1].keys[0, :, : len(prompt)])
 
 
 def test_a_prefix_without_the_hidden_states_asked_for_is_computed_anew(target: HFTarget) -> None:

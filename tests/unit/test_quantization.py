@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +23,7 @@ from specdec.quantization import (
     is_quantized,
     quantize_linears,
 )
+from specdec.quantized_weight import FP6_MAX, Fp6Weight, fp6_codes
 from specdec.target import HFTarget
 
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no AVX-512 VNNI")
@@ -31,8 +34,12 @@ ON_CPU = [
     pytest.param("int8", Int8Weight, id="int8"),
     pytest.param("w8a8", W8A8Weight, marks=needs_vnni, id="w8a8"),
     pytest.param("int4", Int4Weight, id="int4"),
+    pytest.param("fp6", Fp6Weight, id="fp6"),
 ]
-EVERY = ["int8", pytest.param("w8a8", marks=needs_vnni), "int4", pytest.param("nf4", marks=needs_bitsandbytes)]
+EVERY = [
+    "int8", pytest.param("w8a8", marks=needs_vnni), "int4", "int4-g128", "fp6",
+    pytest.param("nf4", marks=needs_bitsandbytes),
+]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -50,7 +57,35 @@ def step(name: str, weight: Tensor) -> Tensor:
     if name == "int4":
         groups = weight.view(weight.shape[0], -1, GROUP)
         return ((groups.amax(-1) - groups.amin(-1)) / 30).repeat_interleave(GROUP, dim=1)
+    if name == "fp6":  # two bits of fraction; below the least normal number, steps of its quarter
+        return torch.maximum(weight.abs() / 8, weight.abs().amax(-1, keepdim=True) / FP6_MAX / 32)
     return (weight.abs().amax(-1, keepdim=True) / 254).expand_as(weight)
+
+
+def fp6_numbers() -> Tensor:
+    """What each of the 64 codes of e3m2 stands for, by the format's definition."""
+    values = []
+    for code in range(64):
+        exponent, fraction = code >> 2 & 7, code & 3
+        size = (1 + fraction / 4) * 2.0 ** (exponent - 3) if exponent else fraction / 4 * 2.0**-2
+        values.append(-size if code & 32 else size)
+    return torch.tensor(values)
+
+
+def test_fp6_takes_the_nearest_number() -> None:
+    numbers = fp6_numbers()
+    assert numbers.max() == FP6_MAX
+    wanted = torch.cat([numbers, (torch.rand(2000) * 2 - 1) * FP6_MAX, (numbers[1:32] + numbers[:31]) / 2])
+    got = numbers[fp6_codes(wanted).long()]
+    assert torch.equal((wanted - got).abs(), (wanted.unsqueeze(1) - numbers).abs().amin(1))
+
+
+def test_fp6_takes_six_bits_and_decodes_to_its_numbers() -> None:
+    weight = torch.randn(32, 64)
+    layer = Fp6Weight(weight, None)
+    assert layer.weight.nbytes + layer.fractions.nbytes == weight.numel() * 6 // 8
+    scales = weight.abs().amax(-1, keepdim=True) / FP6_MAX
+    torch.testing.assert_close(layer.dense(), fp6_numbers()[fp6_codes(weight / scales).long()] * scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +182,8 @@ def test_weights_get_smaller(name: str) -> None:
     quantize_linears(dense, name)
     after = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
     # Scales: 4 bytes of 512 at most a row; int4 has 4 bytes a group of 32.
-    assert after <= before * {"int8": 0.51, "w8a8": 0.51, "int4": 0.32, "nf4": 0.26}[name]
+    most = {"int8": 0.51, "w8a8": 0.51, "int4": 0.32, "int4-g128": 0.28, "nf4": 0.26, "fp6": 0.38}
+    assert after <= before * most[name]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -158,6 +194,15 @@ def test_the_planner_measures_each_precision_on_its_own(name: str) -> None:
     after = LatencyKey.of(HFTarget(model))
     assert after != before
     assert after.fingerprint == before.fingerprint  # drafters trained for the model still fit
+
+
+def test_no_two_precisions_share_a_key() -> None:
+    keys = []
+    for name in [name for name in SCHEMES if name not in ("nf4", "w8a8")]:
+        model = tiny_model(torch.bfloat16)
+        quantize_linears(model, name)
+        keys.append(LatencyKey.of(HFTarget(model)).path())
+    assert len({*keys}) == len(keys) >= 4
 
 
 def test_quantizers_that_leave_the_class_of_a_layer_change_the_planners_key_too() -> None:
@@ -182,14 +227,40 @@ def test_a_model_is_quantized_once_and_only_where_it_has_linear_layers() -> None
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.nn", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(ValueError, match=r"specdec\[bitsandbytes\]"):
         quantize_linears(tiny_model(), "nf4")
-    monkeypatch.setitem(__import__("sys").modules, "torchao", None)
-    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match=r"specdec\[torchao\]"):
         SCHEMES["int8"].other(tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "name", "wanted"),
+    [
+        ("bitsandbytes", "bitsandbytes", "nf4", "Linear4bit"),
+        ("torchao", "torchao", "int8", "Int8WeightOnlyConfig"),
+        ("torchao", "torchao", "int4", "Int4WeightOnlyConfig"),
+    ],
+)
+def test_a_library_that_is_too_old_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, module: str, extra: str, name: str, wanted: str
+) -> None:
+    for part in (module, f"{module}.nn", f"{module}.quantization"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    with pytest.raises(ValueError, match=rf"{module} is too old, it has no {wanted}: .*specdec\[{extra}\]"):
+        SCHEMES[name].other(tiny_model())
+
+
+def test_a_model_on_several_devices_is_refused() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match="layers on cpu and meta"):
+        quantize_linears(model, "int8")
+    with pytest.raises(ValueError, match="weights on cpu and meta"):
+        HFTarget(model)
 
 
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdec.kernels.trees import by_products, tree_shape
 from specdec.tree import PADDING, ROOT, TokenTree, TreeBuilder
 
 VOCAB = 1000
@@ -70,6 +71,12 @@ def test_ancestors_and_depth_equal_a_walk_up_the_parents(tree: TokenTree) -> Non
             path = path_of(parents, column)
             assert tree.ancestors[row, column].nonzero().flatten().tolist() == sorted(path)
             assert int(tree.depth[row, column]) == len(path) - 1
+
+
+@given(trees())
+def test_products_of_matrices_say_the_same_as_a_walk(tree: TokenTree) -> None:
+    for walked, multiplied in zip(tree_shape(tree.parents), by_products(tree.parents), strict=True):
+        assert torch.equal(walked, multiplied)
 
 
 def test_ancestors_reach_the_root_of_a_long_chain() -> None:

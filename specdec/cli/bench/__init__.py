@@ -12,6 +12,7 @@ BENCHMARKS = {
     "layer-parallel": "specdec.cli.bench.layer_parallel:layer_parallel",
     "mt-bench": "specdec.cli.bench.mt_bench:mt_bench",
     "peers": "specdec.cli.bench.peers:peers",
+    "prefix": "specdec.cli.bench.prefix:prefix",
     "quant": "specdec.cli.bench.quant:quant",
     "serve": "specdec.cli.bench.serve:serve",
 }

@@ -25,8 +25,11 @@ CACHE_DIR = "~/.cache/specdec/peers"
 @click.option("-d", "--drafter", "drafters", multiple=True, default=("auto",), help="Drafter of ours; repeatable.")
 @click.option("-o", "options", multiple=True, metavar="DRAFTER.NAME=VALUE", help="Drafter option; repeatable.")
 @click.option(
-    "--dtype", "dtypes", multiple=True, default=("bf16",),
-    help="Our weights: bf16, fp32, or int8, w8a8, int4 (quantized); repeatable."
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=("bf16",),
+    help="Our weights: bf16, fp32, or int8, w8a8, int4 (quantized); repeatable.",
 )
 @click.option("--reference", metavar="ROW", help="Row of ours to compare with; the fastest by default.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")

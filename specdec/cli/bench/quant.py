@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 @click.option(
     "-q", "--quantize", "names", multiple=True, help="Precision to measure; repeatable. All that can run by default."
 )
+@click.option(
+    "--kv", "caches", multiple=True, help="Precision of the KV cache to measure, weights as they are; repeatable."
+)
 @click.option("--dtype", default="bf16", show_default=True, help="What they are compared with, and run beside.")
 @click.option("-d", "--drafter", "drafters", multiple=True, default=("ngram",), help="Drafter to measure; repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), default=16, show_default=True, help="So many questions.")
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 def quant(
     model: str,
     names: tuple[str, ...],
+    caches: tuple[str, ...],
     dtype: str,
     drafters: tuple[str, ...],
     limit: int,
@@ -49,39 +53,43 @@ def quant(
     from specdec.benchmarks.questions import SHIPPED, load_questions
     from specdec.benchmarks.record import write_json
     from specdec.cli.console import note, slow_status
+    from specdec.kv_quantized import find_kv
     from specdec.models import load_model
     from specdec.quantization import check_scheme, usable_on_cpu
     from specdec.target import HFTarget
 
     for name in names:
         check_scheme(name)
+    bits = {f"{dtype}, KV {name}": find_kv(name) for name in caches}
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
     if threads is not None:
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)
-    chosen = names or tuple(usable_on_cpu())
+    chosen = names or (() if caches else tuple(usable_on_cpu()))
     found: dict[str, Any] = {}
 
     def load(precision: str) -> tuple[HFTarget, Any]:
-        loaded = load_model(
-            model, dtype=dtype, device=device, packed=True, quantize=None if precision == dtype else precision
-        )
+        quantize = None if precision == dtype or precision in bits else precision
+        loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=quantize)
         if loaded.tokenizer is None:
             raise ValueError(f"{model!r} has no tokenizer: questions are text")
         found["device"] = torch.device(loaded.model.device)
-        return HFTarget(loaded.model), loaded.tokenizer
+        target = HFTarget(loaded.model)
+        target.kv_bits = bits.get(precision)
+        return target, loaded.tokenizer
 
     with slow_status(f"loading {model}") as say:
         try:
-            lines = run_quant(load, [dtype, *chosen], drafters, questions.questions, max_new_tokens, say)
+            lines = run_quant(load, [dtype, *chosen, *bits], drafters, questions.questions, max_new_tokens, say)
         except AgreementError as error:
             raise click.ClickException(f"refused: {error}") from error
     click.echo(table(lines))
     if json_path is not None:
         settings = {
-            "model": model, "dtype": dtype, "precisions": list(chosen), "drafters": list(drafters),
-            "max_new_tokens": max_new_tokens, "questions": questions.to_json(),
+            "model": model, "dtype": dtype, "precisions": list(chosen), "kv": list(caches), "drafters": list(drafters),
+            "max_new_tokens": max_new_tokens,
         }  # fmt: skip
-        write_json(json_path, document(lines, settings, ["specdec", *sys.argv[1:]], found["device"]))
+        command = ["specdec", *sys.argv[1:]]
+        write_json(json_path, document(lines, settings, questions, command, found["device"]))
         note(f"wrote {json_path}")

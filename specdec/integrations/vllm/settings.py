@@ -10,6 +10,8 @@ from specdec.registry import drafter_class, drafter_names, unknown
 
 UNSUPPORTED = {
     "ppd": "its prompt tokens are embeddings within the target's own pass, and vLLM's passes take token ids only",
+    "lookahead": "its guesses ride in the target's own pass, and are read from logits that a proposer is not shown",
+    "skip": "it runs the target's own layers, and vLLM alone runs the target",
     "layer_parallel": "it runs the target's own layers in groups, and vLLM alone runs the target",
 }
 """Drafters that cannot work through a proposer, and why."""

@@ -1,0 +1,58 @@
+"""Ancestors and depths of tree nodes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.build import NotBuilt, load_library
+
+MOST_COMPILED = 4096
+"""Nodes of all rows up to which walking the columns one by one is worth it on the CPU."""
+
+
+def tree_shape(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """What a tree's parents say.
+
+    Args:
+        parents: ``[B, N]`` int64, an earlier column for every node that has one, below 0 for others.
+
+    Returns:
+        ``[B, N, N]`` bool, set at ``[b, i, j]`` where j is i or an ancestor of i; ``[B, N]`` int64, edges above a node.
+    """
+    library = _compiled() if parents.device.type == "cpu" and parents.numel() <= MOST_COMPILED else None
+    if library is None:
+        return by_products(parents)
+    rows, nodes = parents.shape
+    parents = parents.contiguous()
+    ancestors = torch.empty(rows, nodes, nodes, dtype=torch.bool)
+    depth = torch.empty(rows, nodes, dtype=torch.int64)
+    library.tree_shape(parents.data_ptr(), rows, nodes, ancestors.data_ptr(), depth.data_ptr())
+    return ancestors, depth
+
+
+def by_products(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on any device: each product of the matrix with itself doubles the generations it covers."""
+    nodes = parents.shape[1]
+    identity = torch.eye(nodes, device=parents.device)
+    hop = torch.nn.functional.one_hot(parents.clamp(min=0), nodes).to(identity.dtype)
+    reach = identity + hop * (parents >= 0).unsqueeze(-1)
+    for _ in range(math.ceil(math.log2(nodes)) if nodes > 1 else 0):
+        reach = (reach @ reach).clamp(max=1)
+    return reach > 0, (reach > 0).sum(-1) - 1
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    try:
+        library = load_library(Path(__file__).with_name("cpu.c"))
+    except NotBuilt:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.tree_shape.argtypes, library.tree_shape.restype = (pointer, number, number, pointer, pointer), None
+    return library

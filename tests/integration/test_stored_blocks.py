@@ -1,0 +1,246 @@
+"""Files with weights in blocks of 4 or 8 bits: computed with as they are stored, and to the numbers they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.decoder import SpecDecoder
+from specdec.kernels.w4a16 import Int4Weight, from_dense
+from specdec.memory_plan import stored_bytes
+from specdec.models import load_model
+from specdec.quantization import is_quantized
+from specdec.quantized_checkpoints import read_4bit
+from specdec.stored_weights import Int8Blocks, StoredInt4, StoredInt8, from_q8_0
+
+VOCAB = 96
+PROMPTS = [[5, 9, 13, 5, 9, 13, 5, 9], [60, 2, 60, 2, 60]]
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=128, eos_token_id=None, bos_token_id=None,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def words(fields: Tensor) -> Tensor:
+    """``[a, 8 b]`` numbers of 4 bits to ``[a, b]`` int32, eight a word, the first in the lowest bits."""
+    parts = fields.unflatten(1, (-1, 8)).long() << 4 * torch.arange(8)
+    whole = parts.sum(-1)
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
+
+
+def as_gptq(weight: Int4Weight, version: str) -> dict[str, Tensor]:
+    codes, zeros = weight.unpack(), weight.offsets.long()
+    stored = zeros - 1 if version == "gptq" else zeros
+    groups = torch.arange(weight.num_inputs) // weight.group_size
+    return {
+        "qweight": words(codes).t().contiguous(), "qzeros": words((stored & 15).t().contiguous()),
+        "scales": weight.scales.t().contiguous(), "g_idx": groups.to(torch.int32),
+    }  # fmt: skip
+
+
+def as_awq(weight: Int4Weight) -> dict[str, Tensor]:
+    def mixed(columns: Tensor) -> Tensor:
+        return words(columns.unflatten(1, (-1, 8))[:, :, AWQ_ORDER].flatten(1))
+
+    codes, zeros = weight.unpack().t().contiguous(), weight.offsets.t().contiguous()
+    return {"qweight": mixed(codes), "qzeros": mixed(zeros), "scales": weight.scales.t().contiguous()}
+
+
+def checkpoint(model: LlamaForCausalLM, out: Path, method: str, group: int, **changes: Any) -> LlamaForCausalLM:
+    """Write the model in a method's layout; the same numbers, dense, are returned."""
+    model.save_pretrained(out)
+    dense = LlamaForCausalLM(model.config)
+    state = load_file(out / "model.safetensors")
+    for name in [name for name in state if "_proj" in name]:
+        weight = from_dense(state.pop(name), group)
+        if method != "awq":  # 0 is stored as -1, which wraps: published files have none
+            offsets = weight.offsets.clamp(min=1)
+            weight = Int4Weight(weight.codes, weight.scales, offsets)
+        parts = as_awq(weight) if method == "awq" else as_gptq(weight, method)
+        state |= {name.replace("weight", word): part for word, part in parts.items()}
+        dense.get_parameter(name).data = weight.dequantize()
+    for name in [name for name in state if dense.state_dict().get(name) is not None]:
+        dense.get_parameter(name).data = state[name].clone()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "awq" if method == "awq" else "gptq", "bits": 4, "group_size": group}
+    settings |= {"version": "gemm", "zero_point": True} if method == "awq" else {"checkpoint_format": method}
+    config = json.loads((out / "config.json").read_text()) | {"quantization_config": settings | changes}
+    (out / "config.json").write_text(json.dumps(config))
+    return dense.eval()
+
+
+def logits(model: Any, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        out: Tensor = model(torch.tensor([tokens])).logits[0]
+    return out
+
+
+def check(path: str, dense: Any, **options: Any) -> Any:
+    """The file's numbers are computed with, no dense copy is kept, and drafts do not change the text."""
+    decoder = SpecDecoder(path, "none", dtype="fp32", device="cpu", **options)
+    loaded = decoder.target.model
+    assert is_quantized(loaded)
+    expected = logits(dense, PROMPTS[0])
+    # Sums of float32 in another order.
+    torch.testing.assert_close(logits(loaded, PROMPTS[0]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    plain = [decoder.generate(prompt, max_new_tokens=16).token_ids for prompt in PROMPTS]
+    assert len({token for text in plain for token in text}) > 8
+    for drafter in ("ngram", "suffix"):
+        other = SpecDecoder(decoder.target, drafter, adaptive=False, on_drafter_error="raise")
+        assert [result.token_ids for result in other.generate(PROMPTS, max_new_tokens=16)] == plain
+    return loaded
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2", "awq"])
+def test_gptq_and_awq_files_are_run_from_their_codes(
+    model: LlamaForCausalLM, tmp_path: Path, method: str, group: int
+) -> None:
+    dense = checkpoint(model, tmp_path, method, group)
+    loaded = check(str(tmp_path), dense)
+    assert sum(isinstance(module, StoredInt4) for module in loaded.modules()) == 2 * 4  # siblings are one product
+    linears = sum(p.numel() for name, p in dense.named_parameters() if "_proj" in name)
+    others = 4 * (sum(p.numel() for p in dense.parameters()) - linears)
+    # Half a byte each, two float32 factors a group, and small buffers such as rotary frequencies.
+    allowed = others + linears // 2 + 8 * linears // group + 4096
+    assert stored_bytes([*loaded.parameters(), *loaded.buffers()]) <= allowed
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bits": 8}, {"group_size": 16}, {"group_size": -1}, {"quant_method": "awq", "version": "gemv"}]
+)
+def test_layouts_the_kernels_have_not_are_left_to_the_library(
+    model: LlamaForCausalLM, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    checkpoint(model, tmp_path, "gptq", 32, **changes)
+    assert read_4bit(tmp_path, torch.float32) is None
+
+
+def test_groups_of_inputs_that_are_not_neighbours_are_left_to_the_library(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    checkpoint(model, tmp_path, "gptq", 32)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("g_idx"))
+    state[name] = state[name].flip(0).contiguous()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert read_4bit(tmp_path, torch.float32) is None
+
+
+def test_weights_of_another_architecture_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    checkpoint(model, tmp_path, "gptq", 32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 384}))
+    with pytest.raises(ValueError, match="of another architecture"):
+        load_model(str(tmp_path), device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"lacks .* of the model's weights"):
+        load_model(str(tmp_path), device="cpu")
+
+
+# --- GGUF
+
+
+def q4_1(weight: Int4Weight) -> np.ndarray:
+    head = torch.stack([weight.scales, weight.offsets], -1).view(torch.uint8).view(weight.num_outputs, -1, 4)
+    codes = weight.codes.view(weight.num_outputs, -1, 16)
+    return np.asarray(torch.cat([head, codes], -1).flatten(1))
+
+
+def q8_0(dense: Tensor) -> tuple[np.ndarray, Int8Blocks]:
+    groups = dense.unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    raw = torch.cat([scales.unsqueeze(-1).view(torch.uint8), codes.view(torch.uint8)], -1).flatten(1)
+    return np.asarray(raw), from_q8_0(raw)
+
+
+def write_gguf(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
+    """The model in Q4_1, its head and value projections in Q8_0; the same numbers, dense, are returned."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(out), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(128)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = [chr(0x100 + i) for i in range(VOCAB - 1)]
+    tokens.append(tokens[0] + tokens[1])
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    dense = LlamaForCausalLM(config).eval()
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        stored = table.get_name(name, try_suffixes=(".weight",))
+        own, target = parameter.detach(), dense.get_parameter(name)
+        if own.ndim == 1 or "embed" in name:
+            writer.add_tensor(stored, own.numpy())
+            target.data = own.clone()
+            continue
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        rows = torch.arange(len(own))
+        if heads is not None:  # the format keeps the two numbers of a rotary pair beside each other
+            rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
+        if "v_proj" in name or "lm_head" in name:
+            raw, blocks = q8_0(own[rows])
+            kind, numbers = gguf.GGMLQuantizationType.Q8_0, blocks.dequantize()
+        else:
+            weight = from_dense(own[rows], 32, zero_points=False)
+            raw, kind, numbers = q4_1(weight), gguf.GGMLQuantizationType.Q4_1, weight.dequantize()
+        writer.add_tensor(stored, raw, raw_dtype=kind)
+        target.data = torch.empty_like(numbers)
+        target.data[rows] = numbers
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
+
+
+def test_a_gguf_file_is_run_from_its_blocks(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    dense = write_gguf(model, path)
+    loaded = check(str(path), dense, quantize="gguf")
+    kinds = [type(module) for module in loaded.modules()]
+    # Query and key, 4 bits, and value, 8, are not one product; gate and up are.
+    assert (kinds.count(StoredInt4), kinds.count(StoredInt8)) == (2 * 5, 2 + 1)
+    whole = load_model(str(path), device="cpu", dtype="fp32").model
+    sizes = [stored_bytes([*each.parameters(), *each.buffers()]) for each in (loaded, whole)]
+    assert sizes[0] < 0.35 * sizes[1]
+
+
+def test_only_gguf_files_have_blocks_to_keep(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"keeps the blocks of a \.gguf file"):
+        load_model(str(tmp_path), device="cpu", quantize="gguf")
+
+
+def test_blocks_of_8_bits_are_read_as_the_format_says() -> None:
+    raw, _ = q8_0(torch.randn(3, 64))
+    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(np.asarray(from_q8_0(torch.from_numpy(raw)).dequantize()), expected)
+    with pytest.raises(ValueError, match="blocks must be"):
+        from_q8_0(torch.zeros(3, 33, dtype=torch.uint8))
