@@ -31,7 +31,9 @@ _BITS = {"int8": 8, "w8a8": 8, "int4": 4, "int4-g128": 4, "nf4": 4, "fp6": 6, "g
 _GROUP = 32
 """Inputs of a 4-bit weight that share a scale and a zero point; larger groups take less."""
 _ROUNDING = 12
-"""Bytes per number while a weight is quantized: itself, divided and rounded, in float32."""
+"""Bytes per number while a weight is quantized as a whole: itself, divided and rounded, in float32."""
+_ROUNDED_BY_ROWS = ("int8", "w8a8")
+"""A few rows at a time: beside the new weight there are its whole numbers, before they are laid out."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def plan_load(
     largest = max(math.prod(shape) for shape in linears.values())
     tied = _TIED in linears  # the head is another layout of the embeddings, which stay
     kept = loaded - old + (element * math.prod(linears[_TIED]) if tied else 0)
-    temporary = largest * (_ROUNDING if quantize else element)
+    if quantize is None:
+        temporary = largest * element
+    else:
+        temporary = largest * (1 if quantize in _ROUNDED_BY_ROWS else _ROUNDING)
     return LoadPlan(ModelShape.from_config(config, kept + layouts, element), loaded, mapped, layouts, temporary)
 
 

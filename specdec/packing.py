@@ -31,6 +31,9 @@ MOST_PADDED = 8
 _PROBED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64)
 """Numbers of rows compared with each other; the last is the reference."""
 
+_COMPARED = 1 << 15
+"""Results of each number of rows that are compared, where so many are to be had: few show a difference."""
+
 _LEAST_ROWS: dict[tuple[tuple[int, ...], int], int] = {}
 """By shape and threads."""
 
@@ -142,9 +145,13 @@ class PackedWeight(nn.Module):
         expected = self._sum(rounded, inputs)
         least = 1
         for rows in _PROBED[:-1]:
-            found = self._sum(rounded[:rows].contiguous(), inputs[:rows].contiguous())
-            if not torch.equal(found, expected[:rows]):
-                least = rows + 1
+            blocks = min(_PROBED[-1] // rows, -(-_COMPARED // (rows * len(self.weight))))
+            for start in range(0, blocks * rows, rows):
+                block = slice(start, start + rows)
+                found = self._sum(rounded[block].contiguous(), inputs[block].contiguous())
+                if not torch.equal(found, expected[block]):
+                    least = rows + 1
+                    break
         return least if least <= MOST_PADDED else 1
 
     def dense(self) -> Tensor:

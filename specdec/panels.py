@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, find_kernels
+from specdec.quantized_weight import round_rows
 
 
 def panels_run() -> bool:
@@ -94,15 +95,13 @@ class Panel8Weight(PanelWeight):
         return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
-        exact = weight.float()
-        scales = exact.abs().amax(-1).clamp(min=1e-12) / 127
-        whole = (exact / scales.unsqueeze(-1)).round().to(torch.int8)
+        whole, scales = round_rows(weight)
         missing = -len(weight) % PANEL
-        shifts = 128 * whole.int().sum(-1)
+        shifts = 128 * whole.sum(-1, dtype=torch.int32)
         return {
             "weight": self._panels(whole),
             "scales": F.pad(scales, (0, missing)),
-            "shifts": F.pad(shifts, (0, missing)).to(torch.int32),
+            "shifts": F.pad(shifts, (0, missing)),
         }
 
     def dense(self) -> Tensor:

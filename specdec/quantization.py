@@ -34,7 +34,7 @@ from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Panel8Weight, panels_pay
-from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight
+from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
 from specdec.stored_weights import StoredInt4
 
@@ -53,7 +53,7 @@ class Int8Weight(QuantizedWeight):
     """int8 weights, a scale per output channel."""
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        whole, scales = _round_rows(weight)
+        whole, scales = round_rows(weight)
         return {"weight": whole, "scales": scales.to(weight.dtype)}
 
     def product(self, inputs: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class W8A8Weight(QuantizedWeight):
     zero_points: Tensor
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        whole, scales = _round_rows(weight)
+        whole, scales = round_rows(weight)
         packed = torch.ops.onednn.qlinear_prepack(whole, None)
         return {"weight": packed, "scales": scales, "zero_points": torch.zeros_like(scales, dtype=torch.int32)}
 
@@ -127,13 +127,6 @@ def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
 def _on_the_spot(model: nn.Module, pack: WeightFactory) -> None:
     """By our own modules, which run on every device."""
     pack_linears(model, pack)
-
-
-def _round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[out, in]`` and float32 scales ``[out]``, symmetric."""
-    exact = weight.float()
-    scales = exact.abs().amax(-1).clamp(min=SMALLEST) / 127
-    return (exact / scales.unsqueeze(-1)).round().to(torch.int8), scales
 
 
 def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:

@@ -16,6 +16,21 @@ _ROWS = 16
 of rows; always so many, padded, and a row's result does not depend on how many ride along."""
 _DECODED = 1 << 22
 """Numbers decoded at a time: what a call takes of memory beside the codes."""
+_ROUNDED = 1 << 18
+"""Numbers rounded at a time, in float32."""
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight ``[out, in]`` as int8 of that shape and float32 scales ``[out]``, symmetric."""
+    whole = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    count = max(_ROUNDED // weight.shape[1], 1)
+    for first in range(0, len(weight), count):
+        rows = slice(first, first + count)
+        exact = weight[rows].float()
+        scales[rows] = exact.abs().amax(-1).clamp_(min=SMALLEST) / 127
+        whole[rows] = (exact / scales[rows].unsqueeze(-1)).round_()
+    return whole, scales
 
 
 class QuantizedWeight(nn.Module):
