@@ -468,8 +468,10 @@ def test_nan_logits_end_their_row_with_the_step_and_spare_the_others(
 ) -> None:
     fields: dict[str, Any] = {"max_new_tokens": LENGTH, "ignore_eos": True, **settings}
     prompts = [PROMPT, OTHER, [30]]
-    expected = SpecDecoder(target, drafter, verifier=verifier, adaptive=False).generate(prompts, **fields)
-    broken = SpecDecoder(poisoned_target(at=4, row=1), drafter, verifier=verifier, adaptive=False).generate(prompts, **fields)
+    expected, broken = (
+        SpecDecoder(each, drafter, verifier=verifier, adaptive=False).generate(prompts, **fields)
+        for each in (target, poisoned_target(at=4, row=1))
+    )
     for index in (0, 2):
         assert (broken[index].token_ids, broken[index].error) == (expected[index].token_ids, None)
     assert broken[1].finish_reason == "error"
