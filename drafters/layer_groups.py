@@ -200,7 +200,7 @@ class LayerParallelModel(HFTarget):
     def __init__(self, model: Any, size: int, how: How) -> None:
         self.groups: list[range] = []
         super().__init__(model)
-        layers = list(self._decoder_layers())
+        layers = list(self.decoder_layers())
         for layer in layers:
             if type(layer).__name__ not in SERVED:
                 raise ValueError(

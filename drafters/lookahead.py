@@ -148,7 +148,7 @@ class LookaheadDrafter(Drafter):
     def __init__(self, config: LookaheadConfig | None = None) -> None:
         self.config = config or LookaheadConfig()
         self._rows: dict[int, _RowState] = {}
-        self._parents: Tensor | None = None  # of the tree under way
+        self._proposed: TokenTree | None = None
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         table: nn.Module = target.model.get_input_embeddings()
@@ -161,19 +161,20 @@ class LookaheadDrafter(Drafter):
         self._rows |= {row.row_id: _RowState(row, self.config) for row in batch.rows[-count:]}
 
     def propose(self, batch: Batch) -> TokenTree:
+        # A window is of use whole: ``batch.max_nodes`` cuts no tree with virtual nodes, and the policy pays for all.
         trees = [self._rows[row.row_id].propose(row, self.config) for row in batch.rows]
         tree = TokenTree.from_rows(trees, batch.device)
         drafted = torch.tensor([self._rows[row.row_id].drafted for row in batch.rows], device=batch.device)
         columns = torch.arange(tree.num_nodes, device=batch.device)
         virtual = (columns >= drafted.unsqueeze(1)) & (tree.parents != PADDING)
-        self._parents = tree.parents
-        if not bool(virtual.any()):
-            return tree
-        return TokenTree(tree.tokens, tree.parents, virtual=virtual, embeddings=self._embed(tree.tokens).detach())
+        if bool(virtual.any()):
+            tree = TokenTree(tree.tokens, tree.parents, virtual=virtual, embeddings=self._embed(tree.tokens).detach())
+        self._proposed = tree
+        return tree
 
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
-        proposed, self._parents = self._parents, None
-        if proposed is None or tree.virtual is None or not torch.equal(tree.parents, proposed):
+        proposed, self._proposed = self._proposed, None
+        if proposed is None or not _is_whole(tree, proposed):
             return  # a pass without the window, or with a part of it
         tops = [self._rows[row.row_id].top for row in batch.rows]
         width = max(map(len, tops))
@@ -189,7 +190,12 @@ class LookaheadDrafter(Drafter):
         self._rows = {batch.rows[row].row_id: self._rows[batch.rows[row].row_id] for row in rows}
 
     def stop(self) -> None:
-        self._rows, self._parents = {}, None
+        self._rows, self._proposed = {}, None
+
+
+def _is_whole(tree: TokenTree, proposed: TokenTree) -> bool:
+    """Whether a pass ran over the tree proposed: a window that was cut leaves no virtual nodes."""
+    return (tree.virtual is None) == (proposed.virtual is None) and torch.equal(tree.parents, proposed.parents)
 
 
 class _RowState:

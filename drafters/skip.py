@@ -24,6 +24,7 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.heads import drafting_head
+from specdec.drafters.pruned import choose_layers
 from specdec.drafters.weights import TargetFacts, check_weights, find_pretrained, load_weights
 from specdec.kv_cache import KVCache
 from specdec.target import HFTarget
@@ -34,6 +35,9 @@ NAME = "skip"
 KEPT = Path("~/.cache/specdec/skip")
 """Where ``specdec calibrate`` keeps the layers it found for a target, unless it is told another folder."""
 
+_KEPT_SHARE = 2 / 3
+"""Of the layers, where none were searched: with fewer a model that was not trained for it is hardly ever right."""
+
 
 @dataclass(frozen=True)
 class SkipConfig:
@@ -43,8 +47,8 @@ class SkipConfig:
         weights: folder that ``specdec calibrate --drafter skip`` wrote: layers and vocabulary. "" is what it found for
             the target on this machine, or what ships, unless layers are asked for here.
         layers: the layers that draft, such as "0-5" for an early exit or "0,1,4,28-29"; these instead of a folder's.
-        count: how many evenly spaced layers draft, the ends kept, instead of a folder's; 0 leaves it to the folder, and
-            is half of them where there is none.
+        count: how many layers draft, of both ends alike, instead of a folder's; 0 leaves it to the folder, and is two
+            thirds of them where there is none.
         depth: draft passes per step, depth of the tree.
         width: nodes expanded per depth.
         branching: children considered per node.
@@ -88,13 +92,6 @@ def kept_folder(target: TargetFacts) -> Path:
     return KEPT.expanduser() / f"{NAME}-{target.fingerprint}"
 
 
-def spaced_layers(count: int, num_layers: int) -> list[int]:
-    """``count`` layers evenly spaced, the first and the last among them; the first alone where it is 1."""
-    if not 1 <= count <= num_layers:
-        raise ValueError(f"count must be in [1, {num_layers}], the target's layers, got {count}")
-    return [round(place * (num_layers - 1) / max(count - 1, 1)) for place in range(count)]
-
-
 class SkippedLayers:
     """A target run through some of its layers.
 
@@ -112,7 +109,8 @@ class SkippedLayers:
             raise ValueError(f"layers must ascend within 0 .. {target.num_layers - 1}, got {list(layers)}")
         self.layers = tuple(layers)
         self._target, self._head = target, head
-        self._owner, self._name, every = _find_layers(target)
+        every = target.decoder_layers()
+        self._owner, self._name = _place(target.model, every)
         self.kept = nn.ModuleList([every[index] for index in layers])
         # What the configuration says of each layer, as some models ask it while they run.
         self._settings: dict[str, list[Any]] = {
@@ -151,13 +149,9 @@ class SkippedLayers:
                 model.set_output_embeddings(output)
 
 
-def _find_layers(target: HFTarget) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The list of decoder layers, the module that holds it, and its name there."""
-    for owner in target.model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == target.num_layers:
-                return owner, name, child
-    raise ValueError(f"{type(target.model).__name__} keeps its {target.num_layers} decoder layers in no ModuleList")
+def _place(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module of a model that holds another, and the name it has there."""
+    return next((owner, name) for owner in model.modules() for name, child in owner.named_children() if child is module)
 
 
 class SkipDrafter(Drafter):
@@ -182,7 +176,8 @@ class SkipDrafter(Drafter):
         folder: str | Path | None = config.weights
         if not (folder or config.layers or config.count):
             folder = find_pretrained(self.name, facts, KEPT.expanduser()) or find_pretrained(self.name, facts)
-        layers, vocabulary = spaced_layers(config.count or max(1, target.num_layers // 2), target.num_layers), None
+        layers = choose_layers(target.num_layers, config.count or max(1, round(target.num_layers * _KEPT_SHARE)))
+        vocabulary = None
         if folder:
             weights = load_weights(Path(folder).expanduser())
             check_weights(weights, self.name, facts)

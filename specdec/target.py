@@ -343,7 +343,7 @@ class HFTarget:
 
         if name == "last":
             return self.model.base_model.register_forward_hook(lambda _m, _a, out: store(out))
-        layers = self._decoder_layers()
+        layers = self.decoder_layers()
         index = len(layers) if name == "pre_norm" else name
         if not isinstance(index, int) or not 0 <= index <= len(layers):
             raise ValueError(f"unknown feature {name!r}: use 'last', 'pre_norm' or 0..{len(layers)}")
@@ -353,8 +353,13 @@ class HFTarget:
             )
         return layers[index - 1].register_forward_hook(lambda _m, _a, out: store(out))
 
-    def _decoder_layers(self) -> nn.ModuleList:
-        for module in self.model.modules():
+    def decoder_layers(self) -> nn.ModuleList:
+        """The model's decoder layers, in order.
+
+        Raises:
+            ValueError: where they are in no list of modules.
+        """
+        for module in self.model.get_decoder().modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return module
         raise ValueError(f"{type(self.model).__name__} keeps its {self.num_layers} decoder layers in no ModuleList")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.model import USUAL_DEPTH
-from specdec.drafters.pruned import PrunedLayers
+from specdec.drafters.pruned import PrunedLayers, choose_layers
 from specdec.packing import PackedLinear
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
@@ -83,12 +83,3 @@ class DraftModelMethod(HeadMethod):
         """See ``Method.hits``. A draft model is no worse deeper in the tree, the true tokens before given."""
         found, totals = super().hits(batch, ranks)
         return found.expand(USUAL_DEPTH, -1), totals.expand(USUAL_DEPTH)
-
-
-def choose_layers(num_layers: int, count: int) -> list[int]:
-    """``count`` of the indices 0 .. ``num_layers`` - 1: half from the front, half or one more from the back.
-
-    The ends learn far faster than layers evenly spaced; docs/draft-models.md has the figures.
-    """
-    front = count // 2
-    return [*range(front), *range(num_layers - count + front, num_layers)]

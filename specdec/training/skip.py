@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads import drafting_head, make_vocabulary
-from specdec.drafters.skip import NAME, SkippedLayers, kept_folder, spaced_layers
+from specdec.drafters.pruned import choose_layers
+from specdec.drafters.skip import NAME, SkippedLayers, kept_folder
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.memory_plan import ModelShape
 from specdec.target import HFTarget
@@ -178,7 +179,7 @@ def search(
     num_layers: int, score: Callable[[Layers], Subset], trials: int, seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Subset:  # fmt: skip
-    """The best subset found: the first or evenly spaced layers to begin with, then steps that improve on the best.
+    """The best subset found: first, outer and evenly spaced layers to begin with, then steps that improve on the best.
 
     Args:
         num_layers: of the target.
@@ -188,7 +189,8 @@ def search(
         progress: told how many were measured, of how many.
     """
     sizes = sorted({max(1, round(share * num_layers)) for share in _SHARES})
-    starts = [tuple(range(size)) for size in sizes] + [tuple(spaced_layers(size, num_layers)) for size in sizes]
+    starts = [tuple(range(size)) for size in sizes]
+    starts += [tuple(choose(num_layers, size)) for choose in (choose_layers, _spaced) for size in sizes]
     measured: dict[Layers, Subset] = {}
     best: Subset | None = None
 
@@ -215,6 +217,11 @@ def search(
         else:
             break
     return best
+
+
+def _spaced(num_layers: int, count: int) -> list[int]:
+    """``count`` layers evenly spaced, the first and the last among them; the first alone where it is 1."""
+    return [round(place * (num_layers - 1) / max(count - 1, 1)) for place in range(count)]
 
 
 def neighbours(layers: Layers, num_layers: int) -> list[Layers]:

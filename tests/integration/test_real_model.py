@@ -74,10 +74,7 @@ def test_text_equals_generate_alone_and_batched(name: str) -> None:
     alone = [decoder.generate(text, max_new_tokens=NEW_TOKENS) for text in PROMPTS]
     assert_equal_texts(name, prompts, alone, NEW_TOKENS)
     assert_equal_texts(name, prompts, decoder.generate(PROMPTS, max_new_tokens=NEW_TOKENS), NEW_TOKENS)
-    if name == "skip":  # its layers were not searched for this model: it drafts, but need not hit
-        assert sum(result.stats.drafted for result in alone) > 0
-    else:
-        assert (sum(result.stats.accepted for result in alone) > 0) == (name != "none")
+    assert (sum(result.stats.accepted for result in alone) > 0) == (name != "none")
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

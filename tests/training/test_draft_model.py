@@ -16,11 +16,11 @@ from specdec.cli import main
 from specdec.cli import train as command
 from specdec.drafters import weights
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.drafters.pruned import PrunedLayers, build_pruned, read_pruned
+from specdec.drafters.pruned import PrunedLayers, build_pruned, choose_layers, read_pruned
 from specdec.models import load_model
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors
-from specdec.training.draft_model import DraftModelMethod, DraftModelOptions, choose_layers
+from specdec.training.draft_model import DraftModelMethod, DraftModelOptions
 from specdec.training.method import create_method
 from training.distilled import VOCAB, acceptance, generated_batch, prepared, random_batch, train
 from training.toy import chat_target
@@ -79,6 +79,9 @@ def test_layers_are_taken_from_both_ends() -> None:
     assert choose_layers(4, 3) == [0, 2, 3]
     assert choose_layers(3, 2) == [0, 2]
     assert choose_layers(4, 1) == [3]
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=rf"count must be in \[1, 4\], the target's layers, got {count}"):
+            choose_layers(4, count)
     assert DraftModelOptions(keep="0,1,5").chosen(8) == [0, 1, 5]
 
 

@@ -197,6 +197,20 @@ def test_rows_that_join_and_leave_have_their_own_windows() -> None:
     drafter.propose(batch).validate(VOCAB)
 
 
+def test_a_window_of_the_root_alone_learns_what_follows_it() -> None:
+    batch = Batch([make_row([3, 5], VOCAB)], VOCAB)
+    drafter = LookaheadDrafter(LookaheadConfig(window=1, ngram=2, text=False))
+    bound(drafter)
+    drafter.start(batch, None)
+    tree = drafter.propose(batch)
+    assert tree.num_nodes == 1
+    logits = torch.zeros(1, 1, VOCAB)
+    logits[0, 0, 7] = 1.0
+    verdict: Any = None
+    drafter.observe(batch, tree, TargetOutput(logits), verdict)
+    assert drafter.propose(batch).tokens.tolist() == [[5, 7]]
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_every_proposal_is_a_valid_tree_within_its_budget(data: st.DataObject) -> None:

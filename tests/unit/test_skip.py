@@ -15,7 +15,7 @@ from unit_rows import make_batch
 
 from specdec import SpecDecoder
 from specdec.batch import Batch
-from specdec.drafters.skip import SkipConfig, SkipDrafter, SkippedLayers, parse_layers, spaced_layers
+from specdec.drafters.skip import SkipConfig, SkipDrafter, SkippedLayers, parse_layers
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.kv_cache import KVCache
 from specdec.memory_plan import drafter_bytes
@@ -32,18 +32,6 @@ def test_layers_are_read_from_indices_and_ranges() -> None:
     for text in ("", "a", "3-1", "1,1", "2,1", "0-2,2", "1,"):
         with pytest.raises(ValueError, match="ascending indices and ranges"):
             parse_layers(text)
-
-
-def test_spaced_layers_keep_the_ends() -> None:
-    assert [spaced_layers(count, 9) for count in (1, 2, 3, 5, 9)] == [
-        [0], [0, 8], [0, 4, 8], [0, 2, 4, 6, 8], [*range(9)],
-    ]  # fmt: skip
-    for count in range(2, 31):
-        layers = spaced_layers(count, 30)
-        assert len(set(layers)) == count
-        assert (layers[0], layers[-1]) == (0, 29)
-    with pytest.raises(ValueError, match=r"count must be in \[1, 4\]"):
-        spaced_layers(5, 4)
 
 
 def read(target: HFTarget, tokens: list[int]) -> KVCache:
