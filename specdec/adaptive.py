@@ -58,8 +58,8 @@ class TreePolicy(Protocol):
 
     reason: str | None
 
-    def budget(self, rows: Sequence[Row]) -> int:
-        """Most nodes per row of the next pass, root included; 1 is plain decoding, for which no drafter is asked."""
+    def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
+        """Nodes per row of the next pass, root included, ``most`` at most; 1 is plain decoding: no drafter is asked."""
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         """A pass was run over ``tree`` for the rows last asked about.
@@ -73,8 +73,8 @@ class FixedTrees:
 
     reason: str | None = None
 
-    def budget(self, rows: Sequence[Row]) -> int:
-        return NO_LIMIT
+    def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
+        return most
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         pass
@@ -155,7 +155,7 @@ class AdaptiveTrees:
         self._why_not = ""
         self.reason: str | None = None
 
-    def budget(self, rows: Sequence[Row]) -> int:
+    def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)
         self._trial_over = None
         if not self._speculates and self._wait > 0:  # nothing is learnt meanwhile
@@ -163,7 +163,7 @@ class AdaptiveTrees:
             self._asked, self.reason = 1, self._why_not
             return 1
         self.reason = None
-        self._asked = self._decide(rows)
+        self._asked = min(self._decide(rows), most)
         return self._asked
 
     def _decide(self, rows: Sequence[Row]) -> int:

@@ -28,6 +28,7 @@ from specdec.memory_plan import (
     free_bytes,
     parse_size,
     plan_memory,
+    spare_slots,
     tree_size,
 )
 from specdec.placement import with_draft_device
@@ -261,13 +262,16 @@ class SpecDecoder:
         start: Sequence[Row] | None = None,
     ) -> Generation:
         """A generation planned for ``rows``, with those of ``start`` in it; with all of them where None."""
-        plan = self.memory_plan = self._plan_memory(rows, joins=start is not None)
+        policy = self._pick_policy(verifier, params)
+        spare = self._pick_spare(rows, policy, verifier) if start is None else None
+        plan = self.memory_plan = self._plan_memory(rows, start is not None, spare)
+        together = plan.rows >= len(rows)
         rows = rows if start is None else start
         return Generation(
             self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
-            self._pick_policy(verifier, params) if plan.nodes > 1 else FixedTrees(),
+            policy if plan.nodes > 1 else FixedTrees(),
             NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self.prefixes,
-            pass_tokens, self._share_prefixes,
+            pass_tokens, self._share_prefixes, spare if together else None,
         )  # fmt: skip
 
     @property
@@ -324,7 +328,12 @@ class SpecDecoder:
             return self._verifier if self._verifier.coupled else picked
         return create_verifier("coupled") if self._verifier in ("auto", "coupled") else picked
 
-    def _plan_memory(self, rows: Sequence[Row], joins: bool = False) -> MemoryPlan:
+    def _pick_spare(self, rows: Sequence[Row], policy: TreePolicy, verifier: Verifier) -> int | None:
+        """Few slots behind the texts of many rows, where their trees may be cut; None for room for whole ones."""
+        whole = isinstance(policy, FixedTrees) or self.drafter.virtual_nodes or verifier.siblings != "deterministic"
+        return None if whole or len(rows) == 1 else spare_slots(max(row.max_len - row.prompt_len for row in rows))
+
+    def _plan_memory(self, rows: Sequence[Row], joins: bool = False, spare: int | None = None) -> MemoryPlan:
         """The most this call can have. Raises ValueError where it cannot run."""
         length = max(row.max_len for row in rows)
         prompts = [tuple(row.tokens[: row.prompt_len - 1]) for row in rows]
@@ -339,6 +348,7 @@ class SpecDecoder:
             shared=shared,
             refers=self.target.refers_to_segments,
             joins=joins,
+            spare=spare,
         )
         shape = self._model_shape()
         drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget

@@ -54,6 +54,8 @@ class Generation:
         prefixes: computed by earlier calls, to build on.
         pass_tokens: nodes of a pass in which prompts ride along, those of decoding rows included.
         share: whether to compute and hold once what prompts begin with alike.
+        spare: slots of the KV cache behind the longest possible text; trees are cut to what room there is. Where None
+            there is room for usual trees, and larger ones make the cache grow.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Generation:
         prefixes: PrefixStore | None = None,
         pass_tokens: int = PASS_TOKENS,
         share: bool = True,
+        spare: int | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -90,7 +93,8 @@ class Generation:
         self._pass_tokens = pass_tokens
         self._share_prefixes = share
         self._filling = FillingRows(target, prefixes, share)
-        self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else SPARE_SLOTS
+        self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
+        self._grows = spare is None
         self._waiting = list(rows)
         self._batch = self._next_batch()
         for counted in self._counted(rows):
@@ -241,7 +245,8 @@ class Generation:
         """One pass over one tree per row."""
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
-        budget = min(self._policy.budget(rows), self._most_nodes)
+        room = NO_LIMIT if self._grows else cache.capacity - cache.max_length
+        budget = self._policy.budget(rows, min(self._most_nodes, room))
         with clock.phase("draft"):
             tree = self._draft(budget)
         with clock.phase("target"):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 SPARE_SLOTS = 64
 """Slots a cache has behind the longest possible text where drafts are made; larger trees make it grow."""
 
+_TOKENS_PER_SPARE_SLOT = 32
+"""New tokens of a text for each slot there is behind it where rows are many."""
+
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{middle}B": base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -51,6 +54,7 @@ class Workload:
         shared: what prompts begin with alike, held and computed once; None where nobody looks for it.
         refers: whether rows refer to it; else it is copied to them.
         joins: whether prompts of further rows are computed beside those that run.
+        spare: see ``spare_slots``; None is room for whole trees.
     """
 
     rows: int
@@ -62,6 +66,7 @@ class Workload:
     shared: SharedWork | None = None
     refers: bool = True
     joins: bool = False
+    spare: int | None = None
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,10 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
         rows: decoded at a time.
         nodes: of each row's tree.
     """
-    capacity = work.max_len + (max(SPARE_SLOTS, nodes) if nodes > 1 else 1)
     prompt = work.prompt_len - 1
     joins = rows < work.rows or work.joins
+    spare = max(SPARE_SLOTS, nodes) if work.spare is None or joins else work.spare
+    capacity = work.max_len + (spare if nodes > 1 else 1)
     shared = None if joins else work.shared  # fewer rows may share less
     beside = 0 if work.shared is None else work.shared.held
     if joins:
@@ -262,6 +268,15 @@ def plan_memory(model: ModelShape, drafter: int, work: Workload, budget: int | N
                 "memory, shorten the prompt, or ask for fewer new tokens"
             )
         rows = (rows + 1) // 2
+
+
+def spare_slots(new_tokens: int) -> int:
+    """Slots behind the longest possible text, of so many new tokens, where trees are cut to what room there is.
+
+    Each of many rows has them, so they are few: until a text has nearly reached its length there is room where its last
+    tokens will stand, and then no deep tree is of use.
+    """
+    return min(SPARE_SLOTS, 1 + new_tokens // _TOKENS_PER_SPARE_SLOT)
 
 
 def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:

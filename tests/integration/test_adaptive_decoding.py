@@ -13,7 +13,7 @@ import torch
 from integration.architectures import VOCAB, tiny_model
 from integration.scripted import ScriptedDrafter, chain, oracle
 from specdec import SpecDecoder
-from specdec.adaptive import CREDIT, SHARE
+from specdec.adaptive import CREDIT, NO_LIMIT, SHARE
 from specdec.batch import Row
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.latency import LatencyCurve
@@ -52,7 +52,7 @@ class OnAndOff:
     def __init__(self) -> None:
         self.step = 0
 
-    def budget(self, rows: Sequence[Row]) -> int:
+    def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self.step += 1
         return (1, 1, 1, 6, 1, 24, 24, *[1] * 40)[self.step % 47]
 

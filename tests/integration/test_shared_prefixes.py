@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
+from specdec.kv_cache import KVCache
+from specdec.latency import LatencyCurve
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
-from specdec.prefix import prefill_shared
 from specdec.target import HFTarget
 
 VOCAB = 96
@@ -44,7 +46,7 @@ def target() -> Counting:
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     return Counting(LlamaForCausalLM(config))
 
@@ -168,18 +170,37 @@ def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list
     assert tight.memory_plan.rows < len(PROMPTS)
 
 
-def test_memory_is_one_prefix_and_the_suffixes(target: Counting) -> None:
-    """Sixteen rows behind 1,024 tokens, 64 new ones each; slots for a tree stand behind every row."""
+@pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
+def test_memory_is_one_prefix_and_the_suffixes(target: Counting, monkeypatch: pytest.MonkeyPatch, drafter: str) -> None:
+    """Sixteen rows behind 1,024 tokens, 64 new ones each; trees stand where the texts' last tokens will."""
     prefix = [(5 * n + n // 7) % VOCAB for n in range(1024)]
-    prompts = [(*prefix, row, row + 1) for row in range(16)]
-    room = len(prompts[0]) + 64
-    with torch.inference_mode():
-        cache, _ = prefill_shared(target, prompts, room)
-        cache.reserve(room)
+    prompts = [[*prefix, row, row + 1] for row in range(16)]
+    fields: dict[str, Any] = {"max_new_tokens": 64, "ignore_eos": True}
+    flat = LatencyCurve.simple({1: 1e6, 64: 1.1e6})
+    decoder = SpecDecoder(target, drafter, latency=flat, on_drafter_error="raise")
+    made: list[weakref.ref[KVCache]] = []
+    new_cache = target.new_cache
+
+    def recording(batch_size: int, capacity: int) -> KVCache:
+        cache = new_cache(batch_size, capacity)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(target, "new_cache", recording)
+    peak = 0
+    with decoder.stream(prompts, **fields) as stream:
+        for _ in stream:
+            held = [cache for reference in made if (cache := reference()) is not None]
+            peak = max(peak, sum(cache.num_bytes for cache in held))
+        results = stream.results
     token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
-    least = token * (len(prefix) + 16 * (room - len(prefix)))
-    assert least <= cache.num_bytes <= 1.05 * least
-    assert len({id(share.segment) for shares in cache.shares for share in shares}) == 1
+    least = token * (len(prefix) + 16 * (len(prompts[0]) - len(prefix) + 64))
+    assert least <= peak <= 1.05 * least
+    assert decoder.memory_plan is not None
+    assert decoder.memory_plan.kv == peak
+    assert (sum(result.stats.accepted for result in results) > 0) == (drafter != "none")
+    for row in (0, 15):
+        assert results[row].token_ids == make(target).generate(prompts[row], **fields).token_ids
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])

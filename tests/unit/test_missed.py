@@ -13,6 +13,7 @@ from test_ppd import make_weights as random_prompts
 from unit_heads import random_weights
 
 from specdec import SpecDecoder, missed
+from specdec.adaptive import NO_LIMIT
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.clover import CloverDrafter
@@ -50,7 +51,7 @@ class Bursts:
     def __init__(self) -> None:
         self.step = 0
 
-    def budget(self, rows: Sequence[Row]) -> int:
+    def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self.step += 1
         return 16 if self.step % 11 > 8 else 1
 
