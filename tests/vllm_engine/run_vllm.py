@@ -95,16 +95,41 @@ def plugin(drafter: str, options: Mapping[str, Any] | None = None) -> dict[str, 
     }
 
 
+class Run:
+    """Jobs under way, one after the other in a process; two runs at a time keep two processors busy.
+
+    Args:
+        jobs: by name.
+        folder: for what is asked and answered.
+        multiprocess: whether each engine runs in another process than its client.
+    """
+
+    def __init__(self, jobs: Mapping[str, Job], folder: Path, multiprocess: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._names, self._answered, self._log = list(jobs), folder / "results.json", folder / "log.txt"
+        asked = folder / "jobs.json"
+        asked.write_text(json.dumps([asdict(job) for job in jobs.values()]))
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+        with self._log.open("w") as output:
+            command = [sys.executable, str(WORKER), str(asked), str(self._answered)]
+            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """What became of the jobs, once all are done."""
+        try:
+            if self._process.wait(timeout=TIMEOUT_S):
+                raise RuntimeError(f"vLLM failed:\n{self._log.read_text(errors='replace')[-6000:]}")
+        finally:
+            self.stop()
+        results = json.loads(self._answered.read_text())
+        return {name: Outcome(**result) for name, result in zip(self._names, results, strict=True)}
+
+    def stop(self) -> None:
+        """End it, whatever is under way."""
+        self._process.kill()
+        self._process.wait()
+
+
 def run_jobs(jobs: Mapping[str, Job], folder: Path, multiprocess: bool) -> dict[str, Outcome]:
-    """Run jobs one after the other in one process, or with vLLM's engine in a process of its own each time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    asked, answered, log = folder / "jobs.json", folder / "results.json", folder / "log.txt"
-    asked.write_text(json.dumps([asdict(job) for job in jobs.values()]))
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
-    with log.open("w") as output:
-        command = [sys.executable, str(WORKER), str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"vLLM failed:\n{log.read_text(errors='replace')[-6000:]}")
-    results = json.loads(answered.read_text())
-    return {name: Outcome(**result) for name, result in zip(jobs, results, strict=True)}
+    """What becomes of jobs that are run now; see ``Run``."""
+    return Run(jobs, folder, multiprocess).outcomes()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from own_engine import OwnEngine
-from run_vllm import Job, K, Outcome, engine_options, plugin, run_jobs
+from run_vllm import Job, K, Outcome, Run, engine_options, plugin, run_jobs
 
 from specdec.benchmarks.peer_bench import encode_question
 from specdec.benchmarks.questions import SHIPPED, load_questions
@@ -50,20 +50,28 @@ def make_job(prompts: list[list[int]], speculation: dict[str, Any] | None, **cha
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, prompts: list[list[int]]) -> dict[str, Outcome]:
+def run_apart(folder: Path, prompts: list[list[int]]) -> Iterator[Run]:
+    """With an engine process, in chunks, with cancelled requests and too small a cache."""
+    jobs = {}
+    for name, options in DRAFTERS.items():
+        engine = engine_options(model_location("smollm2"), plugin(name, options), **DISTURBED)
+        jobs[name] = Job(engine, prompts, abort=ABORTED, abort_at=12)
+    run = Run(jobs, folder / "embedded-apart", multiprocess=True)
+    yield run
+    run.stop()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, prompts: list[list[int]], run_apart: Run) -> dict[str, Outcome]:
+    """With the engine in one process with its client, while the others run."""
     jobs = {"plain": make_job(prompts, None)}
     jobs |= {name: make_job(prompts, plugin(name, options)) for name, options in DRAFTERS.items()}
     return run_jobs(jobs, folder / "embedded", multiprocess=False)
 
 
 @pytest.fixture(scope="module")
-def served_apart(folder: Path, prompts: list[list[int]]) -> dict[str, Outcome]:
-    """With an engine process, in chunks, with cancelled requests and too small a cache."""
-    jobs = {}
-    for name, options in DRAFTERS.items():
-        engine = engine_options(model_location("smollm2"), plugin(name, options), **DISTURBED)
-        jobs[name] = Job(engine, prompts, abort=ABORTED, abort_at=12)
-    return run_jobs(jobs, folder / "embedded-apart", multiprocess=True)
+def served_apart(run_apart: Run) -> dict[str, Outcome]:
+    return run_apart.outcomes()
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

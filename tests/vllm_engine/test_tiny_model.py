@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from own_engine import OwnEngine
 from prompts import make_prompts
-from run_vllm import Job, K, Outcome, engine_options, plugin, run_jobs
+from run_vllm import Job, K, Outcome, Run, engine_options, plugin, run_jobs
 
 from specdec.target import HFTarget
 
@@ -45,18 +45,24 @@ def job(folder: Path, tiny_options: dict[str, Any]) -> Callable[..., Job]:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, job: Callable[..., Job]) -> dict[str, Outcome]:
-    """All that runs with the engine in one process with its client."""
+def run_apart(folder: Path, job: Callable[..., Job]) -> Iterator[Run]:
+    """Engines in processes of their own, all disturbances at a time."""
+    run = Run({name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}, folder / "multi-process", True)
+    yield run
+    run.stop()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, job: Callable[..., Job], run_apart: Run) -> dict[str, Outcome]:
+    """All that runs with the engine in one process with its client, while the others run."""
     jobs = {"plain": job(None), "plain, long": job(None, max_tokens=LONG), **{name: job(name) for name in ALL}}
     jobs |= {f"{name} {kind}": job(name, [kind]) for name in DRAFTERS for kind in DISTURBANCES}
     return run_jobs(jobs, folder / "in-process", multiprocess=False)
 
 
 @pytest.fixture(scope="module")
-def served_apart(folder: Path, job: Callable[..., Job]) -> dict[str, Outcome]:
-    """The same with an engine process, all disturbances at a time."""
-    jobs = {name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}
-    return run_jobs(jobs, folder / "multi-process", multiprocess=True)
+def served_apart(run_apart: Run) -> dict[str, Outcome]:
+    return run_apart.outcomes()
 
 
 def check_text(outcome: Outcome, plain: Outcome, aborted: bool = False) -> None:
