@@ -338,6 +338,8 @@ class Generation:
         """Drop ended rows; the cache keeps the last one's, for ``_keep``."""
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]
         if len(running) < len(self._batch):
+            if isinstance(self.drafter, NoneDrafter):
+                running = without_gaps(running)
             self._guarded(lambda: self.drafter.keep(self._batch, running))
             self._missed.keep(running)
             self._batch.keep(running)
@@ -380,3 +382,11 @@ class Generation:
     def _share(self, milliseconds: dict[str, float], rows: Sequence[Row]) -> None:
         for counted in self._counted(rows):
             counted.add_times(milliseconds)
+
+
+def without_gaps(kept: Sequence[int]) -> list[int]:
+    """Ascending indices in another order: those below their number at their own places, the others in the gaps."""
+    order = dict.fromkeys(range(len(kept)))
+    others = [index for index in kept if index not in order]
+    gaps = sorted(order.keys() - set(kept))
+    return [*({**{index: index for index in order}, **dict(zip(gaps, others, strict=True))}.values())]

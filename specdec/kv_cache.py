@@ -264,10 +264,28 @@ class KVCache(SlotOrder):
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
         # Rows that share nothing may have needed longer buffers than those that stay.
         slots = self.capacity - min((self._shared[row] for row in rows), default=0)
-        for buffers in self.layers.values():
-            buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
+        moves = [(place, row) for place, row in enumerate(rows) if place != row]
+        # Rows that fill the gaps of those dropped are copied alone, until half of the buffers would lie idle.
+        if slots == self.slots and all(row >= len(rows) for _, row in moves) and len(rows) * 2 > self._rows_held:
+            held = max((self._host_own[row] for _, row in moves), default=0)
+            for buffers in self.layers.values():
+                for part in (buffers.keys, buffers.values):
+                    for place, row in moves:
+                        part[place, :, :held] = part[row, :, :held]
+                buffers.keys, buffers.values = buffers.keys[: len(rows)], buffers.values[: len(rows)]
+        else:
+            for buffers in self.layers.values():
+                buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
         self._set_shares([self._shares[row] for row in rows])
         self._set_lengths([self._host_lengths[row] for row in rows])
+
+    @property
+    def _rows_held(self) -> int:
+        """Rows that a layer's memory has room for, those dropped at the end included."""
+        for buffers in self.layers.values():
+            row = buffers.keys[:1].nbytes
+            return buffers.keys.untyped_storage().nbytes() // row if row else 0
+        return 0
 
     def add_rows(self, count: int) -> None:
         """Append empty rows."""

@@ -20,7 +20,7 @@ from specdec.target import HFTarget
 from specdec.training.card import make_card
 from specdec.training.method import Method, TrainingBatch
 
-_BLOCK = 128
+_BLOCK = 256
 """Positions whose logits exist at the same time: over a large vocabulary they are the bulk of the memory."""
 
 
@@ -140,7 +140,8 @@ class HeadMethod(Method):
             known = anchors.valid[:, depth] & (place >= 0)
             blocks = zip(torch.split(drafts[known, depth], _BLOCK), torch.split(place[known], _BLOCK), strict=True)
             for states, at in blocks:
-                logits = self.head(states)
+                with torch.autocast(states.device.type, enabled=False):  # ties of rounded logits would count as hits
+                    logits = self.head(states.float())
                 rank = (logits > logits.gather(1, at.unsqueeze(1))).sum(1)
                 found[depth] += torch.bincount(rank[rank < ranks], minlength=ranks)
         return found, anchors.valid.sum(0)
@@ -174,8 +175,10 @@ def cross_entropies(drafts: Tensor, goals: Tensor, head: OutputHead, valid: Tens
 class _CrossEntropies(torch.autograd.Function):
     """Block by block, the gradient with it: logits over a vocabulary are never held for the backward pass.
 
-    The gradient with respect to a logit is the difference of the two probabilities, so all that has to be kept is that
-    difference times the frozen head, as large as the drafts themselves.
+    With z a draft's logits and p the target's probabilities the loss is ``logsumexp(z) - sum(p * z)``. The gradient
+    with respect to a logit is the difference of the two probabilities, so all that has to be kept is that difference
+    times the frozen head, as large as the drafts themselves. ``sum(p * z)`` is the draft times ``p @ head``, which all
+    depths have in common. Everything as wide as the vocabulary has autocast's dtype: memory is what it waits for.
     """
 
     @staticmethod
@@ -183,17 +186,24 @@ class _CrossEntropies(torch.autograd.Function):
         count, depth, _ = drafts.shape
         losses = torch.zeros(count, depth, dtype=torch.float32, device=drafts.device)
         gradient = torch.zeros_like(drafts)
+        dtype = computing_dtype(drafts)
+        weight, bias, inputs = weight.to(dtype), None if bias is None else bias.to(dtype), drafts.to(dtype)
         for start in range(0, count, _BLOCK):
             end = min(start + _BLOCK, count)
-            wanted = F.linear(goals[start : end + depth - 1], weight, bias).float().softmax(-1)
+            wanted = F.linear(goals[start : end + depth - 1].to(dtype), weight, bias).softmax(-1)  # [n, V']
+            mean = (wanted @ weight).float()  # [n, d]
+            offset = None if bias is None else (wanted @ bias).float()  # [n]
             for k in range(depth):
                 stop = min(end, count - k)  # the last anchors have no goal so far ahead
                 if stop <= start:
                     break
-                log_probs = F.linear(drafts[start:stop, k], weight, bias).float().log_softmax(-1)
-                probs = wanted[k : k + stop - start]
-                losses[start:stop, k] = -(probs * log_probs).sum(-1)
-                gradient[start:stop, k] = ((log_probs.exp_() - probs) @ weight.to(probs.dtype)).to(gradient.dtype)
+                known = slice(k, k + stop - start)
+                logits = F.linear(inputs[start:stop, k], weight, bias)
+                probs = logits.softmax(-1)
+                log_sum = logits.amax(-1).float() - probs.amax(-1).float().log()
+                expected = (drafts[start:stop, k].float() * mean[known]).sum(-1)
+                losses[start:stop, k] = log_sum - (expected if offset is None else expected + offset[known])
+                gradient[start:stop, k] = probs.sub_(wanted[known]) @ weight
         ctx.save_for_backward(gradient.masked_fill_(~valid.unsqueeze(2), 0.0))
         return losses.masked_fill_(~valid, 0.0)
 
@@ -202,3 +212,9 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].unsqueeze(2).to(gradient.dtype), None, None, None, None
+
+
+def computing_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of matrix products with a tensor: autocast's where it is on."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype

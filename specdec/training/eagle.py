@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from specdec.drafters.eagle import EagleHead, make_eagle
 from specdec.drafters.layer import Attend, LayerShape
 from specdec.target import Feature, HFTarget
-from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
+from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod, computing_dtype
 from specdec.training.initial import Ridge, copy_if_fits, final_norm, layer_tensors
 from specdec.training.method import TrainingBatch
 
@@ -114,24 +116,73 @@ class Chain:
         """The attention of the next step."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            groups = query.shape[1] // key.shape[1]
-            self._keys.append(key.repeat_interleave(groups, dim=1))
-            self._values.append(value.repeat_interleave(groups, dim=1))
-            return self._attend(query * query.shape[-1] ** -0.5)
+            groups, dtype = query.shape[1] // key.shape[1], computing_dtype(query)
+            self._keys.append(key.to(dtype).repeat_interleave(groups, dim=1))
+            self._values.append(value.to(dtype).repeat_interleave(groups, dim=1))
+            query = query.to(dtype)
+            if len(self._keys) == 1:
+                return F.scaled_dot_product_attention(query, self._keys[0], self._values[0], is_causal=True)
+            if query.device.type == "cpu" and dtype != torch.float64:
+                apply: Any = _ChainAttention.apply
+                attended: Tensor = apply(query, *self._keys, *self._values)
+                return attended
+            return chain_attention(query, self._keys, self._values)
 
         return attend
 
-    def _attend(self, query: Tensor) -> Tensor:
-        """``[B, H, T, d_h]`` for scaled queries."""
-        length = query.shape[2]
-        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        scores = (query @ self._keys[0].transpose(2, 3)).masked_fill(future, -torch.inf)  # [B, H, T, T]
-        own = [(query * key).sum(-1, keepdim=True) for key in self._keys[1:]]  # [B, H, T, 1] each
-        weights = torch.cat([scores, *own], dim=-1).softmax(-1)
-        out = weights[..., :length] @ self._values[0]
-        for step, value in enumerate(self._values[1:]):
-            out = out + weights[..., length + step : length + step + 1] * value
+
+def chain_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Softmax over the first keys up to each position and the other keys at it; all are ``[B, H, T, d_h]``."""
+    length, query = query.shape[2], query * query.shape[-1] ** -0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ keys[0].transpose(2, 3)).masked_fill(future, -torch.inf)  # [B, H, T, T]
+    own = [(query * key).sum(-1, keepdim=True) for key in keys[1:]]  # [B, H, T, 1] each
+    weights = torch.cat([scores, *own], dim=-1).softmax(-1)
+    out = weights[..., :length] @ values[0]
+    for step, value in enumerate(values[1:]):
+        out = out + weights[..., length + step : length + step + 1] * value
+    return out
+
+
+class _ChainAttention(torch.autograd.Function):
+    """``chain_attention`` without the scores in memory, by PyTorch's flash attention on a CPU.
+
+    It attends to the first keys alone and returns the logarithm of their weights' sum, to which those of the other keys
+    are added. Its backward pass, given the sum over all keys and the whole output, is right for the first keys as it
+    is: it makes each weight and the softmax's derivative of these two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *pairs: Tensor) -> Tensor:
+        keys, values = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        attended = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys[0], values[0], 0.0, True)
+        out: Tensor = attended[0]
+        scale = query.shape[-1] ** -0.5
+        own = torch.stack([attended[1], *((query * key).float().sum(-1) * scale for key in keys[1:])])  # [S, B, H, T]
+        total = own.logsumexp(0)
+        weights = (own - total).exp().unsqueeze(-1).to(query.dtype)
+        out = out * weights[0]
+        for weight, value in zip(weights[1:], values[1:], strict=True):
+            out = torch.addcmul(out, weight, value)
+        ctx.save_for_backward(query, *pairs, out, total, weights)
         return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        query, *pairs, out, total, weights = ctx.saved_tensors
+        keys, values, scale = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], query.shape[-1] ** -0.5
+        grad = grads[0].to(query.dtype).contiguous()
+        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, keys[0], values[0], out, total, 0.0, True
+        )
+        of_keys, of_values = [of_key], [of_value]
+        for weight, key, value in zip(weights[1:], keys[1:], values[1:], strict=True):
+            of_values.append(weight * grad)
+            of_score = weight * ((grad * (value - out)).float().sum(-1, keepdim=True) * scale).to(query.dtype)
+            of_keys.append(of_score * query)
+            of_query = torch.addcmul(of_query, of_score, key)
+        return of_query, *of_keys, *of_values
 
 
 def choose_states(target: HFTarget, options: EagleOptions) -> tuple[Feature, Feature, Feature]:

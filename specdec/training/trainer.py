@@ -160,9 +160,9 @@ class Trainer:
         self._checkpoints = CheckpointFolder(out / "checkpoints", json.loads(json.dumps(identity)))
         method.module.to(device)
         self._wrapped = accelerator.prepare(_Loss(method), device_placement=[False])
-        self._optimizer = torch.optim.AdamW(
-            make_groups(method, settings), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2)
-        )
+        betas, fused = (settings.beta1, settings.beta2), device.type in ("cpu", "cuda")
+        groups = make_groups(method, settings)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=fused)
         batches_per_step: int = settings.accumulate * accelerator.num_processes
         self.total = max(1, data.total_batches(settings.epochs) // batches_per_step)
         self.step, self.tokens, self.skipped = 0, 0, 0
@@ -194,8 +194,8 @@ class Trainer:
         """
         self._began = monotonic()
         self._start(resume)
-        main, first, began = self._accelerator.is_main_process, self.step, monotonic()
-        saved = monotonic()
+        main, first = self._accelerator.is_main_process, self.step
+        began = saved = monotonic()
         if self.step == 0:
             self._evaluate(self.settings.evaluation_tokens)
         while self.step < self.total:
@@ -294,7 +294,8 @@ class Trainer:
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Look at the held-out texts and extend the curve."""
-        self._evaluation = evaluate(self.method, self._data, self._device, max_tokens, self.settings.seed)
+        with self._accelerator.autocast():
+            self._evaluation = evaluate(self.method, self._data, self._device, max_tokens, self.settings.seed)
         self.curve.append(
             {
                 "step": self.step,

@@ -18,7 +18,7 @@ from specdec.drafters.weights import DrafterWeights, TargetFacts, load_weights
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors
-from specdec.training.eagle import EagleMethod, EagleOptions
+from specdec.training.eagle import EagleMethod, EagleOptions, _ChainAttention, chain_attention
 from specdec.training.method import TrainingBatch
 from training.distilled import VOCAB, acceptance, batch_of, generated_batch, prepared, train
 from training.eagle_reference import from_scratch
@@ -135,3 +135,16 @@ def test_the_states_are_chosen_within_the_target(target: HFTarget) -> None:
         EagleMethod(target, EagleOptions(middle=9))
     with pytest.raises(ValueError, match="num_drafts must be at least 1, got 0"):
         EagleOptions(num_drafts=0)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_attention_by_the_flash_kernel_is_the_one_over_all_scores(steps: int) -> None:
+    torch.manual_seed(steps)
+    query, *pairs = (torch.randn(2, 3, 37, 16, requires_grad=True) for _ in range(1 + 2 * steps))
+    expected = chain_attention(query, pairs[:steps], pairs[steps:])
+    found: Tensor = _ChainAttention.apply(query, *pairs)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [query, *pairs], upstream)
+    for mine, theirs in zip(torch.autograd.grad(found, [query, *pairs], upstream), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from specdec.training.chat_format import find_user_turn, turn_end_ids
 from specdec.training.corpus import make_texts
 from specdec.training.data import FilePrompts
 from specdec.training.openings import OPENINGS
-from specdec.training.sampler import BatchSampler
+from specdec.training.sampler import BatchSampler, candidates
 from specdec.training.synthesis import SynthesisSettings, decode
 from specdec.training.texts import TrainingText, normalised
 from training.toy import chat_target
@@ -60,6 +60,18 @@ def test_prompts_are_chats_as_in_use_and_replies_the_targets_own(tmp_path: Path)
     first = texts[0]  # of round 0, whose replies are greedy
     greedy = decode(TARGET, [first.prompt_ids], SamplingParams(max_new_tokens=20), 0.0, 0)[0].token_ids
     assert greedy[: len(first.reply_ids)] == list(first.reply_ids)
+
+
+def test_the_highest_scores_are_found_without_sorting_the_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 16 * 300 + 7) * 4
+    logits[1, -3], logits[8, 5] = 50.0, torch.nan
+    best, ids, log_sums = candidates(logits, 0.7)
+    expected = (logits[:8] / 0.7).topk(best.shape[1])
+    torch.testing.assert_close(best[:8], expected.values)
+    assert torch.equal(ids[:8], expected.indices)
+    torch.testing.assert_close(log_sums[:8], (logits[:8] / 0.7).logsumexp(-1))
+    assert log_sums[8].isnan()
 
 
 def test_a_seed_gives_its_texts_and_an_interrupted_run_the_same(tmp_path: Path) -> None:

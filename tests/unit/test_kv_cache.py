@@ -209,3 +209,17 @@ def test_integrity_check_ignores_what_is_dead_by_length() -> None:
     checked.cache.layers[0].keys[1, :, 1:] = torch.nan
 
     checked.cache.check_integrity()
+
+
+@pytest.mark.parametrize("rows", [[0, 5, 2, 3, 4], [5, 1, 2, 4], [4, 1], [5]])
+def test_rows_that_fill_gaps_are_moved_in_place_until_half_the_memory_idles(rows: list[int]) -> None:
+    checked = Checked(6, 8)
+    checked.write(3)
+    checked.cache.advance([3, 1, 2, 3, 1, 2])
+    before = [checked.cache.entries(1, row)[0].clone() for row in rows]
+    memory = checked.cache.layers[1].keys.data_ptr()
+    checked.cache.keep_rows(rows)
+    for place, expected in enumerate(before):
+        assert torch.equal(checked.cache.entries(1, place)[0], expected)
+    checked.cache.check_integrity()
+    assert (checked.cache.layers[1].keys.data_ptr() == memory) == (len(rows) > 3)
