@@ -22,7 +22,7 @@ def panels_run() -> bool:
 
 def panels_pay() -> bool:
     """Whether they are faster than oneDNN's: not where that has a matrix unit (AMX)."""
-    return panels_run() and not torch.cpu._is_amx_tile_supported()
+    return panels_run()
 
 
 class PanelWeight(nn.Module):

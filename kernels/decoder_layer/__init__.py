@@ -88,6 +88,8 @@ class Kernels:
         self._top = declare("top", structure(Top), ctypes.c_int)
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
+        self.has_matrix_unit = bool(declare("has_matrix_unit", result=ctypes.c_int)())
+        """Whether it multiplies tiles (AMX), and Linux lets this process do it."""
         runtime = _openmp()
         if runtime is not None:
             library.use_threads.argtypes = (pointer,)
