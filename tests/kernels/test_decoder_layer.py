@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -252,6 +255,36 @@ def test_threads_change_nothing(kernels: Kernels) -> None:
         assert torch.equal(case.run(kernels.attention)[0], one)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_forked_process_computes_without_its_parents_threads(kernels: Kernels) -> None:
+    program = """
+import os, torch
+from specdec.kernels.decoder_layer import find_kernels
+torch.set_num_threads(2)
+kernels, states, weight = find_kernels(), torch.ones(64, 32).bfloat16(), torch.ones(32).bfloat16()
+expected = kernels.rms_norm(states, weight, 0.0)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(kernels.rms_norm(states, weight, 0.0), expected) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(kernels.rms_norm(states, weight, 0.0), expected)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
+
+
+def test_callers_in_several_threads_do_not_mix(kernels: Kernels) -> None:
+    """One has the workers, the others compute alone."""
+    torch.manual_seed(6)
+    weight = torch.randn(64).bfloat16()
+    inputs = [torch.randn(40, 64).bfloat16() for _ in range(3)]
+    expected = [kernels.rms_norm(states, weight, 1e-5) for states in inputs]
+
+    def repeat(index: int) -> bool:
+        return all(torch.equal(kernels.rms_norm(inputs[index], weight, 1e-5), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(3) as executor:
+        assert all(executor.map(repeat, range(3)))
 
 
 def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
