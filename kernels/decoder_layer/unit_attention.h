@@ -31,6 +31,32 @@ static void score_tiles(const bf16 *query, long d, const int32_t *turned, float 
   _tile_stored(1, scores + LANES, 4 * stride);
 }
 
+/* The same for up to 16 queries in all, turned by `turn_keys`: keys lie as a tile's rows should, so it is they that need no
+   turning. Products and their order are the same ones. */
+static void score_few(const int32_t *query, long queries, long d, const bf16 *keys, long count, float *scores,
+                      long stride) {
+  const __m512i column = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+  float sums[TILE_ROWS * LANES] __attribute__((aligned(64)));
+  bf16 rest[TILE_ROWS * MOST_WIDTH] __attribute__((aligned(64)));
+  for (long at = 0; at < count; at += TILE_ROWS) {
+    const bf16 *from = keys + at * d;
+    if (count - at < TILE_ROWS) {
+      __builtin_memcpy(rest, from, (size_t)((count - at) * d) * sizeof(bf16));
+      __builtin_memset(rest + (count - at) * d, 0, (size_t)((TILE_ROWS - count + at) * d) * sizeof(bf16));
+      from = rest;
+    }
+    _tile_zero(0);
+    for (long i = 0; i < d; i += 32) {
+      _tile_loadd(4, from + i, 2 * d);
+      _tile_loadd(5, query + i / 2 * KEYS, 4 * KEYS);
+      _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, sums, 4 * LANES);
+    for (long q = 0; q < queries; q++)
+      storef(scores + q * stride + at, (vec)_mm512_i32gather_ps(column, sums + q, 4));
+  }
+}
+
 /* Scores times a scale become weights, as 16-bit numbers at the line's beginning, a position's at its place: those of
    `from` to `to`, and zero before and up to `end`, a multiple of BLOCK. Returns their sum as rounded. */
 static float soften_tiles(float *line, long from, long to, long end, float scale) {
@@ -72,17 +98,18 @@ static inline ivec widen(const bf16 *from) {
   return (ivec)__builtin_convertvector(half, uvec);
 }
 
-/* A block's values as [d / 16] tiles of pairs of positions by 16 channels; what is missing is zero. */
+/* A block's values as [d / 16] tiles of pairs of positions by 16 channels. */
 static void turn_values(const bf16 *const *rows, long d, int32_t *tiles) {
-  for (long pair = 0; pair < BLOCK / 2; pair++) {
-    const bf16 *even = rows[2 * pair], *odd = rows[2 * pair + 1];
-    for (long part = 0; part < d / LANES; part++) {
-      ivec both = {0};
-      if (even) both = widen(even + part * LANES);
-      if (odd) both |= widen(odd + part * LANES) << 16;
-      __builtin_memcpy(tiles + (part * LANES + pair) * LANES, &both, sizeof both);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (long pair = 0; pair < BLOCK / 2; pair++)
+    for (long i = 0; i < d; i += 2 * LANES) {
+      __m512i even = _mm512_loadu_si512(rows[2 * pair] + i), odd = _mm512_loadu_si512(rows[2 * pair + 1] + i);
+      int32_t *to = tiles + (i + pair) * LANES;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + LANES * LANES, _mm512_permutex2var_epi16(even, high, odd));
     }
-  }
 }
 
 /* One more position of a block that has zeros there. */
@@ -96,12 +123,13 @@ static void add_value(const bf16 *value, long place, long d, int32_t *tiles) {
   }
 }
 
-/* Where the values of a block lie, of positions before `end`. */
+/* Where the values of a block lie, of positions before `end`; zeros behind. */
 static void find_values(const stretch *s, long block, long end, long d, const bf16 **rows) {
+  static const bf16 zeros[MOST_WIDTH];
   for (long i = 0; i < BLOCK; i++) {
     long position = block * BLOCK + i;
     while (position < end && position >= s->first + s->count) s++;
-    rows[i] = position < end ? s->values + (position - s->first) * d : 0;
+    rows[i] = position < end ? s->values + (position - s->first) * d : zeros;
   }
 }
 
@@ -208,8 +236,12 @@ static void unit_attend(const void *pointer, long task) {
     for (long i = 0; i < d; i += LANES) store((bf16 *)query + q * d + i, loadf(rotated + i));
   }
   shape_tiles(6, TILE_ROWS, group);
+  if (queries <= TILE_ROWS) turn_keys((const bf16 *)query, queries, d, turned);
   for (const stretch *s = stretches; s < stretches + count; s++)
-    for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
+    if (queries <= TILE_ROWS) {
+      long seen_of_it = s->count < end - s->first ? s->count : end - s->first;
+      score_few(turned, queries, d, s->keys, seen_of_it, scores + s->first, stride);
+    } else for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
       turn_keys(s->keys + at * d, s->count - at, d, turned);
       turn_keys(s->keys + (at + LANES) * d, s->count - at - LANES, d, turned + LANES);
       for (long q = 0; q < rows; q += TILE_ROWS)
