@@ -14,7 +14,7 @@ from pathlib import Path
 FOLDER = Path("~/.cache/specdec/kernels")
 """Where compiled libraries are kept."""
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 """Sums keep their order: no flag here may allow the compiler to change it."""
 
 

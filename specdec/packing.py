@@ -8,13 +8,14 @@ of microseconds whatever its size. Packing happens on the loaded transformers mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.panels import PanelWeight, panels_pay
+from specdec.panels import PanelWeight, panels_run
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
@@ -26,15 +27,19 @@ PACKED_ROWS = 16
 """Rows the layout is chosen for; a tree has about as many nodes."""
 
 MOST_PADDED = 8
-"""Passes are padded to so many rows at most, for their results not to depend on how many there are."""
+"""Products are padded to so many rows at most, for their results not to depend on how many there are."""
 
 _PROBED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 24, 32, 33, 48, 64)
 """Numbers of rows compared with each other; the last is the reference."""
 
+_PART = 32
+"""Rows of a part, where the library computes more rows another way: with a matrix unit (AMX) it blocks their sums
+differently."""
+
 _COMPARED = 1 << 15
 """Results of each number of rows that are compared, where so many are to be had: few show a difference."""
 
-_LEAST_ROWS: dict[tuple[tuple[int, ...], int], int] = {}
+_ROW_LIMITS: dict[tuple[tuple[int, ...], int], RowLimits] = {}
 """By shape and threads."""
 
 
@@ -78,8 +83,21 @@ def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A bfloat16 weight in the layout that is fastest on this CPU."""
-    kind = PanelWeight if PanelWeight.fits(weight) and panels_pay() else PackedWeight
+    kind = PanelWeight if PanelWeight.fits(weight) and panels_run() else PackedWeight
     return kind(weight, bias)
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """How many rows a product may have for a row's result to be the same among any number of others.
+
+    Attributes:
+        least: fewer are padded to it.
+        most: more are computed in parts of it; None for any number at once.
+    """
+
+    least: int
+    most: int | None
 
 
 class PackedWeight(nn.Module):
@@ -93,23 +111,15 @@ class PackedWeight(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
         self.register_buffer("weight", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        self._least_rows: int | None = None
+        self._limits: RowLimits | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        missing = self._missing(inputs)
-        if missing:
-            out = self._product(F.pad(inputs.flatten(0, -2), (0, 0, 0, missing)))
-            return out[:-missing].view(*inputs.shape[:-1], -1)
-        return self._product(inputs)
+        return self._alike(self._product, inputs)
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         """``residual`` plus the layer's output, rounded once."""
-        missing = self._missing(inputs)
-        if missing:
-            wide = [F.pad(states.flatten(0, -2), (0, 0, 0, missing)) for states in (residual, inputs)]
-            return self._sum(*wide)[:-missing].view(residual.shape)
-        return self._sum(residual, inputs)
+        return self._alike(self._sum, residual, inputs)
 
     def _product(self, inputs: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
@@ -119,40 +129,61 @@ class PackedWeight(nn.Module):
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, self.weight, self.bias, "add")
         return out
 
-    def _missing(self, inputs: Tensor) -> int:
-        """Rows to add, for a row's result to be what it is among many."""
-        width = inputs.shape[-1]
-        if inputs.numel() >= MOST_PADDED * width:
-            return 0
-        if self._least_rows is None:
+    def _alike(self, compute: Callable[..., Tensor], *states: Tensor) -> Tensor:
+        """``compute`` of states ``[..., d]``, in products of numbers of rows that the library computes alike."""
+        rows = states[0].numel() // states[0].shape[-1]
+        limits = self._row_limits()
+        if limits.least <= rows <= (limits.most or rows):
+            return compute(*states)
+        flat = [each.flatten(0, -2) for each in states]
+        size = limits.most or rows
+        parts = []
+        for start in range(0, rows, size):
+            block = [each[start : start + size] for each in flat]
+            missing = max(limits.least - len(block[0]), 0)
+            out = compute(*(F.pad(each, (0, 0, 0, missing)) for each in block) if missing else block)
+            parts.append(out[: len(block[0])])
+        return torch.cat(parts).view(*states[0].shape[:-1], -1)
+
+    def _row_limits(self) -> RowLimits:
+        if self._limits is None:
             key = tuple(self.weight.shape), torch.get_num_threads()
-            if key not in _LEAST_ROWS:
-                _LEAST_ROWS[key] = self._find_least_rows()
-            self._least_rows = _LEAST_ROWS[key]
-        return max(self._least_rows - inputs.numel() // width, 0)
+            if key not in _ROW_LIMITS:
+                _ROW_LIMITS[key] = self._find_row_limits()
+            self._limits = _ROW_LIMITS[key]
+        return self._limits
 
     @torch.inference_mode()
-    def _find_least_rows(self) -> int:
-        """The fewest rows whose results are those among many, to the bit; the library picks its kernel by their number.
+    def _find_row_limits(self) -> RowLimits:
+        """Of the most rows that are alike from the fewest on: many, or up to a part."""
+        for most in (None, _PART):
+            least = self._find_least_rows(most or _PROBED[-1])
+            if least <= MOST_PADDED:
+                return RowLimits(least, most)
+        return RowLimits(1, None)
 
-        A result is compared where it almost cancels against its own rounded value: what is left shows float32 sums of
-        another order, which rounding to bfloat16 hides nearly always, but not always.
+    def _find_least_rows(self, most: int) -> int:
+        """The fewest rows whose results are those among ``most``, to the bit.
+
+        The library picks its kernel by the number of rows. A result is compared where it almost cancels against its own
+        rounded value: what is left shows float32 sums of another order, which rounding to bfloat16 hides nearly always,
+        but not always.
         """
         generator = torch.Generator().manual_seed(0)
         width = self.weight.shape[1]
-        inputs = torch.randn(_PROBED[-1], width, generator=generator).to(self.weight.dtype)
+        inputs = torch.randn(most, width, generator=generator).to(self.weight.dtype)
         rounded = -self._product(inputs)
         expected = self._sum(rounded, inputs)
         least = 1
-        for rows in _PROBED[:-1]:
-            blocks = min(_PROBED[-1] // rows, -(-_COMPARED // (rows * len(self.weight))))
+        for rows in (rows for rows in _PROBED if rows < most):
+            blocks = min(most // rows, -(-_COMPARED // (rows * len(self.weight))))
             for start in range(0, blocks * rows, rows):
                 block = slice(start, start + rows)
                 found = self._sum(rounded[block].contiguous(), inputs[block].contiguous())
                 if not torch.equal(found, expected[block]):
                     least = rows + 1
                     break
-        return least if least <= MOST_PADDED else 1
+        return least
 
     def dense(self) -> Tensor:
         """``[out, in]``, a copy."""

@@ -20,11 +20,6 @@ def panels_run() -> bool:
     return kernels is not None and kernels.has_products
 
 
-def panels_pay() -> bool:
-    """Whether they are faster than oneDNN's: not where that has a matrix unit (AMX)."""
-    return panels_run() and not torch.cpu._is_amx_tile_supported()
-
-
 class PanelWeight(nn.Module):
     """A bfloat16 weight in panels of output channels.
 

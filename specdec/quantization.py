@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
-from specdec.panels import Panel8Weight, panels_pay
+from specdec.panels import Panel8Weight, panels_run
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
 from specdec.stored_weights import StoredInt4
@@ -84,7 +84,7 @@ class W8A8Weight(QuantizedWeight):
 
 def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Our own kernels where they run, else oneDNN's."""
-    kind = Panel8Weight if Panel8Weight.fits(weight) and panels_pay() else W8A8Weight
+    kind = Panel8Weight if Panel8Weight.fits(weight) and panels_run() else W8A8Weight
     return kind(weight, bias)
 
 

@@ -88,10 +88,8 @@ class Kernels:
         self._top = declare("top", structure(Top), ctypes.c_int)
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
-        runtime = _openmp()
-        if runtime is not None:
-            library.use_threads.argtypes = (pointer,)
-            library.use_threads(runtime)
+        self.has_matrix_unit = bool(declare("has_matrix_unit", result=ctypes.c_int)())
+        """Whether it multiplies tiles (AMX), and Linux lets this process do it."""
 
     def rms_norm(self, states: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm over the last dimension, ``[..., d]``, rounded once."""
@@ -280,19 +278,3 @@ def find_kernels() -> Kernels | None:
     except NotBuilt as error:
         warnings.warn(f"decoder layers run without compiled kernels, slower: {error}", RuntimeWarning, stacklevel=2)
         return None
-
-
-def _openmp() -> int | None:
-    """Address of ``GOMP_parallel`` in PyTorch's OpenMP runtime: a second pool of threads would compete with it."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    files = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
-    for name in sorted(files):
-        if any(part in Path(name).name for part in ("libgomp", "libomp", "libiomp")):
-            try:
-                return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
-            except (OSError, AttributeError):
-                continue
-    return None

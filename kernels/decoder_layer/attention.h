@@ -286,8 +286,12 @@ static void attend(const void *pointer, long task) {
   }
 }
 
+#include "unit_attention.h"
+
 void tree_attention(attention_arguments *a) {
-  long most = a->nodes < NODES_PER_TASK ? a->nodes : NODES_PER_TASK, heads = a->batch * a->kv_heads, parts;
+  int unit = unit_attends(a);
+  long most = unit ? UNIT_NODES : NODES_PER_TASK, heads = a->batch * a->kv_heads, parts;
+  if (most > a->nodes) most = a->nodes;
   for (;; most = (most + 1) / 2) {
     parts = (a->nodes + most - 1) / most;
     if (most == 1 || heads * parts >= TASKS_PER_THREAD * a->threads || a->threads == 1) break;
@@ -296,5 +300,5 @@ void tree_attention(attention_arguments *a) {
   if (parts > 1)
     for (long row = 0; row < a->batch; row++)
       for (long head = 0; head < a->kv_heads; head++) write_cache(a, row, head);
-  run(attend, a, heads * parts, a->threads);
+  run(unit ? unit_attend : attend, a, heads * parts, a->threads);
 }

@@ -4,12 +4,12 @@
    run from the first to the last, keys by position in the text. So a row's result does not depend on how many rows ride
    in the pass, on where in the tree it stands, or on what else the tree holds.
 
-   Plain C with vector types, which GCC and Clang compile for whatever vector width the processor has. No OpenMP is
-   linked: the runtime that PyTorch has loaded is handed in, so that there is one pool of threads. */
+   Plain C with vector types, which GCC and Clang compile for whatever vector width the processor has. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "vectors.h"
 #include "threads.h"

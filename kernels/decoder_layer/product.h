@@ -40,6 +40,7 @@ static inline void finish(const product_arguments *a, long row, long first, vec 
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include "matrix_unit.h"
 
 /* Whether this processor has the instructions; without them nothing below may be called. */
 int has_products(void) { return 1; }
@@ -133,26 +134,33 @@ PANELS(panel_task8, tile8)
 
 typedef struct {
   const product_arguments *a;
+  void (*task)(const product_arguments *, long panel, long next);
+  int unit;
   long panels, next;
 } panel_queue;
 
 /* Each thread takes one panel ahead, so that it knows what to ask memory for. */
 static void take_panels(void *pointer) {
   panel_queue *queue = pointer;
+  if (queue->unit) open_unit(queue->a->rows);
   long panel = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
   while (panel < queue->panels) {
     long next = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
-    (queue->a->sizes ? panel_task8 : panel_task)(queue->a, panel, next);
+    queue->task(queue->a, panel, next);
     panel = next;
   }
+  if (queue->unit) close_unit();
 }
 
 void product(const product_arguments *a) {
-  panel_queue queue = {a, (a->out_width + PANEL - 1) / PANEL, 0};
+  panel_queue queue = {a, a->sizes ? panel_task8 : panel_task, unit_takes(a), (a->out_width + PANEL - 1) / PANEL, 0};
+  if (queue.unit) queue.task = a->sizes ? unit_task8 : unit_task;
   run_all(take_panels, &queue, queue.panels, a->threads);
 }
 
 #else
+
+int has_matrix_unit(void) { return 0; }
 
 int has_products(void) { return 0; }
 

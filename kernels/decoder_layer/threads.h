@@ -1,10 +1,113 @@
-/* ---- threads ---- */
+/* ---- threads ----
 
-typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
+   Workers help with a job where they are free; nobody waits for one that has not begun. Where another program holds their
+   core, as on a shared machine, the caller does all of the work itself instead of waiting at a barrier for the system's
+   next time slice, which is what an OpenMP region does: there one busy neighbour made a pass forty times as long. */
 
-static parallel_fn run_parallel;
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 
-void use_threads(void *gomp_parallel) { run_parallel = (parallel_fn)gomp_parallel; }
+#define MOST_WORKERS 255
+#define SPINS 4000 /* looks for the next job before a worker sleeps: the next operation of a pass comes within them */
+
+static struct {
+  pthread_mutex_t lock;
+  pthread_cond_t wake;
+  void (*body)(void *);
+  void *shared;
+  long number; /* of the latest job */
+  long open;   /* the job that workers may begin, 0 for none */
+  int inside, sleeping, workers, wanted, claimed;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+#define READ(field) __atomic_load_n(&pool.field, __ATOMIC_SEQ_CST)
+#define WRITE(field, value) __atomic_store_n(&pool.field, value, __ATOMIC_SEQ_CST)
+#define ADD(field, value) __atomic_fetch_add(&pool.field, value, __ATOMIC_SEQ_CST)
+
+static inline void pause_a_little(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+static void wait_for_job(long seen) {
+  for (long spins = 0; spins < SPINS; spins++) {
+    if (READ(number) != seen) return;
+    pause_a_little();
+  }
+  pthread_mutex_lock(&pool.lock);
+  ADD(sleeping, 1);
+  while (READ(number) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+  ADD(sleeping, -1);
+  pthread_mutex_unlock(&pool.lock);
+}
+
+static void *help(void *pointer) {
+  const long index = (long)(intptr_t)pointer;
+  for (long seen = 0;;) {
+    wait_for_job(seen);
+    seen = READ(number);
+    if (index >= READ(wanted)) continue;
+    ADD(inside, 1); /* before the look: who closes a job looks the other way round */
+    if (READ(open) == seen) pool.body(pool.shared);
+    ADD(inside, -1);
+  }
+  return 0;
+}
+
+/* A child process has none of its parent's threads. */
+static void forget_workers(void) {
+  pthread_mutex_init(&pool.lock, 0);
+  pthread_cond_init(&pool.wake, 0);
+  pool.open = 0;
+  pool.inside = pool.sleeping = pool.workers = pool.claimed = 0;
+}
+
+static void hire(int wanted) {
+  static int watched;
+  if (!watched) watched = pthread_atfork(0, 0, forget_workers) == 0;
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the caller's */
+  while (pool.workers < wanted) {
+    pthread_t thread;
+    if (pthread_create(&thread, 0, help, (void *)(intptr_t)pool.workers)) break; /* then there are fewer */
+    pthread_detach(thread);
+    pool.workers++;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, 0);
+}
+
+/* `body` in the calling thread, and in others that are free, `threads` at most: it takes work until none is left. Where
+   two callers come at a time, the second one works alone. */
+static void run_all(void (*body)(void *), void *shared, long tasks, int threads) {
+  if (threads > tasks) threads = (int)tasks;
+  if (threads > MOST_WORKERS) threads = MOST_WORKERS;
+  if (threads <= 1 || __atomic_exchange_n(&pool.claimed, 1, __ATOMIC_SEQ_CST)) {
+    body(shared);
+    return;
+  }
+  if (pool.workers < threads - 1) hire(threads - 1);
+  pool.body = body;
+  pool.shared = shared;
+  WRITE(wanted, threads - 1);
+  long job = pool.number + 1;
+  WRITE(open, job);
+  WRITE(number, job);
+  if (READ(sleeping)) {
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+  }
+  body(shared);
+  WRITE(open, 0);
+  for (long spins = 1; READ(inside); spins++) {
+    pause_a_little();
+    if (spins % SPINS == 0) sched_yield();
+  }
+  WRITE(claimed, 0);
+}
 
 typedef struct {
   void (*task)(const void *, long);
@@ -20,15 +123,6 @@ static void take_tasks(void *pointer) {
     if (index >= shared->tasks) return;
     shared->task(shared->arguments, index);
   }
-}
-
-/* `body` on as many threads as there is work for. */
-static void run_all(void (*body)(void *), void *shared, long tasks, int threads) {
-  if (threads > tasks) threads = (int)tasks;
-  if (threads > 1 && run_parallel)
-    run_parallel(body, shared, (unsigned)threads, 0);
-  else
-    body(shared);
 }
 
 static void run(void (*task)(const void *, long), const void *arguments, long tasks, int threads) {

@@ -1,6 +1,6 @@
 /* Vectors of 16 numbers, as GCC and Clang have them for whatever vector width the processor has. */
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -31,11 +31,16 @@ static inline void storef(float *to, vec value) { __builtin_memcpy(to, &value, s
 
 /* To nearest, ties to even; NaN stays NaN. */
 static inline void store(bf16 *to, vec value) {
+#ifdef __AVX512BF16__
+  __m256bh half = _mm512_cvtneps_pbh((__m512)value); /* what float32 has no normal number for becomes zero */
+  __builtin_memcpy(to, &half, sizeof half);
+#else
   uvec bits = (uvec)value;
   uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   ivec nan = value != value;
   hvec half = __builtin_convertvector((uvec)((nan & 0x7fc0) | (~nan & (ivec)rounded)), hvec);
   __builtin_memcpy(to, &half, sizeof half);
+#endif
 }
 
 /* Lanes of 0 to 255. */
@@ -55,11 +60,17 @@ static inline float sum(vec value) {
 
 /* exp by powers of two and a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7. */
 static inline vec vexp(vec x) {
+#ifdef __AVX512F__
+  /* Of two operands, one of them NaN, these give the second. */
+  vec safe = (vec)_mm512_min_ps((__m512)splat(88.0f), _mm512_max_ps((__m512)splat(-87.0f), (__m512)x));
+  vec whole = (vec)_mm512_roundscale_ps((__m512)(safe * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+#else
   ivec low = x < splat(-87.0f), high = x > splat(88.0f), nan = x != x;
   vec safe = (vec)((low & (ivec)splat(-87.0f)) | (high & (ivec)splat(88.0f)) | (~(low | high | nan) & (ivec)x));
   vec shifted = safe * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
   ivec power = (ivec)shifted - (ivec)splat(12582912.0f);
   vec whole = shifted - 12582912.0f;
+#endif
   vec r = safe - whole * 0.693145751953125f - whole * 1.42860677e-6f;
   vec p = splat(1.0f / 720);
   p = p * r + 1.0f / 120;
@@ -68,8 +79,12 @@ static inline vec vexp(vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#ifdef __AVX512F__
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   vec out = (vec)((ivec)p + (power << 23));
   return (vec)((nan & (ivec)x) | (~nan & (ivec)out));
+#endif
 }
 
 

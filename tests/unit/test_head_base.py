@@ -228,7 +228,7 @@ def test_drafting_in_bfloat16_is_as_exact_as_the_plain_layers_are(name: str, voc
     def drafted(target: HFTarget, plain: bool = False) -> Tensor:
         drafter: Any = (MedusaDrafter if name == "medusa" else CloverDrafter)(weights=weights)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heads, "panels_pay", lambda: False)  # a head in 8 bit is not meant to be exact
+            patch.setattr(heads, "panels_run", lambda: False)  # a head in 8 bit is not meant to be exact
             if plain:
                 patch.setattr(heads, "can_pack", lambda _: False)
             drafter.bind(target, None)

@@ -1,0 +1,299 @@
+/* ---- attention by the processor's matrix unit (AMX) ----
+
+   Scores and outputs of 16 queries at a time. An output is a sum over blocks of 32 positions, counted from the text's
+   beginning. What a query does not see has weight zero, which leaves a sum as it is, so it does not matter to it which
+   positions its neighbours see. The blocks of committed positions are the same for all queries; the block where a tree
+   begins, and those behind it, are put together for each node of its own ancestors. Nodes of a chain, as a prompt's are,
+   stand where they will stand when they are committed, so theirs are blocks like any other. */
+
+#define UNIT_NODES 32 /* of a task */
+#define BLOCK 32      /* positions */
+#define BLOCKS 16     /* whose values are turned at a time */
+
+#ifdef TILE_ROWS
+
+static int unit_attends(const attention_arguments *a) {
+  return has_matrix_unit() && a->width % 32 == 0 && a->heads / a->kv_heads <= TILE_ROWS;
+}
+
+/* Scores of 16 queries [16, d] and the 32 keys of `turned`. */
+static void score_tiles(const bf16 *query, long d, const int32_t *turned, float *scores, long stride) {
+  _tile_zero(0);
+  _tile_zero(1);
+  for (long i = 0; i < d; i += 32) {
+    _tile_loadd(4, query + i, 2 * d);
+    _tile_loadd(2, turned + i / 2 * KEYS, 4 * KEYS);
+    _tile_loadd(3, turned + i / 2 * KEYS + LANES, 4 * KEYS);
+    _tile_dpbf16ps(0, 4, 2);
+    _tile_dpbf16ps(1, 4, 3);
+  }
+  _tile_stored(0, scores, 4 * stride);
+  _tile_stored(1, scores + LANES, 4 * stride);
+}
+
+/* The same for up to 16 queries in all, turned by `turn_keys`: keys lie as a tile's rows should, so it is they that need no
+   turning. Products and their order are the same ones. */
+static void score_few(const int32_t *query, long queries, long d, const bf16 *keys, long count, float *scores,
+                      long stride) {
+  const __m512i column = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+  float sums[TILE_ROWS * LANES] __attribute__((aligned(64)));
+  bf16 rest[TILE_ROWS * MOST_WIDTH] __attribute__((aligned(64)));
+  for (long at = 0; at < count; at += TILE_ROWS) {
+    const bf16 *from = keys + at * d;
+    if (count - at < TILE_ROWS) {
+      __builtin_memcpy(rest, from, (size_t)((count - at) * d) * sizeof(bf16));
+      __builtin_memset(rest + (count - at) * d, 0, (size_t)((TILE_ROWS - count + at) * d) * sizeof(bf16));
+      from = rest;
+    }
+    _tile_zero(0);
+    for (long i = 0; i < d; i += 32) {
+      _tile_loadd(4, from + i, 2 * d);
+      _tile_loadd(5, query + i / 2 * KEYS, 4 * KEYS);
+      _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, sums, 4 * LANES);
+    for (long q = 0; q < queries; q++)
+      storef(scores + q * stride + at, (vec)_mm512_i32gather_ps(column, sums + q, 4));
+  }
+}
+
+/* Scores times a scale become weights, as 16-bit numbers at the line's beginning, a position's at its place: those of
+   `from` to `to`, and zero before and up to `end`, a multiple of BLOCK. Returns their sum as rounded. */
+static float soften_tiles(float *line, long from, long to, long end, float scale) {
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vec most = splat(-INFINITY), total = {0}, broken = {0};
+  long i = from, whole = from + (to - from) / LANES * LANES;
+  for (; i < whole; i += LANES) {
+    vec x = loadf(line + i);
+    broken += x * 0.0f; /* NaN where x is not finite */
+    most = either(x > most, x, most);
+  }
+  if (i < to) {
+    ivec inside = lane < (int32_t)(to - i);
+    vec x = either(inside, loadf(line + i), splat(-INFINITY));
+    broken += either(inside, x, (vec){0}) * 0.0f;
+    most = either(x > most, x, most);
+  }
+  float largest = most[0];
+  for (int lane_at = 1; lane_at < LANES; lane_at++) largest = most[lane_at] > largest ? most[lane_at] : largest;
+  float less = largest * scale + sum(broken);
+  bf16 *weights = (bf16 *)line; /* never ahead of the scores that are still to be read */
+  __builtin_memset(weights, 0, (size_t)from * sizeof(bf16));
+  for (i = from; i < whole; i += LANES) {
+    store(weights + i, vexp(loadf(line + i) * scale - less));
+    total += load(weights + i);
+  }
+  if (i < to) {
+    store(weights + i, either(lane < (int32_t)(to - i), vexp(loadf(line + i) * scale - less), (vec){0}));
+    total += load(weights + i);
+    i += LANES;
+  }
+  if (i < end) __builtin_memset(weights + i, 0, (size_t)(end - i) * sizeof(bf16));
+  return sum(total);
+}
+
+static inline ivec widen(const bf16 *from) {
+  hvec half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return (ivec)__builtin_convertvector(half, uvec);
+}
+
+/* A block's values as [d / 16] tiles of pairs of positions by 16 channels. */
+static void turn_values(const bf16 *const *rows, long d, int32_t *tiles) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (long pair = 0; pair < BLOCK / 2; pair++)
+    for (long i = 0; i < d; i += 2 * LANES) {
+      __m512i even = _mm512_loadu_si512(rows[2 * pair] + i), odd = _mm512_loadu_si512(rows[2 * pair + 1] + i);
+      int32_t *to = tiles + (i + pair) * LANES;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + LANES * LANES, _mm512_permutex2var_epi16(even, high, odd));
+    }
+}
+
+/* One more position of a block that has zeros there. */
+static void add_value(const bf16 *value, long place, long d, int32_t *tiles) {
+  for (long part = 0; part < d / LANES; part++) {
+    int32_t *line = tiles + (part * LANES + place / 2) * LANES;
+    ivec both;
+    __builtin_memcpy(&both, line, sizeof both);
+    both |= place % 2 ? widen(value + part * LANES) << 16 : widen(value + part * LANES);
+    __builtin_memcpy(line, &both, sizeof both);
+  }
+}
+
+/* Where the values of a block lie, of positions before `end`; zeros behind. */
+static void find_values(const stretch *s, long block, long end, long d, const bf16 **rows) {
+  static const bf16 zeros[MOST_WIDTH];
+  for (long i = 0; i < BLOCK; i++) {
+    long position = block * BLOCK + i;
+    while (position < end && position >= s->first + s->count) s++;
+    rows[i] = position < end ? s->values + (position - s->first) * d : zeros;
+  }
+}
+
+/* sums[16][d] += weights[16] * values over some blocks, for `parts` times 16 channels. */
+INLINE add_blocks(const int parts, float *sums, long d, const bf16 *weights, long stride, const int32_t *tiles,
+                  long blocks) {
+  _tile_loadd(0, sums, 4 * d);
+  _tile_loadd(1, sums + LANES, 4 * d);
+  if (parts == 4) {
+    _tile_loadd(2, sums + 2 * LANES, 4 * d);
+    _tile_loadd(3, sums + 3 * LANES, 4 * d);
+  }
+  for (long block = 0; block < blocks; block++, weights += BLOCK, tiles += d * LANES) {
+    _tile_loadd(4, weights, 2 * stride);
+    _tile_loadd(5, tiles, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(5, tiles + LANES * LANES, 64);
+    _tile_dpbf16ps(1, 4, 5);
+    if (parts == 4) {
+      _tile_loadd(5, tiles + 2 * LANES * LANES, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(5, tiles + 3 * LANES * LANES, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, sums, 4 * d);
+  _tile_stored(1, sums + LANES, 4 * d);
+  if (parts == 4) {
+    _tile_stored(2, sums + 2 * LANES, 4 * d);
+    _tile_stored(3, sums + 3 * LANES, 4 * d);
+  }
+}
+
+static void weigh_blocks(float *sums, long d, const bf16 *weights, long stride, const int32_t *tiles, long blocks) {
+  long i = 0;
+  for (; i + 4 * LANES <= d; i += 4 * LANES) add_blocks(4, sums + i, d, weights, stride, tiles + i * LANES, blocks);
+  for (; i < d; i += 2 * LANES) add_blocks(2, sums + i, d, weights, stride, tiles + i * LANES, blocks);
+}
+
+/* The same for the queries of one node, as many as heads share a KV head. */
+static void weigh_few(float *sums, long d, const bf16 *weights, long stride, const int32_t *tiles, long blocks) {
+  for (long part = 0; part < d / LANES; part++) {
+    _tile_loadd(6, sums + part * LANES, 4 * d);
+    for (long block = 0; block < blocks; block++) {
+      _tile_loadd(7, weights + block * BLOCK, 2 * stride);
+      _tile_loadd(5, tiles + (block * d + part * LANES) * LANES, 64);
+      _tile_dpbf16ps(6, 7, 5);
+    }
+    _tile_stored(6, sums + part * LANES, 4 * d);
+  }
+}
+
+/* What a node sees of the tree, in its order: into `seen`; returns how many. */
+static long list_seen(const uint8_t *sees, long tree, int32_t *seen) {
+  long rank = 0;
+  for (long other = 0; other < tree; other++)
+    if (sees[other]) seen[rank++] = (int32_t)other;
+  return rank;
+}
+
+static int all_finite(const bf16 *values, long count) {
+  ivec broken = {0};
+  for (long i = 0; i < count; i += LANES) broken |= (widen(values + i) & 0x7f80) == 0x7f80;
+  for (int i = 0; i < LANES; i++)
+    if (broken[i]) return 0;
+  return 1;
+}
+
+/* Whether nodes see all that stands before them in the tree; numbers that are not finite would not be left out of sums
+   by weights of zero. */
+static int is_chain(const uint8_t *seen, long tree, long earlier, long nodes, const bf16 *values, long d) {
+  for (long node = 0; node < nodes; node++)
+    if (memchr(seen + node * tree, 0, (size_t)(earlier + node + 1))) return 0;
+  return all_finite(values, (earlier + nodes) * d);
+}
+
+/* As `attend`. */
+static void unit_attend(const void *pointer, long task) {
+  const attention_arguments *a = pointer;
+  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, d = a->width, group = a->heads / a->kv_heads;
+  long part = task % parts, kv = task / parts % a->kv_heads, row = task / parts / a->kv_heads;
+  long first = part * most, nodes = a->nodes - first < most ? a->nodes - first : most;
+  long length = a->lengths[row], tree = a->tree, earlier = tree - a->nodes + first, queries = nodes * group;
+  long end = length + earlier + nodes; /* nobody sees what stands behind itself */
+  long rows = (queries + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, block_size = LANES * d;
+  long stride = (length + tree + 3 * KEYS) / LANES * LANES, most_own = (tree + BLOCK) / BLOCK + 1;
+  const uint8_t *sees = a->seen + (row * a->nodes + first) * tree;
+  const int64_t *depth = a->depth + row * tree + earlier;
+  const bf16 *values[BLOCK];
+  stretch stretches[MOST_LEVELS + 1];
+  long words = rows * (d + d / 2 + stride) + KEYS * d / 2 + (BLOCKS + 2 * most_own) * block_size + d + tree;
+  float *sums = (float *)scratch((size_t)words * sizeof(float)), *scores = sums + rows * d;
+  int32_t *query = (int32_t *)(scores + rows * stride), *turned = query + rows * d / 2, *tiles = turned + KEYS * d / 2;
+  int32_t *begun = tiles + BLOCKS * block_size, *own = begun + most_own * block_size, *seen = own + most_own * block_size;
+  float *rotated = (float *)(seen + tree);
+
+  if (parts == 1) write_cache(a, row, kv);
+  long count = find_stretches(a, row, kv, stretches);
+  const stretch *last = stretches + count - 1;
+  const bf16 *behind = last->values + (length - last->first) * d;
+  for (long q = 0; q < queries; q++) { /* tiles hold further ones, whatever they are: nobody reads their results */
+    long at = row * a->nodes + first + q / group, head = kv * group + q % group;
+    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, rotated);
+    for (long i = 0; i < d; i += LANES) store((bf16 *)query + q * d + i, loadf(rotated + i));
+  }
+  shape_tiles(6, TILE_ROWS, group);
+  if (queries <= TILE_ROWS) turn_keys((const bf16 *)query, queries, d, turned);
+  for (const stretch *s = stretches; s < stretches + count; s++)
+    if (queries <= TILE_ROWS) {
+      long seen_of_it = s->count < end - s->first ? s->count : end - s->first;
+      score_few(turned, queries, d, s->keys, seen_of_it, scores + s->first, stride);
+    } else for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
+      turn_keys(s->keys + at * d, s->count - at, d, turned);
+      turn_keys(s->keys + (at + LANES) * d, s->count - at - LANES, d, turned + LANES);
+      for (long q = 0; q < rows; q += TILE_ROWS)
+        score_tiles((const bf16 *)query + q * d, d, turned, scores + q * stride + s->first + at, stride);
+    }
+
+  int chain = is_chain(sees, tree, earlier, nodes, behind, d);
+  long shared = chain ? (end + BLOCK - 1) / BLOCK : length / BLOCK; /* blocks that are the same for all queries */
+  for (long node = 0; node < nodes; node++) {
+    long to = length + depth[node] + 1, from = a->window && to > a->window ? to - a->window : 0;
+    long whole = ((to > end ? to : end) + BLOCK - 1) / BLOCK * BLOCK;
+    long rank = chain ? 0 : list_seen(sees + node * tree, tree, seen);
+    for (long q = node * group; q < (node + 1) * group; q++) {
+      float *line = scores + q * stride;
+      for (long i = 0; i < rank; i++) line[length + i] = line[length + seen[i]];
+      line[stride - 1] = 1.0f / soften_tiles(line, from, to, whole, a->scale);
+    }
+  }
+  __builtin_memset(sums, 0, (size_t)(rows * d) * sizeof(float));
+  for (long block = 0; block < shared; block += BLOCKS) {
+    long blocks = shared - block < BLOCKS ? shared - block : BLOCKS;
+    for (long i = 0; i < blocks; i++) {
+      find_values(stretches, block + i, chain ? end : length, d, values);
+      turn_values(values, d, tiles + i * block_size);
+    }
+    for (long q = 0; q < rows; q += TILE_ROWS)
+      weigh_blocks(sums + q * d, d, (const bf16 *)(scores + q * stride) + block * BLOCK, 2 * stride, tiles, blocks);
+  }
+  if (!chain) {
+    find_values(stretches, shared, length, d, values);
+    turn_values(values, d, begun);
+    __builtin_memset(begun + block_size, 0, (size_t)((most_own - 1) * block_size) * sizeof(int32_t));
+    for (long node = 0; node < nodes; node++) {
+      long rank = list_seen(sees + node * tree, tree, seen), at = length - shared * BLOCK;
+      long blocks = (at + rank + BLOCK - 1) / BLOCK;
+      __builtin_memcpy(own, begun, (size_t)(blocks * block_size) * sizeof(int32_t));
+      for (long i = 0; i < rank; i++)
+        add_value(behind + seen[i] * d, (at + i) % BLOCK, d, own + (at + i) / BLOCK * block_size);
+      const bf16 *weights = (const bf16 *)(scores + node * group * stride) + shared * BLOCK;
+      weigh_few(sums + node * group * d, d, weights, 2 * stride, own, blocks);
+    }
+  }
+  close_unit();
+  for (long q = 0; q < queries; q++) {
+    bf16 *out = a->out + ((row * a->nodes + first + q / group) * a->heads + kv * group + q % group) * d;
+    for (long i = 0; i < d; i += LANES) store(out + i, loadf(sums + q * d + i) * scores[q * stride + stride - 1]);
+  }
+}
+
+#else
+
+static int unit_attends(const attention_arguments *a) { (void)a; return 0; }
+#define unit_attend attend
+
+#endif
