@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specdec.drafters.clover import CloverHead, embed, make_clover, output_table, unit
 from specdec.drafters.layer import LayerShape, causal_attention
@@ -25,8 +24,6 @@ class CloverOptions(DistillationOptions):
     Attributes:
         num_layers: layers of the augmenting block, copied from the target's last ones; 0 leaves it out.
         num_drafts: tokens ahead that are trained.
-        decay: factor on the loss from each draft depth to the next.
-        regression: weight of the smooth L1 distance to the target's states.
     """
 
     num_layers: int = 2
@@ -36,7 +33,7 @@ class CloverOptions(DistillationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_layers", 0), ("num_drafts", 1), ("regression", 0)):
+        for name, least in (("num_layers", 0), ("num_drafts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -115,13 +112,6 @@ class CloverMethod(HeadMethod):
             states = self.module.step(states, embedded)
             drafts.append(self.module.read_later(states, embedded))
         return torch.stack(drafts, dim=1)
-
-    def extra_losses(self, drafts: Tensor, goals: Tensor, anchors: Anchors) -> Tensor:
-        count, depth = drafts.shape[:2]
-        ahead = torch.arange(count, device=drafts.device).unsqueeze(1) + torch.arange(depth, device=drafts.device)
-        wanted = goals[ahead.clamp(max=max(count - 1, 0))]  # [N, K, d]
-        distances = F.smooth_l1_loss(drafts, wanted, reduction="none").mean(-1)
-        return self.options.regression * distances.masked_fill(~anchors.valid, 0.0)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embed(self._table, tokens).float()

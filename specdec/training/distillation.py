@@ -31,11 +31,16 @@ class DistillationOptions:
     Attributes:
         vocab_size: tokens that can be drafted, the most frequent ones of the training texts; 0 for all.
         decay: factor on the loss from each draft depth to the next.
+        regression: weight of the smooth L1 distance to the target's normed states (Clover-2, section 3.4); such a
+            distance says more of a token than its distribution does, which few texts need.
+        muon: whether matrices learn by Muon, else by AdamW as all else (``specdec.training.optimizer``).
         int8: store matrices as int8 with a scale per row, else bfloat16.
     """
 
     vocab_size: int = 8192
     decay: float = 0.8
+    regression: float = 0.0
+    muon: bool = False
     int8: bool = True
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class DistillationOptions:
             raise ValueError(f"vocab_size must be at least 0 (0 is the whole vocabulary), got {self.vocab_size}")
         if not 0.0 < self.decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], got {self.decay}")
+        if not self.regression >= 0.0:
+            raise ValueError(f"regression must be at least 0, got {self.regression}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class HeadMethod(Method):
     def __init__(self, target: HFTarget, options: Any) -> None:
         self.target = target
         self.options = options
+        self.muon = self.options.muon
         size = self.options.vocab_size
         self.vocab_size = size if size < target.vocab_size else 0
 
@@ -129,7 +137,13 @@ class HeadMethod(Method):
 
     def extra_losses(self, drafts: Tensor, goals: Tensor, anchors: Anchors) -> Tensor:
         """``[N, K]`` losses beside the cross-entropy, 0 where an anchor is not valid; ``goals`` as for it."""
-        return drafts.new_zeros(drafts.shape[:2])
+        if not self.options.regression:
+            return drafts.new_zeros(drafts.shape[:2])
+        count, depth = drafts.shape[:2]
+        ahead = torch.arange(count, device=drafts.device).unsqueeze(1) + torch.arange(depth, device=drafts.device)
+        wanted = goals[ahead.clamp(max=max(count - 1, 0))]  # [N, K, d]
+        distances = F.smooth_l1_loss(drafts.to(goals.dtype), wanted, reduction="none").mean(-1)
+        return self.options.regression * distances.masked_fill(~anchors.valid, 0.0)
 
     def hits(self, batch: TrainingBatch, ranks: int = 10) -> tuple[Tensor, Tensor]:
         anchors = Anchors.of(batch, self.num_drafts)

@@ -31,6 +31,8 @@ class EagleOptions(DistillationOptions):
     """
 
     num_drafts: int = 5
+    regression: float = 10.0
+    muon: bool = True
     low: int = 2
     middle: int = -1
     high: int = -1
@@ -42,7 +44,10 @@ class EagleOptions(DistillationOptions):
 
 
 class EagleMethod(HeadMethod):
-    """The loss of section 3.2: cross-entropy alone, at every step of the unrolled head.
+    """The loss of section 3.2, at every step of the unrolled head, and a distance between states.
+
+    EAGLE-3 does without the distance and says why: it limits what plenty of text can teach. With the million tokens
+    that two cores write in an hour or two it is missed (docs/training.md).
 
     Args:
         target: the model drafted for.

@@ -74,6 +74,7 @@ class Method(ABC):
         learning_rate: what suits it where none is given.
         fitted: beginnings of the names of parameters that ``fit`` sets: they are near where they belong, and learn at a
             tenth of the rate.
+        muon: whether matrices learn by Muon (``specdec.training.optimizer``), else all by AdamW.
 
     Args:
         target: the model that is drafted for; its weights are frozen.
@@ -85,6 +86,7 @@ class Method(ABC):
     features: Sequence[Feature] = ()
     learning_rate: ClassVar[float] = 1e-3
     fitted: ClassVar[tuple[str, ...]] = ()
+    muon: bool = False
     target: HFTarget
     module: nn.Module
 

@@ -19,6 +19,7 @@ from specdec.sampling import derive_seed
 from specdec.training.checkpoints import Checkpoint, CheckpointFolder, pack_state, unpack_state
 from specdec.training.dataset import TrainingSet
 from specdec.training.method import Method, TrainingBatch, expected_tau
+from specdec.training.optimizer import MuonAdamW
 from specdec.training.storage import writing
 
 FITTED_SHARE = 0.1
@@ -160,9 +161,7 @@ class Trainer:
         self._checkpoints = CheckpointFolder(out / "checkpoints", json.loads(json.dumps(identity)))
         method.module.to(device)
         self._wrapped = accelerator.prepare(_Loss(method), device_placement=[False])
-        betas, fused = (settings.beta1, settings.beta2), device.type in ("cpu", "cuda")
-        groups = make_groups(method, settings)
-        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=fused)
+        self._optimizer = make_optimizer(method, settings, device)
         batches_per_step: int = settings.accumulate * accelerator.num_processes
         self.total = max(1, data.total_batches(settings.epochs) // batches_per_step)
         self.step, self.tokens, self.skipped = 0, 0, 0
@@ -384,6 +383,15 @@ def _rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
+def make_optimizer(method: Method, settings: TrainerSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, or Muon for matrices where the method asks for it."""
+    betas, groups = (settings.beta1, settings.beta2), make_groups(method, settings)
+    if method.muon:
+        return MuonAdamW(groups, lr=settings.learning_rate, betas=betas)
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=fused)
+
+
 def make_groups(method: Method, settings: TrainerSettings) -> list[dict[str, Any]]:
     """Parameters by what they have in common: weight decay, for matrices alone, and their share of the rate."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -395,6 +403,7 @@ def make_groups(method: Method, settings: TrainerSettings) -> list[dict[str, Any
             "params": parameters,
             "weight_decay": settings.weight_decay if matrix else 0.0,
             "share": FITTED_SHARE if fitted else 1.0,
+            "matrices": matrix,
         }
         for (matrix, fitted), parameters in groups.items()
     ]

@@ -37,7 +37,7 @@ def make_trainer(folder: Path, settings: TrainerSettings = SETTINGS, **options: 
     return Trainer(method, data, settings, folder / "out", {"what": "test"}, make_accelerator("cpu"), target.device)
 
 
-def die_while_saving(folder: Path) -> None:
+def die_while_saving(folder: Path, muon: bool) -> None:
     """Train until the process kills itself between writing a checkpoint and giving it its name."""
     import os
 
@@ -50,7 +50,7 @@ def die_while_saving(folder: Path) -> None:
 
     checkpoints.os.replace = replace_or_die  # type: ignore[assignment]
     torch.set_num_threads(1)
-    make_trainer(folder).run(resume=False)
+    make_trainer(folder, muon=muon).run(resume=False)
 
 
 def bits(trainer: Trainer) -> dict[str, bytes]:
@@ -61,18 +61,19 @@ def without_times(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**point, "seconds": None} for point in curve]
 
 
-def test_after_a_kill_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
-    source = f"from training.test_trainer import *; die_while_saving(Path({str(tmp_path)!r}))"
+@pytest.mark.parametrize("muon", [False, True])
+def test_after_a_kill_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, muon: bool) -> None:
+    source = f"from training.test_trainer import *; die_while_saving(Path({str(tmp_path)!r}), {muon})"
     done = subprocess.run([sys.executable, "-c", source], cwd=Path(__file__).parents[2], env=child_environment())
     assert done.returncode == -signal.SIGKILL
     left = CheckpointFolder(tmp_path / "out" / "checkpoints", {})
     assert left.steps() == [KILLED_AT - 2, KILLED_AT - 1]
     assert [path.name for path in left.folder.glob(".*")] == [f".step-{KILLED_AT:08d}.tmp"]
-    resumed = make_trainer(tmp_path)
+    resumed = make_trainer(tmp_path, muon=muon)
     steps: list[int] = []
     final = resumed.run(resume=True, progress=lambda step: steps.append(step.step))
     assert steps == list(range(KILLED_AT, resumed.total + 1))
-    whole = make_trainer(tmp_path / "whole")
+    whole = make_trainer(tmp_path / "whole", muon=muon)
     expected = whole.run(resume=False)
     assert bits(resumed) == bits(whole)
     assert (final, resumed.tokens) == (expected, whole.tokens)

@@ -61,10 +61,12 @@ class ToyOptions:
     Attributes:
         noise: added to what is read, so that random numbers matter.
         explode: makes every loss infinite.
+        muon: which optimizer the matrix learns by.
     """
 
     noise: float = 0.1
     explode: bool = False
+    muon: bool = False
 
 
 class ToyMethod(Method):
@@ -75,7 +77,7 @@ class ToyMethod(Method):
     features = ("last", 1)
 
     def __init__(self, target: HFTarget, options: ToyOptions) -> None:
-        self.options = options
+        self.options, self.muon = options, options.muon
         self.module = nn.Linear(2 * target.config.hidden_size, target.vocab_size)
         self.counts: Tensor | None = None
 
