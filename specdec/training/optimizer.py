@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,30 +40,33 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = self._muon(parameter, group) if group["matrices"] else self._adam(parameter, group)
+                gradient: Tensor = parameter.grad
+                state: dict[str, Tensor] = self.state[parameter]
+                update = muon(state, gradient, group) if group["matrices"] else adam(state, gradient, group)
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum"]
-        momentum.lerp_(parameter.grad, 1.0 - group["momentum"])
-        ahead = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov's
-        return orthogonal(ahead).mul_(0.2 * max(parameter.shape) ** 0.5)
 
-    def _adam(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        first, second = group["betas"]
-        state["step"] += 1
-        step = int(state["step"])
-        state["exp_avg"].lerp_(parameter.grad, 1.0 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1.0 - second)
-        root = (state["exp_avg_sq"] / (1.0 - second**step)).sqrt_().add_(group["eps"])
-        return (state["exp_avg"] / (1.0 - first**step)).div_(root)
+def muon(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """The step of a matrix, to be scaled by the learning rate; its state goes on."""
+    if not state:
+        state["momentum"] = torch.zeros_like(gradient)
+    state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
+    ahead = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov's
+    return orthogonal(ahead).mul_(0.2 * max(gradient.shape) ** 0.5)
+
+
+def adam(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """The same for other parameters, by AdamW."""
+    if not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    first, second = group["betas"]
+    state["step"] += 1
+    step = int(state["step"])
+    state["exp_avg"].lerp_(gradient, 1.0 - first)
+    state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
+    root = (state["exp_avg_sq"] / (1.0 - second**step)).sqrt_().add_(group["eps"])
+    return (state["exp_avg"] / (1.0 - first**step)).div_(root)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
