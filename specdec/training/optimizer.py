@@ -66,7 +66,8 @@ def adam(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -
     state["exp_avg"].lerp_(gradient, 1.0 - first)
     state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
     root = (state["exp_avg_sq"] / (1.0 - second**step)).sqrt_().add_(group["eps"])
-    return (state["exp_avg"] / (1.0 - first**step)).div_(root)
+    update: Tensor = state["exp_avg"] / (1.0 - first**step)
+    return update.div_(root)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
