@@ -68,6 +68,9 @@ class SpecDecoder:
         kv: precision of the target's KV cache, "int8", "int4" or "int2" (see ``specdec.kv_quantized``), None for the
             model's own; the text is then that of this cache, with speculation and without.
         draft_kv: the same of a draft model's.
+        invariant: True refuses a target whose rounding depends on what rides in a pass, where texts could differ from
+            plain decoding's at near-ties; None takes it, and ``decoder.target.invariant`` says which it is. Where rows
+            can be independent they always are: it costs nothing.
         adaptive: draft no more than pays, down to plain decoding and back, as observed; texts stay the same. Where a
             text does depend on the trees (the rejection policy's) and a seed asks for it to be repeatable, trees stay
             as the drafter makes them, since a clock must not choose the text.
@@ -95,6 +98,7 @@ class SpecDecoder:
         draft_device: str | torch.device | None = None,
         kv: str | None = None,
         draft_kv: str | None = None,
+        invariant: Literal[True] | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
@@ -139,6 +143,12 @@ class SpecDecoder:
         self.target = target if isinstance(target, HFTarget) else HFTarget(target)
         if kv_bits is not None:
             self.target.kv_bits = kv_bits
+        if invariant and not self.target.invariant:
+            raise ValueError(
+                f"invariant=True: rounding of {type(self.target.model).__name__} in {self.target.dtype} on "
+                f"{self.target.device} depends on what rides in a pass; it does not for Llama, Mistral, Qwen2 and "
+                "Qwen3 loaded by name with dtype='bf16' on a CPU with a C compiler"
+            )
         if isinstance(drafter, str):
             drafter = create_drafter(resolve_drafter(drafter, self.target), drafter_options)
         self.drafter = drafter

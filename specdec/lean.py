@@ -51,6 +51,19 @@ def make_lean(model: nn.Module) -> int:
     return count
 
 
+def rows_are_independent(model: nn.Module) -> bool:
+    """Whether a row of a pass is the same to the bit whatever rides along: all decoder layers and the head run through
+    kernels made for that."""
+    layers = [module.forward for module in model.modules() if type(module).__name__ in KNOWN]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return (
+        bool(layers)
+        and isinstance(head, PackedLinear)
+        and getattr(model, "dtype", None) == torch.bfloat16
+        and all(isinstance(forward, LeanLayer) and forward.compiled for forward in layers)
+    )
+
+
 def can_be_lean(layer: Any) -> bool:
     """Whether a layer is of a known class and all its linear layers are packed."""
     kind = type(layer)
@@ -104,6 +117,11 @@ class LeanLayer:
         self._kernels = find_kernels() if fits else None
         self.arguments = self._whole() if self._kernels is not None else None
         """For ``Kernels.layers``; None where the layer has to run in parts."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether passes run through compiled kernels, whole or in parts."""
+        return self._kernels is not None
 
     def _whole(self) -> LayerArguments | None:
         """The layer for ``Kernels.layer``; None where its weights lie in another layout, or heads are normed."""

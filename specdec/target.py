@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from specdec.attention import AttentionPass, AttentionSwitch, JoinedPass
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import QuantizedKVCache
-from specdec.lean import LeanStack
+from specdec.lean import LeanStack, rows_are_independent
 from specdec.tree import TokenTree
 
 Feature = str | int
@@ -103,6 +103,13 @@ class HFTarget:
         """The weights' dtype."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a row of a pass is the same to the bit whatever rides along, so that texts are equal with speculation
+        and without, in any batch. Elsewhere rounding may decide near-ties otherwise: rarely in float32, often in 16
+        bit."""
+        return rows_are_independent(self.model)
 
     @property
     def vocab_size(self) -> int:

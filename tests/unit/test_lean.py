@@ -190,3 +190,16 @@ def test_angles_are_looked_up_as_the_model_computes_them(pair: tuple[HFTarget, H
         expected = stack._stack.rotary_emb(states, position_ids=positions)
         for got, wanted in zip(stack._rotary(states, positions), expected, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_a_target_says_whether_its_rows_depend_on_each_other() -> None:
+    model = make("llama")
+    assert not HFTarget(model).invariant
+    with pytest.raises(ValueError, match=r"rounding of LlamaForCausalLM in torch\.bfloat16 on cpu depends"):
+        SpecDecoder(model, "none", invariant=True)
+    short(model)
+    if not model.model.layers[0].forward.compiled:
+        pytest.skip("no C compiler")
+    assert HFTarget(model).invariant
+    assert SpecDecoder(model, "ngram", invariant=True).target.invariant
+    assert not HFTarget(Gemma2ForCausalLM(Gemma2Config(**SIZES, layer_types=None)).eval()).invariant
