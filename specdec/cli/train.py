@@ -78,7 +78,14 @@ def train(
     import torch
 
     from specdec.training.method import METHODS, method_class
-    from specdec.training.run import Reporter, TrainingRequest, make_accelerator, train_drafter, write_only
+    from specdec.training.run import (
+        Reporter,
+        TrainingRequest,
+        make_accelerator,
+        packed_copy,
+        train_drafter,
+        write_only,
+    )
     from specdec.training.synthesis import SynthesisSettings
     from specdec.training.trainer import TrainerSettings
 
@@ -111,7 +118,7 @@ def train(
     )
     if texts_only:
         target, tokenizer = load_target(model, dtype, device)
-        write_only(request, target, tokenizer, report)
+        write_only(request, packed_copy(target), tokenizer, report)
         return
     accelerator = make_accelerator(device)
     target, tokenizer = load_target(model, dtype, device if accelerator.num_processes == 1 else accelerator.device)
