@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from own_engine import OwnEngine
 from prompts import make_prompts
-from run_vllm import Job, K, Outcome, Run, engine_options, plugin, run_jobs
+from run_vllm import OFF, Job, K, Outcome, Run, engine_options, plugin, run_jobs
 
 from specdec.target import HFTarget
 
 DRAFTERS = ["ngram", "suffix", "medusa", "clover"]
-ALL = [*DRAFTERS, "eagle", "model"]
+ALL = [*DRAFTERS, "eagle", "model", "recycling"]
+ALONE = {"recycling": {"max_num_seqs": 1}}
+"""It learns from all texts at once: our own engine's counts are those of one after the other."""
 ABORTED = [1, 6]
 CHUNK = 24
 BLOCKS = 10
@@ -36,7 +38,7 @@ def job(folder: Path, tiny_options: dict[str, Any]) -> Callable[..., Job]:
     def make(drafter: str | None, disturbances: Sequence[str] = (), max_tokens: int = 24) -> Job:
         speculation = None if drafter is None else plugin(drafter, tiny_options[drafter])
         changes = {name: value for kind in disturbances for name, value in DISTURBANCES[kind].items()}
-        engine = engine_options(folder / "model", speculation, **changes)
+        engine = engine_options(folder / "model", speculation, **ALONE.get(drafter, {}), **changes)
         aborted = "aborted" in disturbances
         abort = ABORTED if aborted else ()
         return Job(engine, make_prompts(), max_tokens, abort, abort_at=6 if aborted else -1)
@@ -56,6 +58,7 @@ def run_apart(folder: Path, job: Callable[..., Job]) -> Iterator[Run]:
 def served(folder: Path, job: Callable[..., Job], run_apart: Run) -> dict[str, Outcome]:
     """All that runs with the engine in one process with its client, while the others run."""
     jobs = {"plain": job(None), "plain, long": job(None, max_tokens=LONG), **{name: job(name) for name in ALL}}
+    jobs["ngram, two deep"] = Job(engine_options(folder / "model", plugin("ngram", {"depth": "2"})), make_prompts())
     jobs |= {f"{name} {kind}": job(name, [kind]) for name in DRAFTERS for kind in DISTURBANCES}
     return run_jobs(jobs, folder / "in-process", multiprocess=False)
 
@@ -116,18 +119,27 @@ def test_chunks_of_a_prompt_change_no_count(served: dict[str, Outcome], name: st
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_nothing_is_kept_of_cancelled_requests(served: dict[str, Outcome], name: str) -> None:
-    """Those that ended in the last step are told of with the next, which never comes."""
-    for outcome in (served[name], served[f"{name} aborted"]):
+def test_nothing_is_kept_of_requests_that_are_over(served: dict[str, Outcome], name: str) -> None:
+    for outcome in (served[name], *(served[f"{name} {kind}"] for kind in DISTURBANCES)):
         assert outcome.proposer is not None
-        assert outcome.proposer["requests"] < 8
+        assert outcome.proposer["requests"] == 1  # the one that is asked last
+
+
+def test_options_reach_the_drafter(served: dict[str, Outcome]) -> None:
+    """As ``specdec vllm-config -o depth=2`` writes them down."""
+    deep, shallow = served["ngram"], served["ngram, two deep"]
+    assert shallow.tokens == served["plain"].tokens
+    assert shallow.drafts < shallow.drafted <= 2 * shallow.drafts
+    assert 2 * deep.drafts < deep.drafted
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_an_engine_in_a_process_of_its_own_writes_the_same(
-    served: dict[str, Outcome], served_apart: dict[str, Outcome], name: str
+    served: dict[str, Outcome], served_apart: dict[str, Outcome], run_apart: Run, name: str
 ) -> None:
     outcome = served_apart[name]
     check_text(outcome, served["plain, long"], aborted=True)
     assert outcome.accepted > 0
     assert outcome.preemptions > 0
+    assert f"specdec drafts with {name}, " in run_apart.log()
+    assert OFF not in run_apart.log()
