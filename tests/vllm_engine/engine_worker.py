@@ -60,6 +60,7 @@ def _serve(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "drafted": value("vllm:spec_decode_num_draft_tokens"),
         "accepted": value("vllm:spec_decode_num_accepted_tokens"),
         "preemptions": value("vllm:num_preemptions"),
+        "cached": value("vllm:prefix_cache_hits"),
         "proposer": _proposer(engine, job["prompts"][0]),
     }
 

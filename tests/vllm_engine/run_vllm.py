@@ -60,6 +60,7 @@ class Outcome:
         drafted: tokens drafted.
         accepted: of them.
         preemptions: requests thrown out of the cache.
+        cached: tokens of prompts that were not computed, as an earlier request's had been.
         proposer: ours, its ``off``, name and the number of requests it knows once all are over and one more has begun;
             None for others and in other processes.
     """
@@ -69,6 +70,7 @@ class Outcome:
     drafted: int
     accepted: int
     preemptions: int
+    cached: int
     proposer: dict[str, Any] | None
 
 
@@ -112,7 +114,12 @@ class Run:
         self._names, self._answered, self._log = list(jobs), folder / "results.json", folder / "log.txt"
         asked = folder / "jobs.json"
         asked.write_text(json.dumps([asdict(job) for job in jobs.values()]))
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess)),
+            "VLLM_CACHE_ROOT": str(folder / "compiled"),
+        }
         with self._log.open("w") as output:
             command = [sys.executable, str(WORKER), str(asked), str(self._answered)]
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def job(folder: Path, tiny_options: dict[str, Any]) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def run_apart(folder: Path, job: Callable[..., Job]) -> Iterator[Run]:
-    """Engines in processes of their own, all disturbances at a time."""
-    run = Run({name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}, folder / "multi-process", True)
+    """Engines in processes of their own: with all disturbances at a time, and compiled, as vLLM is by default."""
+    jobs = {name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}
+    undisturbed = job("clover")
+    jobs["compiled"] = replace(undisturbed, engine={**undisturbed.engine, "enforce_eager": False})
+    run = Run(jobs, folder / "multi-process", True)
     yield run
     run.stop()
 
@@ -59,6 +63,10 @@ def served(folder: Path, job: Callable[..., Job], run_apart: Run) -> dict[str, O
     """All that runs with the engine in one process with its client, while the others run."""
     jobs = {"plain": job(None), "plain, long": job(None, max_tokens=LONG), **{name: job(name) for name in ALL}}
     jobs["ngram, two deep"] = Job(engine_options(folder / "model", plugin("ngram", {"depth": "2"})), make_prompts())
+    for name in DRAFTERS:
+        alone = job(name)
+        engine = {**alone.engine, "enable_prefix_caching": True, "block_size": 32}
+        jobs[f"{name} cached"] = replace(alone, engine=engine, prompts=[*alone.prompts, *alone.prompts])
     jobs |= {f"{name} {kind}": job(name, [kind]) for name in DRAFTERS for kind in DISTURBANCES}
     return run_jobs(jobs, folder / "in-process", multiprocess=False)
 
@@ -125,6 +133,17 @@ def test_nothing_is_kept_of_requests_that_are_over(served: dict[str, Outcome], n
         assert outcome.proposer["requests"] == 1  # the one that is asked last
 
 
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_prompts_that_vllm_finds_in_its_cache_change_no_text(served: dict[str, Outcome], name: str) -> None:
+    """Eight and the same again, of whose longer ones a beginning is not computed: its hidden states are never seen."""
+    outcome = served[f"{name} cached"]
+    assert outcome.cached > 0
+    assert outcome.tokens == served["plain"].tokens * 2
+    assert outcome.proposer is not None
+    assert outcome.proposer["off"] is None
+    assert outcome.accepted > 0
+
+
 def test_options_reach_the_drafter(served: dict[str, Outcome]) -> None:
     """As ``specdec vllm-config -o depth=2`` writes them down."""
     deep, shallow = served["ngram"], served["ngram, two deep"]
@@ -143,3 +162,10 @@ def test_an_engine_in_a_process_of_its_own_writes_the_same(
     assert outcome.preemptions > 0
     assert f"specdec drafts with {name}, " in run_apart.log()
     assert OFF not in run_apart.log()
+
+
+def test_a_compiled_model_hands_out_the_states_that_drafts_are_made_from(
+    served: dict[str, Outcome], served_apart: dict[str, Outcome]
+) -> None:
+    assert served_apart["compiled"].tokens == served["plain"].tokens
+    assert served_apart["compiled"].accepted == served["clover"].accepted
