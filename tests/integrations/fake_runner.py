@@ -81,6 +81,10 @@ class BareRunner:
         del self.requests[name]
         self.finished.add(name)
 
+    def idle(self) -> None:
+        """A step without requests: the runner hears of those that ended, and asks no proposer."""
+        self.finished = set()
+
     def preempt(self, name: str, cached: int = 0) -> None:
         """Throw out what was computed, all but a prefix that stays cached."""
         self.requests[name].computed = cached

@@ -204,6 +204,23 @@ def test_finished_and_cancelled_requests_are_forgotten(runner: Callable[..., Fak
     assert run.drafter.off is None
 
 
+@pytest.mark.parametrize("name", ["suffix", "clover"])
+def test_requests_whose_end_is_told_while_nothing_runs_are_forgotten(
+    runner: Callable[..., FakeRunner], name: str
+) -> None:
+    run = runner(name)
+    for request, prompt in PROMPTS.items():
+        run.add(request, prompt)
+        while not run.requests[request].done:
+            run.run([request])
+        run.drop(request)
+        run.idle()
+    run.add("next", PROMPTS["a"])
+    run.run(["next"])
+    assert run.drafter.num_requests == 1
+    assert run.drafter.off is None
+
+
 def test_what_a_drafter_learnt_from_a_text_serves_the_next(runner: Callable[..., FakeRunner]) -> None:
     run = runner("suffix", corpus_tokens=1000)
     for request in ("first", "second"):

@@ -160,6 +160,23 @@ def test_mixed_medusa_heads_are_refused(target: HFTarget, tmp_path: Path) -> Non
         export_weights(mixed, target, "some/model", "medusa", tmp_path / "out")
 
 
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+def test_the_command_exports_eagle_heads_for_the_model_it_names(target: HFTarget, tmp_path: Path, layout: str) -> None:
+    target.model.save_pretrained(tmp_path / "model")
+    save_weights(tmp_path / "weights", eagle3(target, own_output=True), card="")
+    arguments = ["export", "vllm", "--format", layout, "--model", str(tmp_path / "model"), "-k", "3"]
+    arguments += ["--weights", str(tmp_path / "weights"), "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout.partition(" = ")[2])
+    assert said == {"method": "eagle3", "model": str(tmp_path / "out"), "num_speculative_tokens": 3}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if layout == "speculators":
+        assert config["speculators_config"]["verifier"]["name_or_path"] == str(tmp_path / "model")
+    else:
+        assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+
+
 def test_the_command_exports_weights_and_says_how_vllm_loads_them(target: HFTarget, tmp_path: Path) -> None:
     target.model.save_pretrained(tmp_path / "model")
     save_weights(tmp_path / "weights", random_weights(target, "medusa", num_layers=1), card="")

@@ -40,4 +40,10 @@ def tiny_options(tiny_target: HFTarget, folder: Path) -> dict[str, dict[str, obj
     for name in ("medusa", "clover", "eagle"):
         tiny.make_drafter(tiny_target, name, folder / name)
     trained = {name: {"weights": str(folder / name)} for name in ("medusa", "clover", "eagle")}
-    return {"ngram": {}, "suffix": {"corpus_tokens": 0}, **trained, "model": {"model": str(folder / "model")}}
+    return {
+        "ngram": {},
+        "suffix": {"corpus_tokens": 0},
+        **trained,
+        "model": {"model": str(folder / "model")},
+        "recycling": {},
+    }

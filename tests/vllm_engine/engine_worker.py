@@ -60,12 +60,19 @@ def _serve(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "drafted": value("vllm:spec_decode_num_draft_tokens"),
         "accepted": value("vllm:spec_decode_num_accepted_tokens"),
         "preemptions": value("vllm:num_preemptions"),
-        "proposer": _proposer(engine),
+        "cached": value("vllm:prefix_cache_hits"),
+        "proposer": _proposer(engine, job["prompts"][0]),
     }
 
 
-def _proposer(engine: Any) -> dict[str, Any] | None:
-    """What became of our proposer, where the engine runs in this process and has one."""
+def _proposer(engine: Any, prompt: list[int]) -> dict[str, Any] | None:
+    """What became of our proposer, where the engine runs in this process and has one.
+
+    Its requests are counted in the first step of one more: vLLM says in the step before that all others have ended, and
+    asks for no drafts in it.
+    """
+    from vllm import SamplingParams
+
     core = getattr(engine.engine_core, "engine_core", None)
     if core is None:
         return None
@@ -73,7 +80,13 @@ def _proposer(engine: Any) -> dict[str, Any] | None:
     drafter = getattr(getattr(worker, "worker", worker).model_runner, "drafter", None)
     if not getattr(drafter, "sees_steps", False):
         return None
-    return {"off": drafter.off, "name": drafter.drafter_name, "requests": drafter.num_requests}
+    engine.step()
+    engine.add_request("last", {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=4))
+    engine.step()
+    kept = drafter.num_requests
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"off": drafter.off, "name": drafter.drafter_name, "requests": kept}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 K = 4
 """Tokens drafted per step."""
 TIMEOUT_S = 600
+OFF = "going on without drafts"
+"""What the proposer says when it switches its drafter off."""
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -58,7 +60,9 @@ class Outcome:
         drafted: tokens drafted.
         accepted: of them.
         preemptions: requests thrown out of the cache.
-        proposer: ours, its ``off``, name and number of requests; None for others and in other processes.
+        cached: tokens of prompts that were not computed, as an earlier request's had been.
+        proposer: ours, its ``off``, name and the number of requests it knows once all are over and one more has begun;
+            None for others and in other processes.
     """
 
     tokens: list[list[int]]
@@ -66,6 +70,7 @@ class Outcome:
     drafted: int
     accepted: int
     preemptions: int
+    cached: int
     proposer: dict[str, Any] | None
 
 
@@ -109,7 +114,12 @@ class Run:
         self._names, self._answered, self._log = list(jobs), folder / "results.json", folder / "log.txt"
         asked = folder / "jobs.json"
         asked.write_text(json.dumps([asdict(job) for job in jobs.values()]))
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess))}
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocess)),
+            "VLLM_CACHE_ROOT": str(folder / "compiled"),
+        }
         with self._log.open("w") as output:
             command = [sys.executable, str(WORKER), str(asked), str(self._answered)]
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -118,11 +128,15 @@ class Run:
         """What became of the jobs, once all are done."""
         try:
             if self._process.wait(timeout=TIMEOUT_S):
-                raise RuntimeError(f"vLLM failed:\n{self._log.read_text(errors='replace')[-6000:]}")
+                raise RuntimeError(f"vLLM failed:\n{self.log()[-6000:]}")
         finally:
             self.stop()
         results = json.loads(self._answered.read_text())
         return {name: Outcome(**result) for name, result in zip(self._names, results, strict=True)}
+
+    def log(self) -> str:
+        """What vLLM has said so far, in all processes."""
+        return self._log.read_text(errors="replace")
 
     def stop(self) -> None:
         """End it, whatever is under way."""

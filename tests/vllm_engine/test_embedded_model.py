@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from own_engine import OwnEngine
-from run_vllm import Job, K, Outcome, Run, engine_options, plugin, run_jobs
+from run_vllm import OFF, Job, K, Outcome, Run, engine_options, plugin, run_jobs
 
 from specdec.benchmarks.peer_bench import encode_question
 from specdec.benchmarks.questions import SHIPPED, load_questions
@@ -93,11 +93,13 @@ def test_drafts_are_accepted_as_often_as_by_our_own_engine(
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_chunks_cancelled_requests_and_preemption_change_no_text(
-    served: dict[str, Outcome], served_apart: dict[str, Outcome], name: str
+    served: dict[str, Outcome], served_apart: dict[str, Outcome], run_apart: Run, name: str
 ) -> None:
     outcome, plain = served_apart[name], served["plain"]
     assert outcome.preemptions > 0
     assert outcome.accepted > 0
+    assert f"specdec drafts with {name}, " in run_apart.log()
+    assert OFF not in run_apart.log()
     for index, (mine, other) in enumerate(zip(outcome.tokens, plain.tokens, strict=True)):
         assert mine == (other[: len(mine)] if index in ABORTED else other)
         assert len(mine) < len(other) or index not in ABORTED

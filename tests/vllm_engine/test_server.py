@@ -118,7 +118,8 @@ def make_messages() -> list[list[dict[str, str]]]:
 def test_32_streams_at_a_time_are_all_answered_as_without_speculation(
     address: str, chat_target: HFTarget, tokenizer: Any
 ) -> None:
-    openai = pytest.importorskip("openai")
+    import openai
+
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
     model = client.models.list().data[0].id
 

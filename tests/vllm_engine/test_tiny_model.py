@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from own_engine import OwnEngine
 from prompts import make_prompts
-from run_vllm import Job, K, Outcome, Run, engine_options, plugin, run_jobs
+from run_vllm import OFF, Job, K, Outcome, Run, engine_options, plugin, run_jobs
 
 from specdec.target import HFTarget
 
 DRAFTERS = ["ngram", "suffix", "medusa", "clover"]
-ALL = [*DRAFTERS, "eagle", "model"]
+ALL = [*DRAFTERS, "eagle", "model", "recycling"]
+ALONE = {"recycling": {"max_num_seqs": 1}}
+"""It learns from all texts at once: our own engine's counts are those of one after the other."""
 ABORTED = [1, 6]
 CHUNK = 24
 BLOCKS = 10
@@ -36,7 +39,7 @@ def job(folder: Path, tiny_options: dict[str, Any]) -> Callable[..., Job]:
     def make(drafter: str | None, disturbances: Sequence[str] = (), max_tokens: int = 24) -> Job:
         speculation = None if drafter is None else plugin(drafter, tiny_options[drafter])
         changes = {name: value for kind in disturbances for name, value in DISTURBANCES[kind].items()}
-        engine = engine_options(folder / "model", speculation, **changes)
+        engine = engine_options(folder / "model", speculation, **ALONE.get(drafter, {}), **changes)
         aborted = "aborted" in disturbances
         abort = ABORTED if aborted else ()
         return Job(engine, make_prompts(), max_tokens, abort, abort_at=6 if aborted else -1)
@@ -46,8 +49,11 @@ def job(folder: Path, tiny_options: dict[str, Any]) -> Callable[..., Job]:
 
 @pytest.fixture(scope="module")
 def run_apart(folder: Path, job: Callable[..., Job]) -> Iterator[Run]:
-    """Engines in processes of their own, all disturbances at a time."""
-    run = Run({name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}, folder / "multi-process", True)
+    """Engines in processes of their own: with all disturbances at a time, and compiled, as vLLM is by default."""
+    jobs = {name: job(name, list(DISTURBANCES), LONG) for name in DRAFTERS}
+    undisturbed = job("clover")
+    jobs["compiled"] = replace(undisturbed, engine={**undisturbed.engine, "enforce_eager": False})
+    run = Run(jobs, folder / "multi-process", True)
     yield run
     run.stop()
 
@@ -56,6 +62,11 @@ def run_apart(folder: Path, job: Callable[..., Job]) -> Iterator[Run]:
 def served(folder: Path, job: Callable[..., Job], run_apart: Run) -> dict[str, Outcome]:
     """All that runs with the engine in one process with its client, while the others run."""
     jobs = {"plain": job(None), "plain, long": job(None, max_tokens=LONG), **{name: job(name) for name in ALL}}
+    jobs["ngram, two deep"] = Job(engine_options(folder / "model", plugin("ngram", {"depth": "2"})), make_prompts())
+    for name in DRAFTERS:
+        alone = job(name)
+        engine = {**alone.engine, "enable_prefix_caching": True, "block_size": 32}
+        jobs[f"{name} cached"] = replace(alone, engine=engine, prompts=[*alone.prompts, *alone.prompts])
     jobs |= {f"{name} {kind}": job(name, [kind]) for name in DRAFTERS for kind in DISTURBANCES}
     return run_jobs(jobs, folder / "in-process", multiprocess=False)
 
@@ -116,18 +127,45 @@ def test_chunks_of_a_prompt_change_no_count(served: dict[str, Outcome], name: st
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_nothing_is_kept_of_cancelled_requests(served: dict[str, Outcome], name: str) -> None:
-    """Those that ended in the last step are told of with the next, which never comes."""
-    for outcome in (served[name], served[f"{name} aborted"]):
+def test_nothing_is_kept_of_requests_that_are_over(served: dict[str, Outcome], name: str) -> None:
+    for outcome in (served[name], *(served[f"{name} {kind}"] for kind in DISTURBANCES)):
         assert outcome.proposer is not None
-        assert outcome.proposer["requests"] < 8
+        assert outcome.proposer["requests"] == 1  # the one that is asked last
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_prompts_that_vllm_finds_in_its_cache_change_no_text(served: dict[str, Outcome], name: str) -> None:
+    """Eight and the same again, of whose longer ones a beginning is not computed: its hidden states are never seen."""
+    outcome = served[f"{name} cached"]
+    assert outcome.cached > 0
+    assert outcome.tokens == served["plain"].tokens * 2
+    assert outcome.proposer is not None
+    assert outcome.proposer["off"] is None
+    assert outcome.accepted > 0
+
+
+def test_options_reach_the_drafter(served: dict[str, Outcome]) -> None:
+    """As ``specdec vllm-config -o depth=2`` writes them down."""
+    deep, shallow = served["ngram"], served["ngram, two deep"]
+    assert shallow.tokens == served["plain"].tokens
+    assert shallow.drafts < shallow.drafted <= 2 * shallow.drafts
+    assert 2 * deep.drafts < deep.drafted
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_an_engine_in_a_process_of_its_own_writes_the_same(
-    served: dict[str, Outcome], served_apart: dict[str, Outcome], name: str
+    served: dict[str, Outcome], served_apart: dict[str, Outcome], run_apart: Run, name: str
 ) -> None:
     outcome = served_apart[name]
     check_text(outcome, served["plain, long"], aborted=True)
     assert outcome.accepted > 0
     assert outcome.preemptions > 0
+    assert f"specdec drafts with {name}, " in run_apart.log()
+    assert OFF not in run_apart.log()
+
+
+def test_a_compiled_model_hands_out_the_states_that_drafts_are_made_from(
+    served: dict[str, Outcome], served_apart: dict[str, Outcome]
+) -> None:
+    assert served_apart["compiled"].tokens == served["plain"].tokens
+    assert served_apart["compiled"].accepted == served["clover"].accepted

@@ -127,7 +127,7 @@ class SpecdecProposer:
         self, step: Step | None, sampled: Sequence[Sequence[int]], lengths: Any, token_ids: Any
     ) -> list[list[int]]:
         if step is not None:
-            for req_id in step.finished & self._requests.keys():
+            for req_id in self._requests.keys() - step.alive:
                 self._requests.pop(req_id).finish()
         drafts = []
         for index, new in enumerate(sampled):

@@ -36,10 +36,16 @@ class RequestPass:
 
 @dataclass(frozen=True)
 class Step:
-    """All requests of a step in the order of vLLM's batch, and those that have ended before it."""
+    """What a step computed.
+
+    Attributes:
+        passes: its requests, in the order of vLLM's batch.
+        alive: names of all requests that have not ended, those that wait to be computed anew among them. What has
+            ended is told by its absence: vLLM names it once, maybe in a step that asks for no drafts.
+    """
 
     passes: Sequence[RequestPass]
-    finished: frozenset[str] = frozenset()
+    alive: frozenset[str]
 
 
 def read_step(
@@ -78,7 +84,7 @@ def read_step(
         )
         start += count
         sampled += len(drafts) + 1
-    return Step(passes, frozenset(scheduled.finished_req_ids))
+    return Step(passes, frozenset(runner.requests))
 
 
 def _states(arguments: Mapping[str, Any], features: Sequence[Feature], runner: Any) -> dict[Feature, Tensor]:
