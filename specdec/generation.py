@@ -178,15 +178,17 @@ class Generation:
         if not filled:
             return cache
         rows, clock = [row for row, _ in filled], PhaseClock(self._finish_device)
-        capacity, first = max(row.max_len for row in rows) + self._spare, len(self._batch)
+        capacities, first = [row.max_len + self._spare for row in rows], len(self._batch)
         if first:
             self._guarded(lambda: self._missed.hand_over(self._observe))
         with clock.phase("prefill"):
             if first:
-                cache.reserve(capacity)
-                cache.add_rows(len(rows))
+                cache.add_rows(len(rows), capacities)
             else:
-                cache = self.target.new_cache(len(rows), capacity)
+                cache = self.target.new_cache(len(rows), max(capacities))
+                cache.fit(capacities)
+            for index, (_, held) in enumerate(filled, first):
+                cache.share(index, held.shares[0])  # all rows', so that buffers are made for what stands behind them
             for index, (row, held) in enumerate(filled, first):
                 cache.copy_row(index, held, 0, len(row.tokens) - 1)
         with clock.phase("draft"):
@@ -221,18 +223,18 @@ class Generation:
         if not batch.rows:
             return self.target.new_cache(0, 1)
         with clock.phase("prefill"):
-            capacity = max(row.max_len for row in batch.rows) + self._spare
+            capacities = [row.max_len + self._spare for row in batch.rows]
             prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
             if self._kept is None or self._kept.cache is None or self.drafter.features:
                 cache, output = prefill_shared(
-                    self.target, prompts, capacity, self.drafter.features, self._prefixes, self._share_prefixes
+                    self.target, prompts, capacities, self.drafter.features, self._prefixes, self._share_prefixes
                 )
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
                 reused = cache.max_length  # a quantized cache may not go back so far
-                cache.reserve(capacity)
+                cache.reserve(max(capacities))
                 missing = [prompt[reused:] for prompt in prompts]
                 output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
         with clock.phase("draft"):
@@ -245,12 +247,12 @@ class Generation:
         """One pass over one tree per row."""
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
-        room = NO_LIMIT if self._grows else cache.capacity - cache.max_length
+        room = NO_LIMIT if self._grows else cache.room
         budget = self._policy.budget(rows, min(self._most_nodes, room))
         with clock.phase("draft"):
             tree = self._draft(budget)
         with clock.phase("target"):
-            cache.reserve(cache.max_length + tree.num_nodes)
+            cache.make_room(tree.num_nodes)
             chunks = self._chunks(tree)
             output = self.target.forward_beside(tree, cache, chunks, self.drafter.features)
         with clock.phase("accept"):

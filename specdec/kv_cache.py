@@ -35,7 +35,7 @@ class KVCache(SlotOrder):
 
     Args:
         batch_size: number of rows, B.
-        capacity: tokens per row; must cover the longest row plus the largest tree.
+        capacity: tokens per row; must cover the longest row plus the largest tree. ``fit`` tells rows apart.
         device: where lengths and buffers live.
     """
 
@@ -45,6 +45,7 @@ class KVCache(SlotOrder):
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
+        self._fitted: list[int] | None = None  # each row's capacity; None where all have the cache's
         self._own: Tensor | None = None  # lengths, where rows share something
         self._set_shares([()] * batch_size)
         self.layers: dict[int, LayerBuffers] = {}
@@ -90,7 +91,22 @@ class KVCache(SlotOrder):
         """Slots of a row's own buffers, S; before the first write, what they will have."""
         for buffers in self.layers.values():
             return buffers.keys.shape[2]
-        return self.capacity - min(self._shared, default=0)
+        return self._planned
+
+    @property
+    def _planned(self) -> int:
+        """Slots that suffice for all rows' capacities."""
+        each = zip(self._capacities, self._shared, strict=True)
+        return max((capacity - shared for capacity, shared in each), default=self.capacity)
+
+    @property
+    def _capacities(self) -> list[int]:
+        return [self.capacity] * self.batch_size if self._fitted is None else self._fitted
+
+    @property
+    def room(self) -> int:
+        """Nodes of a tree that fit behind every row as it is."""
+        return self.slots - max(self._host_own, default=0)
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +114,13 @@ class KVCache(SlotOrder):
         return sum(b.keys.nbytes + b.values.nbytes for b in self.layers.values()) + sum(
             segment.num_bytes for segment in distinct(self._shares)
         )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that hold keys and values, those of segments included; some may be views of the same memory."""
+        pairs = [(buffers.keys, buffers.values) for buffers in self.layers.values()]
+        pairs += [pair for segment in distinct(self._shares) for pair in segment.layers.values()]
+        return [part for pair in pairs for part in pair]
 
     @property
     def _host_own(self) -> list[int]:
@@ -262,15 +285,21 @@ class KVCache(SlotOrder):
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in the order given."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
-        # Rows that share nothing may have needed longer buffers than those that stay.
-        slots = self.capacity - min((self._shared[row] for row in rows), default=0)
-        for buffers in self.layers.values():
-            buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
+        own = self._host_own
+        if self._fitted is not None:
+            self._fitted = [self._fitted[row] for row in rows]
         self._set_shares([self._shares[row] for row in rows])
         self._set_lengths([self._host_lengths[row] for row in rows])
+        # Rows that are gone may have needed longer buffers than those that stay.
+        slots = max([self._planned, *(own[row] for row in rows)])
+        for buffers in self.layers.values():
+            buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
 
-    def add_rows(self, count: int) -> None:
-        """Append empty rows."""
+    def add_rows(self, count: int, capacities: Sequence[int] | None = None) -> None:
+        """Append empty rows, with capacities of their own, or the cache's."""
+        if capacities is not None or self._fitted is not None:
+            self._fitted = [*self._capacities, *([self.capacity] * count if capacities is None else capacities)]
+            self.capacity = max(self.capacity, *self._fitted)
         for buffers in self.layers.values():
             for name in ("keys", "values"):
                 old: Tensor = getattr(buffers, name)
@@ -305,7 +334,7 @@ class KVCache(SlotOrder):
         for layer, (keys, values) in layers.items():
             self.bind(layer, keys.unsqueeze(0), values.unsqueeze(0))
         if start + count > self.slots:
-            self._grow(self.capacity - min(self._shared))
+            self._grow(max(start + count, self._planned))
         for layer, (keys, values) in layers.items():
             mine = self.layers[layer]
             mine.keys[row, :, start : start + count] = keys[:, :count]
@@ -351,12 +380,34 @@ class KVCache(SlotOrder):
         self.share(row, shares)
         self._append(row, own, length - num_tokens(shares))
 
+    def fit(self, capacities: Sequence[int]) -> None:
+        """Say how many tokens each row needs room for; the one with most behind its segments decides all rows' slots.
+
+        Where it has to be known, it is said before the first write: buffers grow, and shrink when rows leave only.
+        """
+        self._fitted, self.capacity = list(capacities), max(capacities, default=self.capacity)
+        self._grow_to_plan()
+
     def reserve(self, capacity: int) -> None:
         """Grow to at least ``capacity`` tokens per row, keeping what is committed."""
         self.capacity = max(self.capacity, capacity)
-        slots = self.capacity - min(self._shared, default=0)
-        if slots > self.slots:
-            self._grow(slots)
+        if self._fitted is not None:
+            self._fitted = [max(each, capacity) for each in self._fitted]
+        self._grow_to_plan()
+
+    def make_room(self, nodes: int) -> None:
+        """Grow, where that is needed, to so many tokens behind what each row holds."""
+        if nodes <= self.room:
+            return
+        if self._sharing or self._fitted is not None:
+            each = zip(self._capacities, self._host_lengths, strict=True)
+            self.fit([max(capacity, length + nodes) for capacity, length in each])
+        else:
+            self.reserve(self.max_length + nodes)
+
+    def _grow_to_plan(self) -> None:
+        if self._planned > self.slots:
+            self._grow(self._planned)
 
     def _grow(self, slots: int) -> None:
         """Give every row's buffers so many slots."""

@@ -173,7 +173,7 @@ class HFTarget:
         for start in range(0, longest, step):
             chunk = [list(row[start : start + step]) for row in rows]
             width = max(len(part) for part in chunk)
-            cache.reserve(cache.max_length + width)
+            cache.make_room(width)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in chunk], device=self.device)
             ends = sorted({len(part) - 1 for part in chunk if part})
             depth = torch.arange(width, device=self.device).expand(len(rows), -1)
@@ -249,7 +249,7 @@ class HFTarget:
 
     def _chunk_pass(self, chunk: Chunk) -> AttentionPass:
         count = len(chunk.tokens)
-        chunk.cache.reserve(chunk.cache.max_length + count)
+        chunk.cache.make_room(count)
         causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
         return self._new_pass(chunk.cache, torch.arange(count, device=self.device).unsqueeze(0), causal)
 
