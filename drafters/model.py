@@ -181,7 +181,7 @@ class ModelDrafter(Drafter):
         if self._cache is not None and rows:
             self._cache.keep_rows(rows)
 
-    def join(self, batch: Batch, count: int) -> None:
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
         if self._cache is not None:
             self._cache.add_rows(count)
 

@@ -15,7 +15,7 @@ from specdec.adaptive import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
-from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows
+from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows, joined_features
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
@@ -92,7 +92,7 @@ class Generation:
         self._most_rows = most_rows
         self._pass_tokens = pass_tokens
         self._share_prefixes = share
-        self._filling = FillingRows(target, prefixes, share)
+        self._filling = FillingRows(target, prefixes, share, drafter.features)
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
         self._waiting = list(rows)
@@ -147,11 +147,8 @@ class Generation:
 
     @property
     def _joins(self) -> bool:
-        """Whether rows join while others run.
-
-        Not where the drafter follows hidden states: it would have to be shown those of all running rows again.
-        """
-        return not self.drafter.features
+        """Whether rows join while others run."""
+        return self.drafter.takes_rows or not self.drafter.features
 
     def _next_batch(self) -> Batch:
         rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
@@ -177,7 +174,7 @@ class Generation:
         filled = self._filling.take()
         if not filled:
             return cache
-        rows, clock = [row for row, _ in filled], PhaseClock(self._finish_device)
+        rows, clock = [each.row for each in filled], PhaseClock(self._finish_device)
         capacities, first = [row.max_len + self._spare for row in rows], len(self._batch)
         if first:
             self._guarded(lambda: self._missed.hand_over(self._observe))
@@ -187,18 +184,20 @@ class Generation:
             else:
                 cache = self.target.new_cache(len(rows), max(capacities))
                 cache.fit(capacities)
-            for index, (_, held) in enumerate(filled, first):
-                cache.share(index, held.shares[0])  # all rows', so that buffers are made for what stands behind them
-            for index, (row, held) in enumerate(filled, first):
-                cache.copy_row(index, held, 0, len(row.tokens) - 1)
+            for index, each in enumerate(filled, first):
+                cache.share(index, each.cache.shares[0])  # all rows', so that buffers are made for what is behind them
+            for index, each in enumerate(filled, first):
+                cache.copy_row(index, each.cache, 0, len(each.row.tokens) - 1)
+        output = joined_features(filled) if self.drafter.features else None
         with clock.phase("draft"):
             if first:
                 self._batch.add(rows)
-                self._guarded(lambda: self.drafter.join(self._batch, len(rows)))
+                seen = (output,) if self.drafter.features else ()
+                self._guarded(lambda: self.drafter.join(self._batch, len(rows), *seen))
             else:
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._make_batch(rows)
-                self._guarded(lambda: self.drafter.start(self._batch, None))
+                self._guarded(lambda: self.drafter.start(self._batch, output))
         self._share(clock.stop(), rows)
         return cache
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
+from specdec.layer_buffers import LayerBuffers
 from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
-
-
-@dataclass
-class LayerBuffers:
-    """Keys ``[B, H_kv, S, d_k]`` and values ``[B, H_kv, S, d_v]`` of one layer, ``S`` slots a row."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class KVCache(SlotOrder):
@@ -111,14 +103,13 @@ class KVCache(SlotOrder):
     @property
     def num_bytes(self) -> int:
         """Bytes the buffers take, and the segments, each counted once."""
-        return sum(b.keys.nbytes + b.values.nbytes for b in self.layers.values()) + sum(
-            segment.num_bytes for segment in distinct(self._shares)
-        )
+        own = sum(buffers.num_bytes for buffers in self.layers.values())
+        return own + sum(segment.num_bytes for segment in distinct(self._shares))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that hold keys and values, those of segments included; some may be views of the same memory."""
-        pairs = [(buffers.keys, buffers.values) for buffers in self.layers.values()]
+        pairs = [buffers.parts for buffers in self.layers.values()]
         pairs += [pair for segment in distinct(self._shares) for pair in segment.layers.values()]
         return [part for pair in pairs for part in pair]
 
@@ -254,13 +245,13 @@ class KVCache(SlotOrder):
             source = base + torch.where(wanted, path, order)
             rows = torch.arange(self.batch_size, device=path.device).unsqueeze(1)
             for buffers in self.layers.values():
-                for buffer in (buffers.keys, buffers.values):
+                for buffer in buffers.parts:
                     buffer[rows, :, base + order] = buffer[rows, :, source]
         self.advance(counts)
 
     def _moved(self, path: Tensor, kept: Tensor) -> bool:
         """``commit``'s moves by a compiled kernel, all layers in one call; False where that cannot be."""
-        buffers = [buffer for pair in self.layers.values() for buffer in (pair.keys, pair.values)]
+        buffers = [buffer for pair in self.layers.values() for buffer in pair.parts]
         alike = all(part.shape == buffers[0].shape and part.is_contiguous() for part in buffers)
         kernels = find_kernels() if alike and path.device.type == "cpu" else None
         if kernels is None:
@@ -293,7 +284,7 @@ class KVCache(SlotOrder):
         # Rows that are gone may have needed longer buffers than those that stay.
         slots = max([self._planned, *(own[row] for row in rows)])
         for buffers in self.layers.values():
-            buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
+            buffers.keep_rows(index, slots)
 
     def add_rows(self, count: int, capacities: Sequence[int] | None = None) -> None:
         """Append empty rows, with capacities of their own, or the cache's."""
@@ -301,11 +292,17 @@ class KVCache(SlotOrder):
             self._fitted = [*self._capacities, *([self.capacity] * count if capacities is None else capacities)]
             self.capacity = max(self.capacity, *self._fitted)
         for buffers in self.layers.values():
-            for name in ("keys", "values"):
-                old: Tensor = getattr(buffers, name)
-                setattr(buffers, name, torch.cat([old, old.new_zeros(count, *old.shape[1:])]))
+            buffers.add_rows(count)
         self._set_shares([*self._shares, *([()] * count)])
         self._set_lengths(self._host_lengths + [0] * count)
+
+    def take_rows(self, other: KVCache) -> None:
+        """Append the rows of another cache, copied."""
+        size, lengths = self.batch_size, other.row_lengths
+        self.reserve(other.capacity)
+        self.add_rows(len(lengths))
+        for row, length in enumerate(lengths):
+            self.copy_row(size + row, other, row, length)
 
     def share(self, row: int, shares: Sequence[Share]) -> None:
         """Make a row hold the tokens of segments, in place of what it holds.
@@ -412,11 +409,7 @@ class KVCache(SlotOrder):
     def _grow(self, slots: int) -> None:
         """Give every row's buffers so many slots."""
         for buffers in self.layers.values():
-            for name in ("keys", "values"):
-                old: Tensor = getattr(buffers, name)
-                new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                setattr(buffers, name, new)
+            buffers.grow(slots)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where an invariant is broken: lengths, shapes, or a committed entry that is not finite."""
@@ -430,15 +423,7 @@ class KVCache(SlotOrder):
         for segment in distinct(self._shares):
             segment.check_integrity()
         for layer, buffers in self.layers.items():
-            for name, buffer in (("keys", buffers.keys), ("values", buffers.values)):
-                if buffer.shape[0] != self.batch_size or buffer.shape[2] != self.slots:
-                    raise RuntimeError(
-                        f"{name} of layer {layer} are {tuple(buffer.shape)}, expected {self.batch_size} rows of "
-                        f"{self.slots} slots"
-                    )
-                for row, length in enumerate(own):
-                    if not bool(buffer[row, :, :length].isfinite().all()):
-                        raise RuntimeError(f"{name} of layer {layer}, row {row} hold a value that is not finite")
+            buffers.check_integrity(layer, self.slots, own)
 
     def _set_shares(self, shares: Sequence[Shares]) -> None:
         """What rows share; whoever changes it sets the lengths next."""

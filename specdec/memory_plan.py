@@ -213,7 +213,7 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     beside = 0 if work.shared is None else work.shared.held
     if joins:
         beside = min(beside, rows // 2 * prompt)  # of rows that run, two at least share a prefix
-    if joins and not work.features:
+    if joins:
         beside += prompt  # one in the making has its own cache
     own = capacity
     if shared is not None and work.refers:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kv_cache import KVCache, LayerBuffers
+from specdec.kv_cache import KVCache
+from specdec.layer_buffers import LayerBuffers
 from specdec.segments import Share
 
 ROUND_CAPACITY = 256
