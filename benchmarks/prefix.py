@@ -24,10 +24,9 @@ from specdec.benchmarks.questions import QuestionSet
 from specdec.benchmarks.schema import SCHEMA
 from specdec.decoder import SpecDecoder
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import ModelShape
+from specdec.memory_plan import ModelShape, stored_bytes
 from specdec.prompts import encode_prompt
 from specdec.sampling import SamplingParams
-from specdec.segments import distinct
 from specdec.target import HFTarget
 
 KIND = "prefix"
@@ -71,7 +70,7 @@ class PrefixFigures:
         speedup: median of the ratios of neighbours.
         shared_prefill_s: seconds of them before the first pass over trees, median.
         unshared_prefill_s: the same without sharing.
-        shared_bytes: keys and values held once all prompts are computed, shared ones once.
+        shared_bytes: most that keys and values took of memory at a time while the text was written, padding included.
         unshared_bytes: the same without sharing.
         least_bytes: of one prefix and each row's suffix and new tokens.
         equal_rows: texts that equal the row's own, decoded alone and plainly.
@@ -148,10 +147,9 @@ def run_prefix(
                 say(f"{name}: {'without' if side else 'with'} sharing, {turn + 1} of {repeat}")
                 start = perf_counter()
                 with _caches_of(target) as caches, decoder.stream(texts, params) as stream:
-                    next(stream)
-                    held[side] = _held(caches)
-                    for _ in stream:
-                        pass
+                    for count, _ in enumerate(stream):
+                        if count % len(texts) == 0:  # about once a pass
+                            held[side] = max(held[side], _held(caches))
                     results = stream.results
                 seconds[side].append(perf_counter() - start)
                 prefill[side].append(decoder.stats.milliseconds["prefill"] / 1000)
@@ -190,11 +188,9 @@ def _caches_of(target: HFTarget) -> Iterator[list[weakref.ref[KVCache]]]:
 
 
 def _held(caches: Sequence[weakref.ref[KVCache]]) -> int:
-    """Bytes of the keys and values of caches that are still there, segments of several counted once."""
+    """Bytes allocated for keys and values of caches that are still there, whatever several of them refer to once."""
     alive = [cache for cache in (reference() for reference in caches) if cache is not None]
-    segments = distinct([shares for cache in alive for shares in cache.shares])
-    own = sum(cache.num_bytes - sum(part.num_bytes for part in distinct(cache.shares)) for cache in alive)
-    return own + sum(segment.num_bytes for segment in segments)
+    return stored_bytes(part for cache in alive for part in cache.tensors)
 
 
 def document(

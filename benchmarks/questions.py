@@ -73,7 +73,7 @@ def load_questions(path: str | Path | None = None) -> QuestionSet:
     if str(path) == HOSTILE and not Path(HOSTILE).exists():
         return _read(SHIPPED.with_name("hostile.jsonl"), "specdec-hostile", "shipped")
     if path is not None:
-        return _read(Path(path), Path(path).stem, str(path))
+        return _read(Path(path), Path(path).stem, "shipped" if Path(path) == SHIPPED else str(path))
     found = _hub_copy()
     if found is not None:
         return _read(found, "mt-bench", f"hub:{HUB_REPO}")

@@ -24,6 +24,8 @@ class Drafter(ABC):
         features: hidden states of the target the drafter wants in ``start`` and ``observe``.
         reads_logits: whether ``observe`` reads the target's logits; if not, passes kept for later lack them.
         virtual_nodes: whether its trees hold virtual nodes, which cannot be merged with another drafter's.
+        takes_rows: of a drafter with ``features``, whether ``join`` takes those of rows that join; if not, new rows
+            wait until all others have ended.
         parts: the drafters it is made of, if any.
     """
 
@@ -32,6 +34,7 @@ class Drafter(ABC):
     features: Sequence[Feature] = ()
     reads_logits: ClassVar[bool] = True
     virtual_nodes: ClassVar[bool] = False
+    takes_rows: bool = False
     parts: Sequence[Drafter] = ()
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
@@ -67,10 +70,14 @@ class Drafter(ABC):
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         """Rows ended: only these go on, in this order. ``batch`` still holds all of them, new tokens included."""
 
-    def join(self, batch: Batch, count: int) -> None:
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
         """Rows joined at the batch's end, ``count`` of them; all their tokens but the last are in the target's cache.
 
-        Drafters with ``features`` are not asked: there new rows wait until all others have ended.
+        Args:
+            batch: all rows.
+            count: how many are new.
+            output: features ``[count, longest, d]`` of the new rows' prompts, as ``start`` takes them. Given where the
+                drafter has ``features``; it is not asked then unless it has ``takes_rows``.
         """
         self.stop()
         self.start(batch, None)

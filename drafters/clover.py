@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,7 @@ class CloverDrafter(HeadDrafter):
 
     name = "clover"
     Config = CloverConfig
+    takes_rows = True
     module: CloverHead
 
     def make_module(self, shape: Mapping[str, Any]) -> CloverHead:
@@ -188,6 +189,10 @@ class CloverDrafter(HeadDrafter):
     def keep_rows(self, rows: Tensor) -> None:
         self._start = self._start[rows]
         self._cache.keep_rows(rows.tolist())
+
+    def add_rows(self, other: Self) -> None:
+        self._start = torch.cat([self._start, other._start])
+        self._cache.take_rows(other._cache)
 
     def stop(self) -> None:
         self.begin(0)

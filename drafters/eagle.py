@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,7 @@ class EagleDrafter(HeadDrafter):
 
     name = "eagle"
     Config = EagleConfig
+    takes_rows = True
     module: EagleHead | FirstEagleHead
 
     def make_module(self, shape: Mapping[str, Any]) -> EagleHead | FirstEagleHead:
@@ -195,6 +196,10 @@ class EagleDrafter(HeadDrafter):
     def keep_rows(self, rows: Tensor) -> None:
         self._start = self._start[rows]
         self._cache.keep_rows(rows.tolist())
+
+    def add_rows(self, other: Self) -> None:
+        self._start = torch.cat([self._start, other._start])
+        self._cache.take_rows(other._cache)
 
     def stop(self) -> None:
         self.begin(0)

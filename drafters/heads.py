@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from specdec.batch import Batch
+from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
@@ -205,6 +206,10 @@ class HeadDrafter(Drafter):
     def keep_rows(self, rows: Tensor) -> None:
         """Only these rows ``[B']`` go on, in this order."""
 
+    def add_rows(self, other: Self) -> None:
+        """Put the rows that another drafter with the same weights knows behind this one's; with ``takes_rows``."""
+        raise NotImplementedError(f"drafter {self.name!r} takes no rows while others run")
+
     def load(self, target: HFTarget) -> DrafterWeights:
         """The weights to use with a target.
 
@@ -248,12 +253,23 @@ class HeadDrafter(Drafter):
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self.begin(len(batch))
+        self._read(batch.rows, output)
+
+    def _read(self, rows: Sequence[Row], output: TargetOutput | None) -> None:
+        """Absorb the prompts of rows that are new."""
         if output is None:
             return
-        width = next(iter(output.features.values())).shape[1]
-        rows = [row.tokens[1:] + [0] * (width + 1 - len(row.tokens)) for row in batch.rows]
-        counts = [len(row.tokens) - 1 for row in batch.rows]
-        self.absorb(output.features, torch.tensor(rows, device=batch.device), counts)
+        states = next(iter(output.features.values()))
+        width = states.shape[1]
+        following = [row.tokens[1:] + [0] * (width + 1 - len(row.tokens)) for row in rows]
+        counts = [len(row.tokens) - 1 for row in rows]
+        self.absorb(output.features, torch.tensor(following, device=states.device), counts)
+
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
+        later = copy.copy(self)
+        later.begin(count)
+        later._read(batch.rows[-count:], output)
+        self.add_rows(later)
 
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         counts = [accepted + 1 for accepted in verdict.num_accepted]

@@ -128,6 +128,7 @@ class HybridDrafter(Drafter):
         for part in self.parts:
             part.bind(target, tokenizer)
         self.features = tuple(dict.fromkeys(name for part in self.parts for name in part.features))
+        self.takes_rows = all(part.takes_rows for part in self.parts if part.features)
         if target.device.type == "cuda":
             self._finish = torch.cuda.synchronize  # what is queued would be counted where its result is first read
             self._economy = Economy(len(self.parts), CAUTIOUS_GPU)
@@ -138,10 +139,11 @@ class HybridDrafter(Drafter):
 
         def start(part: int) -> None:
             if output is not None and self._waits(part):
-                features = {name: output.features[name] for name in self.parts[part].features}
+                read = _features_of(self.parts[part], output)
+                assert read is not None
                 prompt = copy.copy(view)
                 prompt.rows = [replace(row, tokens=list(row.tokens)) for row in view.rows]
-                self._unstarted[part] = prompt, TargetOutput(output.logits, features)
+                self._unstarted[part] = prompt, read
             else:
                 self.parts[part].start(view, output)
 
@@ -277,6 +279,24 @@ class HybridDrafter(Drafter):
                 self._economy.added(part, expected, current.max_nodes, gain)
             merged.learn(tokens)
 
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
+        view, before = _view(batch, batch.max_nodes), _view(batch, batch.max_nodes)
+        before.rows = batch.rows[:-count]
+        parts = len(self.parts)
+        self._rows |= {
+            row.row_id: _RowState(row_odds(parts), [Ratio() for _ in range(parts)]) for row in batch.rows[-count:]
+        }
+
+        def join(part: int) -> None:
+            drafter = self.parts[part]
+            if drafter.features:
+                self._catch_up(part, before)  # what it has to be shown yet is of the rows before
+                drafter.join(view, count, _features_of(drafter, output))
+            else:
+                drafter.join(view, count)
+
+        self._each(join)
+
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         view = _view(batch, batch.max_nodes)
         self._rows = {row.row_id: self._rows[row.row_id] for row in (batch.rows[index] for index in rows)}
@@ -333,6 +353,13 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"{name!r} cannot be part of a hybrid, got {whole!r}: join names of drafters by '+'")
         if names.count(name) > 1:
             raise ValueError(f"drafter {name!r} is there twice in {whole!r}")
+
+
+def _features_of(drafter: Drafter, output: TargetOutput | None) -> TargetOutput | None:
+    """What a part reads of a prompt's features; None where it reads none."""
+    if output is None or not drafter.features:
+        return None
+    return TargetOutput(output.logits, {name: output.features[name] for name in drafter.features})
 
 
 def _view(batch: Batch, max_nodes: int) -> Batch:

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from specdec.attention import AttentionPass
 from specdec.kernels.tree_attention import tree_attention
-from specdec.kv_cache import KVCache, LayerBuffers
+from specdec.kv_cache import KVCache
+from specdec.layer_buffers import LayerBuffers
 from specdec.packing import PackedLinear, can_pack
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import TokenTree

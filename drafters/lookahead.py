@@ -157,7 +157,7 @@ class LookaheadDrafter(Drafter):
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._rows = {row.row_id: _RowState(row, self.config) for row in batch.rows}
 
-    def join(self, batch: Batch, count: int) -> None:
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
         self._rows |= {row.row_id: _RowState(row, self.config) for row in batch.rows[-count:]}
 
     def propose(self, batch: Batch) -> TokenTree:

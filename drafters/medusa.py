@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class MedusaDrafter(HeadDrafter):
 
     name = "medusa"
     Config = MedusaConfig
+    takes_rows = True
     module: MedusaHeads
 
     def make_module(self, shape: Mapping[str, Any]) -> MedusaHeads:
@@ -124,6 +125,10 @@ class MedusaDrafter(HeadDrafter):
 
     def keep_rows(self, rows: Tensor) -> None:
         self._hidden = self._hidden[rows]
+        self._logits = None
+
+    def add_rows(self, other: Self) -> None:
+        self._hidden = torch.cat([self._hidden, other._hidden])
         self._logits = None
 
     def stop(self) -> None:

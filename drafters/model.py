@@ -181,7 +181,7 @@ class ModelDrafter(Drafter):
         if self._cache is not None and rows:
             self._cache.keep_rows(rows)
 
-    def join(self, batch: Batch, count: int) -> None:
+    def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
         if self._cache is not None:
             self._cache.add_rows(count)
 
@@ -200,7 +200,7 @@ class ModelDrafter(Drafter):
     def _forward(self, tree: TokenTree, first_node: int) -> Tensor:
         """Logits ``[B, n, V]`` of the tree's nodes from ``first_node`` on."""
         assert self._cache is not None
-        self._cache.reserve(self._cache.max_length + tree.num_nodes)
+        self._cache.make_room(tree.num_nodes)
         return self.draft_model.forward(tree, self._cache, first_node=first_node).logits
 
     def _seen(self, batch: Batch, tree: TokenTree, nodes: Tensor) -> Tensor | None:

@@ -126,7 +126,7 @@ class SkippedLayers:
 
     def forward(self, tree: TokenTree, cache: KVCache, first_node: int) -> Tensor:
         """Logits ``[B, N - first_node, V']`` at a tree's nodes from a column on; those before it were computed."""
-        cache.reserve(cache.max_length + tree.num_nodes)
+        cache.make_room(tree.num_nodes)
         return self.run(tree.tokens[:, first_node:], cache, tree.depth, tree.ancestors[:, first_node:])
 
     @contextmanager

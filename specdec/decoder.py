@@ -359,6 +359,7 @@ class SpecDecoder:
             refers=self.target.refers_to_segments,
             joins=joins,
             spare=spare,
+            new_tokens=max(row.max_len - row.prompt_len for row in rows),
         )
         shape = self._model_shape()
         drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget

@@ -6,14 +6,18 @@ than in a pass of its own, and no row waits for more than a chunk of somebody el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specdec.batch import Row
 from specdec.kv_cache import KVCache
 from specdec.prefix import PrefixStore, Stretch, shared_prefixes
 from specdec.segments import first_tokens
-from specdec.target import PREFILL_CHUNK, Chunk, HFTarget
+from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 
 PASS_TOKENS = 128
 """Nodes of a pass, those of decoding rows and of prompts together."""
@@ -32,6 +36,7 @@ class _Text:
         row: whose prompt it is; None for a shared prefix.
         cache: of one row; None before its turn.
         stretch: a prefix that is done.
+        states: hidden states wanted of it, in parts; those of what it begins with are the first.
     """
 
     tokens: tuple[int, ...]
@@ -39,11 +44,44 @@ class _Text:
     row: Row | None = None
     cache: KVCache | None = None
     stretch: Stretch | None = None
+    states: dict[Feature, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def features(self) -> dict[Feature, Tensor]:
+        """``[length, d]`` by name of what is computed; empty where nothing is."""
+        return {name: torch.cat(parts) for name, parts in self.states.items() if parts}
 
     @property
     def missing(self) -> int:
         """Tokens to be computed; what is known before its turn is not counted off."""
         return len(self.tokens) - (0 if self.cache is None else self.cache.max_length)
+
+
+@dataclass(frozen=True)
+class FilledRow:
+    """A row whose prompt is computed.
+
+    Attributes:
+        row: the row.
+        cache: of one row, holds all tokens but the last.
+        features: ``[length, d]`` hidden states of them, by name; none where there is no token.
+    """
+
+    row: Row
+    cache: KVCache
+    features: Mapping[Feature, Tensor]
+
+
+def joined_features(rows: Sequence[FilledRow]) -> TargetOutput | None:
+    """Hidden states ``[B, longest, d]`` of rows' prompts, padded at the end; None where none has any."""
+    names = {name for each in rows for name in each.features}
+    found = {name: pad_sequence([_states(name, each, rows) for each in rows], batch_first=True) for name in names}
+    return TargetOutput(torch.empty(0), found) if found else None
+
+
+def _states(name: Feature, filled: FilledRow, rows: Sequence[FilledRow]) -> Tensor:
+    like = next(each.features[name] for each in rows if name in each.features)
+    return filled.features.get(name, like[:0])
 
 
 class FillingRows:
@@ -53,10 +91,18 @@ class FillingRows:
         target: the model.
         store: prefixes computed earlier.
         share: whether to look for what prompts of rows that come together share.
+        features: hidden states to keep of every prompt.
     """
 
-    def __init__(self, target: HFTarget, store: PrefixStore | None = None, share: bool = True) -> None:
+    def __init__(
+        self,
+        target: HFTarget,
+        store: PrefixStore | None = None,
+        share: bool = True,
+        features: Sequence[Feature] = (),
+    ) -> None:
         self._target = target
+        self._features = features
         self._share = share
         self._store = store
         self._texts: list[_Text] = []
@@ -91,7 +137,7 @@ class FillingRows:
             start = text.cache.max_length
             count = min(budget, text.missing, text.cache.longest_pass or PREFILL_CHUNK)
             if count:
-                found.append(Chunk(text.tokens[start : start + count], text.cache))
+                found.append(Chunk(text.tokens[start : start + count], text.cache, text.states))
                 budget -= count
         return found
 
@@ -99,25 +145,29 @@ class FillingRows:
         """Whether a text has its cache; it gets one where what it begins with is done."""
         if text.cache is None and (text.parent is None or text.parent.stretch is not None):
             known = [None if text.parent is None else text.parent.stretch]
-            known.append(None if self._store is None else self._store.find(text.tokens))
+            known.append(None if self._store is None else self._store.find(text.tokens, self._features))
             origin = max((each for each in known if each is not None), key=lambda each: each.length, default=None)
             text.cache = self._target.new_cache(1, max(len(text.tokens), 1))
+            text.states = {name: [] for name in self._features}
             if origin is not None:
                 text.cache.share(0, first_tokens(origin.shares, len(text.tokens)))
+                length = text.cache.max_length  # a quantized cache may take less
+                for name, parts in text.states.items():
+                    parts.append(origin.features[name][:length])
         return text.cache is not None
 
-    def take(self) -> list[tuple[Row, KVCache]]:
-        """Rows whose prompts are computed, each with the cache, of one row, that holds it; they are gone from here."""
-        found: list[tuple[Row, KVCache]] = []
+    def take(self) -> list[FilledRow]:
+        """Rows whose prompts are computed; they are gone from here."""
+        found: list[FilledRow] = []
         for text in [*self._texts]:
             if not self._begun(text) or text.missing:
                 break
             assert text.cache is not None
             self._texts.remove(text)
             if text.row is not None:
-                found.append((text.row, text.cache))
+                found.append(FilledRow(text.row, text.cache, text.features))
             else:
-                text.stretch = Stretch(text.cache.give_away()[0])
+                text.stretch = Stretch(text.cache.give_away()[0], text.features)
         return found
 
     def drop(self, row: Row) -> None:

@@ -15,7 +15,7 @@ from specdec.adaptive import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
-from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows
+from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows, joined_features
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
@@ -92,7 +92,7 @@ class Generation:
         self._most_rows = most_rows
         self._pass_tokens = pass_tokens
         self._share_prefixes = share
-        self._filling = FillingRows(target, prefixes, share)
+        self._filling = FillingRows(target, prefixes, share, drafter.features)
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
         self._waiting = list(rows)
@@ -147,11 +147,8 @@ class Generation:
 
     @property
     def _joins(self) -> bool:
-        """Whether rows join while others run.
-
-        Not where the drafter follows hidden states: it would have to be shown those of all running rows again.
-        """
-        return not self.drafter.features
+        """Whether rows join while others run."""
+        return self.drafter.takes_rows or not self.drafter.features
 
     def _next_batch(self) -> Batch:
         rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
@@ -177,26 +174,30 @@ class Generation:
         filled = self._filling.take()
         if not filled:
             return cache
-        rows, clock = [row for row, _ in filled], PhaseClock(self._finish_device)
-        capacity, first = max(row.max_len for row in rows) + self._spare, len(self._batch)
+        rows, clock = [each.row for each in filled], PhaseClock(self._finish_device)
+        capacities, first = [row.max_len + self._spare for row in rows], len(self._batch)
         if first:
             self._guarded(lambda: self._missed.hand_over(self._observe))
         with clock.phase("prefill"):
             if first:
-                cache.reserve(capacity)
-                cache.add_rows(len(rows))
+                cache.add_rows(len(rows), capacities)
             else:
-                cache = self.target.new_cache(len(rows), capacity)
-            for index, (row, held) in enumerate(filled, first):
-                cache.copy_row(index, held, 0, len(row.tokens) - 1)
+                cache = self.target.new_cache(len(rows), max(capacities))
+                cache.fit(capacities)
+            for index, each in enumerate(filled, first):
+                cache.share(index, each.cache.shares[0])  # all rows', so that buffers are made for what is behind them
+            for index, each in enumerate(filled, first):
+                cache.copy_row(index, each.cache, 0, len(each.row.tokens) - 1)
+        output = joined_features(filled) if self.drafter.features else None
         with clock.phase("draft"):
             if first:
                 self._batch.add(rows)
-                self._guarded(lambda: self.drafter.join(self._batch, len(rows)))
+                seen = (output,) if self.drafter.features else ()
+                self._guarded(lambda: self.drafter.join(self._batch, len(rows), *seen))
             else:
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._make_batch(rows)
-                self._guarded(lambda: self.drafter.start(self._batch, None))
+                self._guarded(lambda: self.drafter.start(self._batch, output))
         self._share(clock.stop(), rows)
         return cache
 
@@ -221,18 +222,18 @@ class Generation:
         if not batch.rows:
             return self.target.new_cache(0, 1)
         with clock.phase("prefill"):
-            capacity = max(row.max_len for row in batch.rows) + self._spare
+            capacities = [row.max_len + self._spare for row in batch.rows]
             prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
             if self._kept is None or self._kept.cache is None or self.drafter.features:
                 cache, output = prefill_shared(
-                    self.target, prompts, capacity, self.drafter.features, self._prefixes, self._share_prefixes
+                    self.target, prompts, capacities, self.drafter.features, self._prefixes, self._share_prefixes
                 )
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
                 cache.truncate([reused])
                 reused = cache.max_length  # a quantized cache may not go back so far
-                cache.reserve(capacity)
+                cache.reserve(max(capacities))
                 missing = [prompt[reused:] for prompt in prompts]
                 output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
         with clock.phase("draft"):
@@ -245,12 +246,12 @@ class Generation:
         """One pass over one tree per row."""
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
-        room = NO_LIMIT if self._grows else cache.capacity - cache.max_length
+        room = NO_LIMIT if self._grows else cache.room
         budget = self._policy.budget(rows, min(self._most_nodes, room))
         with clock.phase("draft"):
             tree = self._draft(budget)
         with clock.phase("target"):
-            cache.reserve(cache.max_length + tree.num_nodes)
+            cache.make_room(tree.num_nodes)
             chunks = self._chunks(tree)
             output = self.target.forward_beside(tree, cache, chunks, self.drafter.features)
         with clock.phase("accept"):

@@ -204,7 +204,7 @@ class GraphTarget(HFTarget):
         if eager or bucket is None or first_node > 0:
             return super().forward(tree, cache, features, first_node)
         assert isinstance(cache, PooledKVCache)
-        cache.reserve(cache.max_length + bucket)
+        cache.make_room(bucket)
         embeddings = tree.embeddings
         virtual = None if embeddings is None else (embeddings.shape[-1], embeddings.dtype)
         key = GraphKey(tree.batch_size, bucket, tuple(features), virtual)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
+from specdec.layer_buffers import LayerBuffers
 from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
-
-
-@dataclass
-class LayerBuffers:
-    """Keys ``[B, H_kv, S, d_k]`` and values ``[B, H_kv, S, d_v]`` of one layer, ``S`` slots a row."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class KVCache(SlotOrder):
@@ -35,7 +27,7 @@ class KVCache(SlotOrder):
 
     Args:
         batch_size: number of rows, B.
-        capacity: tokens per row; must cover the longest row plus the largest tree.
+        capacity: tokens per row; must cover the longest row plus the largest tree. ``fit`` tells rows apart.
         device: where lengths and buffers live.
     """
 
@@ -45,6 +37,7 @@ class KVCache(SlotOrder):
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
+        self._fitted: list[int] | None = None  # each row's capacity; None where all have the cache's
         self._own: Tensor | None = None  # lengths, where rows share something
         self._set_shares([()] * batch_size)
         self.layers: dict[int, LayerBuffers] = {}
@@ -90,14 +83,35 @@ class KVCache(SlotOrder):
         """Slots of a row's own buffers, S; before the first write, what they will have."""
         for buffers in self.layers.values():
             return buffers.keys.shape[2]
-        return self.capacity - min(self._shared, default=0)
+        return self._planned
+
+    @property
+    def _planned(self) -> int:
+        """Slots that suffice for all rows' capacities."""
+        each = zip(self._capacities, self._shared, strict=True)
+        return max((capacity - shared for capacity, shared in each), default=self.capacity)
+
+    @property
+    def _capacities(self) -> list[int]:
+        return [self.capacity] * self.batch_size if self._fitted is None else self._fitted
+
+    @property
+    def room(self) -> int:
+        """Nodes of a tree that fit behind every row as it is."""
+        return self.slots - max(self._host_own, default=0)
 
     @property
     def num_bytes(self) -> int:
         """Bytes the buffers take, and the segments, each counted once."""
-        return sum(b.keys.nbytes + b.values.nbytes for b in self.layers.values()) + sum(
-            segment.num_bytes for segment in distinct(self._shares)
-        )
+        own = sum(buffers.num_bytes for buffers in self.layers.values())
+        return own + sum(segment.num_bytes for segment in distinct(self._shares))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that hold keys and values, those of segments included; some may be views of the same memory."""
+        pairs = [buffers.parts for buffers in self.layers.values()]
+        pairs += [pair for segment in distinct(self._shares) for pair in segment.layers.values()]
+        return [part for pair in pairs for part in pair]
 
     @property
     def _host_own(self) -> list[int]:
@@ -231,13 +245,13 @@ class KVCache(SlotOrder):
             source = base + torch.where(wanted, path, order)
             rows = torch.arange(self.batch_size, device=path.device).unsqueeze(1)
             for buffers in self.layers.values():
-                for buffer in (buffers.keys, buffers.values):
+                for buffer in buffers.parts:
                     buffer[rows, :, base + order] = buffer[rows, :, source]
         self.advance(counts)
 
     def _moved(self, path: Tensor, kept: Tensor) -> bool:
         """``commit``'s moves by a compiled kernel, all layers in one call; False where that cannot be."""
-        buffers = [buffer for pair in self.layers.values() for buffer in (pair.keys, pair.values)]
+        buffers = [buffer for pair in self.layers.values() for buffer in pair.parts]
         alike = all(part.shape == buffers[0].shape and part.is_contiguous() for part in buffers)
         kernels = find_kernels() if alike and path.device.type == "cpu" else None
         if kernels is None:
@@ -261,40 +275,33 @@ class KVCache(SlotOrder):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in the order given."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.lengths.device)
-        # Rows that share nothing may have needed longer buffers than those that stay.
-        slots = self.capacity - min((self._shared[row] for row in rows), default=0)
-        moves = [(place, row) for place, row in enumerate(rows) if place != row]
-        # Rows that fill the gaps of those dropped are copied alone, until half of the buffers would lie idle.
-        if slots == self.slots and all(row >= len(rows) for _, row in moves) and len(rows) * 2 > self._rows_held:
-            held = max((self._host_own[row] for _, row in moves), default=0)
-            for buffers in self.layers.values():
-                for part in (buffers.keys, buffers.values):
-                    for place, row in moves:
-                        part[place, :, :held] = part[row, :, :held]
-                buffers.keys, buffers.values = buffers.keys[: len(rows)], buffers.values[: len(rows)]
-        else:
-            for buffers in self.layers.values():
-                buffers.keys, buffers.values = buffers.keys[index, :, :slots], buffers.values[index, :, :slots]
+        own = self._host_own
+        if self._fitted is not None:
+            self._fitted = [self._fitted[row] for row in rows]
         self._set_shares([self._shares[row] for row in rows])
         self._set_lengths([self._host_lengths[row] for row in rows])
-
-    @property
-    def _rows_held(self) -> int:
-        """Rows that a layer's memory has room for, those dropped at the end included."""
+        # Rows that are gone may have needed longer buffers than those that stay.
+        slots = max([self._planned, *(own[row] for row in rows)])
         for buffers in self.layers.values():
-            row = buffers.keys[:1].nbytes
-            return buffers.keys.untyped_storage().nbytes() // row if row else 0
-        return 0
+            buffers.keep_rows(rows, slots)
 
-    def add_rows(self, count: int) -> None:
-        """Append empty rows."""
+    def add_rows(self, count: int, capacities: Sequence[int] | None = None) -> None:
+        """Append empty rows, with capacities of their own, or the cache's."""
+        if capacities is not None or self._fitted is not None:
+            self._fitted = [*self._capacities, *([self.capacity] * count if capacities is None else capacities)]
+            self.capacity = max(self.capacity, *self._fitted)
         for buffers in self.layers.values():
-            for name in ("keys", "values"):
-                old: Tensor = getattr(buffers, name)
-                setattr(buffers, name, torch.cat([old, old.new_zeros(count, *old.shape[1:])]))
+            buffers.add_rows(count)
         self._set_shares([*self._shares, *([()] * count)])
         self._set_lengths(self._host_lengths + [0] * count)
+
+    def take_rows(self, other: KVCache) -> None:
+        """Append the rows of another cache, copied."""
+        size, lengths = self.batch_size, other.row_lengths
+        self.reserve(other.capacity)
+        self.add_rows(len(lengths))
+        for row, length in enumerate(lengths):
+            self.copy_row(size + row, other, row, length)
 
     def share(self, row: int, shares: Sequence[Share]) -> None:
         """Make a row hold the tokens of segments, in place of what it holds.
@@ -323,7 +330,7 @@ class KVCache(SlotOrder):
         for layer, (keys, values) in layers.items():
             self.bind(layer, keys.unsqueeze(0), values.unsqueeze(0))
         if start + count > self.slots:
-            self._grow(self.capacity - min(self._shared))
+            self._grow(max(start + count, self._planned))
         for layer, (keys, values) in layers.items():
             mine = self.layers[layer]
             mine.keys[row, :, start : start + count] = keys[:, :count]
@@ -369,21 +376,39 @@ class KVCache(SlotOrder):
         self.share(row, shares)
         self._append(row, own, length - num_tokens(shares))
 
+    def fit(self, capacities: Sequence[int]) -> None:
+        """Say how many tokens each row needs room for; the one with most behind its segments decides all rows' slots.
+
+        Where it has to be known, it is said before the first write: buffers grow, and shrink when rows leave only.
+        """
+        self._fitted, self.capacity = list(capacities), max(capacities, default=self.capacity)
+        self._grow_to_plan()
+
     def reserve(self, capacity: int) -> None:
         """Grow to at least ``capacity`` tokens per row, keeping what is committed."""
         self.capacity = max(self.capacity, capacity)
-        slots = self.capacity - min(self._shared, default=0)
-        if slots > self.slots:
-            self._grow(slots)
+        if self._fitted is not None:
+            self._fitted = [max(each, capacity) for each in self._fitted]
+        self._grow_to_plan()
+
+    def make_room(self, nodes: int) -> None:
+        """Grow, where that is needed, to so many tokens behind what each row holds."""
+        if nodes <= self.room:
+            return
+        if self._sharing or self._fitted is not None:
+            each = zip(self._capacities, self._host_lengths, strict=True)
+            self.fit([max(capacity, length + nodes) for capacity, length in each])
+        else:
+            self.reserve(self.max_length + nodes)
+
+    def _grow_to_plan(self) -> None:
+        if self._planned > self.slots:
+            self._grow(self._planned)
 
     def _grow(self, slots: int) -> None:
         """Give every row's buffers so many slots."""
         for buffers in self.layers.values():
-            for name in ("keys", "values"):
-                old: Tensor = getattr(buffers, name)
-                new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                setattr(buffers, name, new)
+            buffers.grow(slots)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where an invariant is broken: lengths, shapes, or a committed entry that is not finite."""
@@ -397,15 +422,7 @@ class KVCache(SlotOrder):
         for segment in distinct(self._shares):
             segment.check_integrity()
         for layer, buffers in self.layers.items():
-            for name, buffer in (("keys", buffers.keys), ("values", buffers.values)):
-                if buffer.shape[0] != self.batch_size or buffer.shape[2] != self.slots:
-                    raise RuntimeError(
-                        f"{name} of layer {layer} are {tuple(buffer.shape)}, expected {self.batch_size} rows of "
-                        f"{self.slots} slots"
-                    )
-                for row, length in enumerate(own):
-                    if not bool(buffer[row, :, :length].isfinite().all()):
-                        raise RuntimeError(f"{name} of layer {layer}, row {row} hold a value that is not finite")
+            buffers.check_integrity(layer, self.slots, own)
 
     def _set_shares(self, shares: Sequence[Shares]) -> None:
         """What rows share; whoever changes it sets the lengths next."""

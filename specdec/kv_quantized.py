@@ -134,6 +134,11 @@ class QuantizedKVCache(KVCache):
         """Bytes of what is quantized and of what is in full."""
         return self._recent.num_bytes + sum(groups.num_bytes for groups in self._groups.values())
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """See ``KVCache.tensors``."""
+        return [*self._recent.tensors, *(part for groups in self._groups.values() for part in groups.parts)]
+
     def write(self, layer: int, keys: Tensor, values: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """See ``KVCache.write``.
 
@@ -238,14 +243,19 @@ class QuantizedKVCache(KVCache):
         self._set_shares([()] * len(rows))
         self._set_lengths([self._host_lengths[row] for row in rows])
 
-    def add_rows(self, count: int) -> None:
+    def add_rows(self, count: int, capacities: Sequence[int] | None = None) -> None:
         """See ``KVCache.add_rows``."""
+        self.fit(capacities or ())
         size = self.batch_size + count
         self._recent.add_rows(count)
         self._groups = {layer: groups.resized(size, self._room) for layer, groups in self._groups.items()}
         self._base += [0] * count
         self._set_shares([()] * size)
         self._set_lengths(self._host_lengths + [0] * count)
+
+    def fit(self, capacities: Sequence[int]) -> None:
+        """See ``KVCache.fit``; all rows have room for the longest."""
+        self.reserve(max(capacities, default=0))
 
     def reserve(self, capacity: int) -> None:
         """See ``KVCache.reserve``."""

@@ -55,6 +55,7 @@ class Workload:
         refers: whether rows refer to it; else it is copied to them.
         joins: whether prompts of further rows are computed beside those that run.
         spare: see ``spare_slots``; None is room for whole trees.
+        new_tokens: most of a row; None is what the longest text has behind the longest prompt.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class Workload:
     refers: bool = True
     joins: bool = False
     spare: int | None = None
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -205,14 +207,18 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     prompt = work.prompt_len - 1
     joins = rows < work.rows or work.joins
     spare = max(SPARE_SLOTS, nodes) if work.spare is None or joins else work.spare
-    capacity = work.max_len + (spare if nodes > 1 else 1)
+    behind = spare if nodes > 1 else 1
+    capacity = work.max_len + behind
     shared = None if joins else work.shared  # fewer rows may share less
     beside = 0 if work.shared is None else work.shared.held
     if joins:
         beside = min(beside, rows // 2 * prompt)  # of rows that run, two at least share a prefix
-    if joins and not work.features:
+    if joins:
         beside += prompt  # one in the making has its own cache
-    own = capacity if shared is None or not work.refers else capacity - shared.least
+    own = capacity
+    if shared is not None and work.refers:
+        new_tokens = work.max_len - work.prompt_len if work.new_tokens is None else work.new_tokens
+        own = min(capacity, shared.own + 1 + new_tokens + behind)  # prompts are computed without their last token
     kv = rows * model.kv_bytes(own) + model.kv_bytes(beside)
     held = 2 * work.features * rows * prompt * model.hidden * model.element  # in parts and put together
     moments = [(0, *_layer(model, rows, nodes, work.max_len + nodes))]

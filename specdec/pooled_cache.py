@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kv_cache import KVCache, LayerBuffers
+from specdec.kv_cache import KVCache
+from specdec.layer_buffers import LayerBuffers
 from specdec.segments import Share
 
 ROUND_CAPACITY = 256
@@ -183,8 +184,9 @@ class PooledKVCache(KVCache):
         self._set_lengths(lengths)
 
     @torch.inference_mode()
-    def add_rows(self, count: int) -> None:
+    def add_rows(self, count: int, capacities: Sequence[int] | None = None) -> None:
         """See ``KVCache.add_rows``."""
+        self.reserve(max(capacities or [0]))
         size = self.batch_size
         if size + count > self._pool.rows:
             self._move(size + count, self.capacity)
@@ -202,6 +204,10 @@ class PooledKVCache(KVCache):
     def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
         """See ``KVCache.copy_row``."""
         super().copy_row(row, source, source_row, length)
+
+    def fit(self, capacities: Sequence[int]) -> None:
+        """See ``KVCache.fit``; slots are the pool's."""
+        self.reserve(max(capacities, default=0))
 
     def reserve(self, capacity: int) -> None:
         """See ``KVCache.reserve``."""

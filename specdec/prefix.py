@@ -82,12 +82,12 @@ class SharedWork:
 
     Attributes:
         held: tokens of all prefixes while they are computed, those of a level side by side and padded.
-        least: tokens of them that every prompt begins with.
+        own: most tokens of a prompt behind what it shares.
         passes: per level, and last of the prompts themselves: texts, most tokens computed of one, longest.
     """
 
     held: int
-    least: int
+    own: int
     passes: tuple[tuple[int, int, int], ...]
 
     @classmethod
@@ -104,7 +104,7 @@ class SharedWork:
         known = [_known(nodes, index) for index in below]
         missing = max(len(prompt) - length for prompt, length in zip(prompts, known, strict=True))
         last = (len(prompts), missing, max(map(len, prompts)))
-        return cls(sum(count * most for count, most, _ in computed), min(known), (*computed, last))
+        return cls(sum(count * most for count, most, _ in computed), missing, (*computed, last))
 
 
 def _known(nodes: Sequence[TrieNode], index: int | None) -> int:
@@ -266,7 +266,7 @@ class PrefixStore:
 def prefill_shared(
     target: HFTarget,
     prompts: Sequence[tuple[int, ...]],
-    capacity: int,
+    capacities: int | Sequence[int],
     features: Sequence[Feature] = (),
     store: PrefixStore | None = None,
     share: bool = True,
@@ -276,7 +276,7 @@ def prefill_shared(
     Args:
         target: the model.
         prompts: token ids; they may be empty, or the same.
-        capacity: slots per row of the cache.
+        capacities: tokens that rows of the cache have room for, all alike or each.
         features: hidden states to return.
         store: prefixes computed earlier.
         share: whether to look for what prompts share.
@@ -296,12 +296,12 @@ def prefill_shared(
         indices = [index for index, node in enumerate(nodes) if node.level == level]
         texts = [nodes[index].tokens for index in indices]
         origins = [origin(nodes[index].tokens, nodes[index].parent) for index in indices]
-        cache, output = extend_from(target, texts, origins, max(map(len, texts)), features)
+        cache, output = extend_from(target, texts, origins, [*map(len, texts)], features)
         for row, (index, shares) in enumerate(zip(indices, cache.give_away(), strict=True)):
             states = {} if output is None else {name: value[row] for name, value in output.features.items()}
             stretches[index] = Stretch(shares, states)
     origins = [origin(prompt, parent) for prompt, parent in zip(prompts, below, strict=True)]
-    return extend_from(target, prompts, origins, capacity, features)
+    return extend_from(target, prompts, origins, capacities, features)
 
 
 @torch.inference_mode()
@@ -309,7 +309,7 @@ def extend_from(
     target: HFTarget,
     texts: Sequence[Sequence[int]],
     origins: Sequence[Stretch | None],
-    capacity: int,
+    capacities: int | Sequence[int],
     features: Sequence[Feature] = (),
 ) -> tuple[KVCache, TargetOutput | None]:
     """Cache texts of which the beginnings are there.
@@ -318,13 +318,16 @@ def extend_from(
         target: the model.
         texts: token ids.
         origins: what each begins with.
-        capacity: slots per row.
+        capacities: tokens that rows have room for, all alike or each.
         features: hidden states to return, ``[B, longest, d]`` of the whole texts.
 
     Returns:
         A new cache with a row per text, and logits and features; None where no text has a token.
     """
-    cache = target.new_cache(len(texts), max(capacity, 1))
+    each = [capacities] * len(texts) if isinstance(capacities, int) else capacities
+    cache = target.new_cache(len(texts), max(1, *each))
+    if not isinstance(capacities, int):
+        cache.fit(capacities)
     for row, source in enumerate(origins):
         if source is not None:
             cache.share(row, first_tokens(source.shares, len(texts[row])))

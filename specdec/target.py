@@ -45,10 +45,12 @@ class Chunk:
     Attributes:
         tokens: token ids, one or more.
         cache: of one row; they are appended to it and committed.
+        states: by name, the hidden states wanted of them, ``[n, d]`` appended to each list.
     """
 
     tokens: Sequence[int]
     cache: KVCache
+    states: Mapping[Feature, list[Tensor]] = field(default_factory=dict)
 
 
 class HFTarget:
@@ -180,7 +182,7 @@ class HFTarget:
         for start in range(0, longest, step):
             chunk = [list(row[start : start + step]) for row in rows]
             width = max(len(part) for part in chunk)
-            cache.reserve(cache.max_length + width)
+            cache.make_room(width)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in chunk], device=self.device)
             ends = sorted({len(part) - 1 for part in chunk if part})
             depth = torch.arange(width, device=self.device).expand(len(rows), -1)
@@ -242,28 +244,33 @@ class HFTarget:
                 torch.cat([embeddings, nothing.expand(-1, -1, embeddings.shape[-1])], dim=1),
             )
         tokens, joined = torch.cat([tree.tokens.reshape(1, -1), beside], dim=1), JoinedPass(parts)
-        out = self._run(joined, tokens, virtual, features, list(range(nodes)))
-        self._commit(chunks)
+        out = self._run(joined, tokens, virtual, _wanted(chunks, features), list(range(nodes)))
+        self._commit(chunks, out, nodes)
         shape = tree.tokens.shape
-        features_of = {name: states[0, :nodes].view(*shape, -1) for name, states in out.features.items()}
+        features_of = {name: out.features[name][0, :nodes].view(*shape, -1) for name in features}
         return TargetOutput(out.logits[0].view(*shape, -1), features_of)
 
     def extend_all(self, chunks: Sequence[Chunk]) -> None:
         """Compute chunks of several texts in one pass."""
         tokens = torch.tensor([[token for chunk in chunks for token in chunk.tokens]], device=self.device)
-        self._run(JoinedPass([*map(self._chunk_pass, chunks)]), tokens, None, (), [0])
-        self._commit(chunks)
+        out = self._run(JoinedPass([*map(self._chunk_pass, chunks)]), tokens, None, _wanted(chunks), [0])
+        self._commit(chunks, out, 0)
 
     def _chunk_pass(self, chunk: Chunk) -> AttentionPass:
         count = len(chunk.tokens)
-        chunk.cache.reserve(chunk.cache.max_length + count)
+        chunk.cache.make_room(count)
         causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
         return self._new_pass(chunk.cache, torch.arange(count, device=self.device).unsqueeze(0), causal)
 
     @staticmethod
-    def _commit(chunks: Sequence[Chunk]) -> None:
+    def _commit(chunks: Sequence[Chunk], out: TargetOutput, start: int) -> None:
+        """Commit chunks that stand side by side from column ``start`` on, and hand out their hidden states."""
         for chunk in chunks:
+            end = start + len(chunk.tokens)
             chunk.cache.advance([len(chunk.tokens)])
+            for name, states in chunk.states.items():
+                states.append(out.features[name][0, start:end].clone())  # a view would keep the whole pass
+            start = end
 
     def run(
         self,
@@ -407,3 +414,8 @@ class HFTarget:
                 f"{name} cannot be served: its window of {size} tokens in layers {silent} is applied through the mask "
                 "alone; load it with sliding_window=None if texts stay shorter"
             )
+
+
+def _wanted(chunks: Sequence[Chunk], features: Sequence[Feature] = ()) -> tuple[Feature, ...]:
+    """Hidden states that a pass has to give, each named once."""
+    return tuple(dict.fromkeys([*features, *(name for chunk in chunks for name in chunk.states)]))

@@ -74,6 +74,7 @@ def test_without_a_hub_the_shipped_set_runs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_hub_copy", lambda: None)
     found = load_questions()
     assert (found.source, found.name, len(found.questions)) == ("shipped", "specdec-questions", 80)
+    assert load_questions(module.SHIPPED).source == "shipped"  # a result names no folder of the machine it is from
     assert all(len(question.turns) == 2 for question in found.questions)
 
 

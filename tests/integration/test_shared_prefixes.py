@@ -15,6 +15,7 @@ from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve
 from specdec.lean import make_lean
+from specdec.memory_plan import stored_bytes
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 
@@ -160,14 +161,36 @@ def test_a_prefix_larger_than_the_limit_is_refused(target: Counting) -> None:
 
 
 def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list[int]]) -> None:
-    decoder = make(target)
-    decoder.generate(PROMPTS, max_new_tokens=20)
+    decoder, prompts = make(target), 6 * PROMPTS
+    decoder.generate(prompts, max_new_tokens=20)
     assert decoder.memory_plan is not None
     budget = decoder.memory_plan.weights + decoder.memory_plan.working * 2 // 3
     tight = make(target, memory_budget=budget)
-    assert [result.token_ids for result in tight.generate(PROMPTS, max_new_tokens=20)] == alone
+    assert [result.token_ids for result in tight.generate(prompts, max_new_tokens=20)] == 6 * alone
     assert tight.memory_plan is not None
-    assert tight.memory_plan.rows < len(PROMPTS)
+    assert 1 < tight.memory_plan.rows < len(prompts)
+
+
+def peak_of(
+    decoder: SpecDecoder, target: HFTarget, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, fields: Any
+) -> tuple[list[Any], int]:
+    """Results, and the most bytes of keys and values that were allocated at a time."""
+    made: list[weakref.ref[KVCache]] = []
+    new_cache = target.new_cache
+
+    def recording(batch_size: int, capacity: int) -> KVCache:
+        cache = new_cache(batch_size, capacity)
+        made.append(weakref.ref(cache))
+        return cache
+
+    peak = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(target, "new_cache", recording)
+        with decoder.stream(prompts, **fields) as stream:
+            for _ in stream:
+                held = [cache for reference in made if (cache := reference()) is not None]
+                peak = max(peak, stored_bytes(part for cache in held for part in cache.tensors))
+            return stream.results, peak
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
@@ -178,21 +201,7 @@ def test_memory_is_one_prefix_and_the_suffixes(target: Counting, monkeypatch: py
     fields: dict[str, Any] = {"max_new_tokens": 64, "ignore_eos": True}
     flat = LatencyCurve.simple({1: 1e6, 64: 1.1e6})
     decoder = SpecDecoder(target, drafter, latency=flat, on_drafter_error="raise")
-    made: list[weakref.ref[KVCache]] = []
-    new_cache = target.new_cache
-
-    def recording(batch_size: int, capacity: int) -> KVCache:
-        cache = new_cache(batch_size, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(target, "new_cache", recording)
-    peak = 0
-    with decoder.stream(prompts, **fields) as stream:
-        for _ in stream:
-            held = [cache for reference in made if (cache := reference()) is not None]
-            peak = max(peak, sum(cache.num_bytes for cache in held))
-        results = stream.results
+    results, peak = peak_of(decoder, target, prompts, monkeypatch, fields)
     token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
     least = token * (len(prefix) + 16 * (len(prompts[0]) - len(prefix) + 64))
     assert least <= peak <= 1.05 * least
@@ -201,6 +210,40 @@ def test_memory_is_one_prefix_and_the_suffixes(target: Counting, monkeypatch: py
     assert (sum(result.stats.accepted for result in results) > 0) == (drafter != "none")
     for row in (0, 15):
         assert results[row].token_ids == make(target).generate(prompts[row], **fields).token_ids
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+def test_rows_that_share_less_make_no_longer_buffers_for_the_others(
+    target: Counting, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    """Most rows begin with system prompt and examples, one with the system prompt alone, one with nothing known."""
+    system, shots = [(5 * n + n // 7) % VOCAB for n in range(300)], [(11 * n + n // 3) % VOCAB for n in range(400)]
+    prompts = [[*system, *shots, row, row + 1, 3] for row in range(6)] + [[*system, 7, 9], [8, 8, 9]]
+    fields: dict[str, Any] = {"max_new_tokens": 32, "ignore_eos": True}
+    decoder = SpecDecoder(target, drafter, latency=LatencyCurve.simple({1: 1e6, 64: 1.1e6}), on_drafter_error="raise")
+    results, peak = peak_of(decoder, target, prompts, monkeypatch, fields)
+    token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
+    own = [3, 3, 3, 3, 3, 3, 2, 3]
+    least = token * (700 + sum(count + 32 for count in own))
+    assert least <= peak <= 1.05 * least
+    assert decoder.memory_plan is not None
+    assert decoder.memory_plan.kv >= peak
+    for row in (0, 6, 7):
+        assert results[row].token_ids == make(target).generate(prompts[row], **fields).token_ids
+
+
+def test_a_row_that_leaves_takes_its_long_buffers_with_it(target: Counting) -> None:
+    """Its text of its own is long, it ends first, and the others have room for theirs from then on."""
+    long = [(7 * n + n // 5) % VOCAB for n in range(400)]
+    cache = target.new_cache(3, 500)
+    cache.fit([500, 30, 40])
+    target.extend([long, [1, 2, 3], [4]], cache)
+    assert cache.slots == 500
+    cache.keep_rows([1, 2])
+    assert (cache.slots, cache.room) == (40, 37)
+    cache.make_room(38)
+    assert cache.slots == 41
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
