@@ -152,10 +152,22 @@ static void take_panels(void *pointer) {
   if (queue->unit) close_unit();
 }
 
+/* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
+#define BLOCK_ROWS 256
+
 void product(const product_arguments *a) {
-  panel_queue queue = {a, a->sizes ? panel_task8 : panel_task, unit_takes(a), (a->out_width + PANEL - 1) / PANEL, 0};
-  if (queue.unit) queue.task = a->sizes ? unit_task8 : unit_task;
-  run_all(take_panels, &queue, queue.panels, a->threads);
+  const long panels = (a->out_width + PANEL - 1) / PANEL, size = a->sizes ? 1 : (long)sizeof(bf16);
+  for (long row = 0; row < a->rows; row += BLOCK_ROWS) {
+    product_arguments block = *a;
+    block.rows = a->rows - row < BLOCK_ROWS ? a->rows - row : BLOCK_ROWS;
+    block.in = (const char *)a->in + row * a->in_width * size;
+    block.out = a->out + row * a->out_width;
+    if (a->residual) block.residual = a->residual + row * a->out_width;
+    if (a->sizes) block.sizes = a->sizes + row;
+    panel_queue queue = {&block, a->sizes ? panel_task8 : panel_task, unit_takes(a), panels, 0};
+    if (queue.unit) queue.task = a->sizes ? unit_task8 : unit_task;
+    run_all(take_panels, &queue, panels, a->threads);
+  }
 }
 
 #else
