@@ -206,88 +206,142 @@ static int is_chain(const uint8_t *seen, long tree, long earlier, long nodes, co
   return all_finite(values, (earlier + nodes) * d);
 }
 
-/* As `attend`. */
-static void unit_attend(const void *pointer, long task) {
-  const attention_arguments *a = pointer;
-  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, d = a->width, group = a->heads / a->kv_heads;
-  long part = task % parts, kv = task / parts % a->kv_heads, row = task / parts / a->kv_heads;
-  long first = part * most, nodes = a->nodes - first < most ? a->nodes - first : most;
-  long length = a->lengths[row], tree = a->tree, earlier = tree - a->nodes + first, queries = nodes * group;
-  long end = length + earlier + nodes; /* nobody sees what stands behind itself */
-  long rows = (queries + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, block_size = LANES * d;
-  long stride = (length + tree + 3 * KEYS) / LANES * LANES, most_own = (tree + BLOCK) / BLOCK + 1;
-  const uint8_t *sees = a->seen + (row * a->nodes + first) * tree;
-  const int64_t *depth = a->depth + row * tree + earlier;
-  const bf16 *values[BLOCK];
+/* A task: the heads of one KV head, for some nodes of one row of the batch. */
+typedef struct {
+  const attention_arguments *a;
+  long row, kv, first, nodes, group, queries, d;
+  long rows;            /* queries in whole tiles; results of further ones are nobody's */
+  long length, earlier; /* committed tokens, and nodes of the tree before the first */
+  long end;             /* nobody sees what stands behind itself */
   stretch stretches[MOST_LEVELS + 1];
-  long words = rows * (d + d / 2 + stride) + KEYS * d / 2 + (BLOCKS + 2 * most_own) * block_size + d + tree;
-  float *sums = (float *)scratch((size_t)words * sizeof(float)), *scores = sums + rows * d;
-  int32_t *query = (int32_t *)(scores + rows * stride), *turned = query + rows * d / 2, *tiles = turned + KEYS * d / 2;
-  int32_t *begun = tiles + BLOCKS * block_size, *own = begun + most_own * block_size, *seen = own + most_own * block_size;
-  float *rotated = (float *)(seen + tree);
+  long count; /* of them */
+  const bf16 *behind;   /* values of the tree */
+  const uint8_t *sees;
+  const int64_t *depth;
+  long stride, block_size, most_own;
+  float *sums, *scores, *rotated;
+  int32_t *query, *turned, *tiles, *begun, *own, *seen;
+} unit_work;
 
-  if (parts == 1) write_cache(a, row, kv);
-  long count = find_stretches(a, row, kv, stretches);
-  const stretch *last = stretches + count - 1;
-  const bf16 *behind = last->values + (length - last->first) * d;
-  for (long q = 0; q < queries; q++) { /* tiles hold further ones, whatever they are: nobody reads their results */
-    long at = row * a->nodes + first + q / group, head = kv * group + q % group;
-    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, rotated);
-    for (long i = 0; i < d; i += LANES) store((bf16 *)query + q * d + i, loadf(rotated + i));
-  }
-  shape_tiles(6, TILE_ROWS, group);
-  if (queries <= TILE_ROWS) turn_keys((const bf16 *)query, queries, d, turned);
-  for (const stretch *s = stretches; s < stretches + count; s++)
-    if (queries <= TILE_ROWS) {
-      long seen_of_it = s->count < end - s->first ? s->count : end - s->first;
-      score_few(turned, queries, d, s->keys, seen_of_it, scores + s->first, stride);
-    } else for (long at = 0; at < s->count && s->first + at < end; at += KEYS) {
-      turn_keys(s->keys + at * d, s->count - at, d, turned);
-      turn_keys(s->keys + (at + LANES) * d, s->count - at - LANES, d, turned + LANES);
-      for (long q = 0; q < rows; q += TILE_ROWS)
-        score_tiles((const bf16 *)query + q * d, d, turned, scores + q * stride + s->first + at, stride);
-    }
+static void prepare(unit_work *w, const attention_arguments *a, long task) {
+  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, part = task % parts, d = a->width;
+  w->a = a, w->d = d, w->group = a->heads / a->kv_heads;
+  w->kv = task / parts % a->kv_heads, w->row = task / parts / a->kv_heads;
+  w->first = part * most, w->nodes = a->nodes - w->first < most ? a->nodes - w->first : most;
+  w->queries = w->nodes * w->group, w->rows = (w->queries + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  w->length = a->lengths[w->row], w->earlier = a->tree - a->nodes + w->first;
+  w->end = w->length + w->earlier + w->nodes;
+  w->sees = a->seen + (w->row * a->nodes + w->first) * a->tree;
+  w->depth = a->depth + w->row * a->tree + w->earlier;
+  w->stride = (w->length + a->tree + 3 * KEYS) / LANES * LANES;
+  w->block_size = LANES * d, w->most_own = (a->tree + BLOCK) / BLOCK + 1;
+  long words = w->rows * (d + d / 2 + w->stride) + KEYS * d / 2 + (BLOCKS + 2 * w->most_own) * w->block_size + d + a->tree;
+  w->sums = (float *)scratch((size_t)words * sizeof(float));
+  w->scores = w->sums + w->rows * d;
+  w->query = (int32_t *)(w->scores + w->rows * w->stride);
+  w->turned = w->query + w->rows * d / 2;
+  w->tiles = w->turned + KEYS * d / 2;
+  w->begun = w->tiles + BLOCKS * w->block_size;
+  w->own = w->begun + w->most_own * w->block_size;
+  w->seen = w->own + w->most_own * w->block_size;
+  w->rotated = (float *)(w->seen + a->tree);
+  if (parts == 1) write_cache(a, w->row, w->kv);
+  w->count = find_stretches(a, w->row, w->kv, w->stretches);
+  const stretch *last = w->stretches + w->count - 1;
+  w->behind = last->values + (w->length - last->first) * d;
+}
 
-  int chain = is_chain(sees, tree, earlier, nodes, behind, d);
-  long shared = chain ? (end + BLOCK - 1) / BLOCK : length / BLOCK; /* blocks that are the same for all queries */
-  for (long node = 0; node < nodes; node++) {
-    long to = length + depth[node] + 1, from = a->window && to > a->window ? to - a->window : 0;
-    long whole = ((to > end ? to : end) + BLOCK - 1) / BLOCK * BLOCK;
-    long rank = chain ? 0 : list_seen(sees + node * tree, tree, seen);
-    for (long q = node * group; q < (node + 1) * group; q++) {
-      float *line = scores + q * stride;
-      for (long i = 0; i < rank; i++) line[length + i] = line[length + seen[i]];
-      line[stride - 1] = 1.0f / soften_tiles(line, from, to, whole, a->scale);
+static void score_all(const unit_work *w) {
+  const attention_arguments *a = w->a;
+  long d = w->d;
+  bf16 *query = (bf16 *)w->query;
+  for (long q = 0; q < w->queries; q++) {
+    long at = w->row * a->nodes + w->first + q / w->group, head = w->kv * w->group + q % w->group;
+    rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, w->rotated);
+    for (long i = 0; i < d; i += LANES) store(query + q * d + i, loadf(w->rotated + i));
+  }
+  int few = w->queries <= TILE_ROWS;
+  if (few) turn_keys(query, w->queries, d, w->turned);
+  for (const stretch *s = w->stretches; s < w->stretches + w->count; s++) {
+    long keys = s->count < w->end - s->first ? s->count : w->end - s->first;
+    if (few) score_few(w->turned, w->queries, d, s->keys, keys, w->scores + s->first, w->stride);
+    for (long at = 0; !few && at < keys; at += KEYS) {
+      turn_keys(s->keys + at * d, s->count - at, d, w->turned);
+      turn_keys(s->keys + (at + LANES) * d, s->count - at - LANES, d, w->turned + LANES);
+      for (long q = 0; q < w->rows; q += TILE_ROWS)
+        score_tiles(query + q * d, d, w->turned, w->scores + q * w->stride + s->first + at, w->stride);
     }
   }
-  __builtin_memset(sums, 0, (size_t)(rows * d) * sizeof(float));
+}
+
+/* What a node sees of the tree moves to where it would stand, were it committed; then scores become weights. A line's
+   last place keeps one over their sum. */
+static void weights_of_all(const unit_work *w, int chain) {
+  long window = w->a->window, length = w->length;
+  for (long node = 0; node < w->nodes; node++) {
+    long own = length + w->depth[node] + 1, from = window && own > window ? own - window : 0;
+    long rank = chain ? w->earlier + node + 1 : list_seen(w->sees + node * w->a->tree, w->a->tree, w->seen);
+    long to = length + rank, whole = ((to > w->end ? to : w->end) + BLOCK - 1) / BLOCK * BLOCK;
+    for (long q = node * w->group; q < (node + 1) * w->group; q++) {
+      float *line = w->scores + q * w->stride;
+      for (long i = 0; !chain && i < rank; i++) line[length + i] = line[length + w->seen[i]];
+      line[w->stride - 1] = 1.0f / soften_tiles(line, from, to, whole, w->a->scale);
+    }
+  }
+}
+
+/* The first `shared` blocks, the same for all queries: of what stands before `end`. */
+static void add_shared(const unit_work *w, long shared, long end) {
+  const bf16 *values[BLOCK];
   for (long block = 0; block < shared; block += BLOCKS) {
     long blocks = shared - block < BLOCKS ? shared - block : BLOCKS;
     for (long i = 0; i < blocks; i++) {
-      find_values(stretches, block + i, chain ? end : length, d, values);
-      turn_values(values, d, tiles + i * block_size);
+      find_values(w->stretches, block + i, end, w->d, values);
+      turn_values(values, w->d, w->tiles + i * w->block_size);
     }
-    for (long q = 0; q < rows; q += TILE_ROWS)
-      weigh_blocks(sums + q * d, d, (const bf16 *)(scores + q * stride) + block * BLOCK, 2 * stride, tiles, blocks);
-  }
-  if (!chain) {
-    find_values(stretches, shared, length, d, values);
-    turn_values(values, d, begun);
-    __builtin_memset(begun + block_size, 0, (size_t)((most_own - 1) * block_size) * sizeof(int32_t));
-    for (long node = 0; node < nodes; node++) {
-      long rank = list_seen(sees + node * tree, tree, seen), at = length - shared * BLOCK;
-      long blocks = (at + rank + BLOCK - 1) / BLOCK;
-      __builtin_memcpy(own, begun, (size_t)(blocks * block_size) * sizeof(int32_t));
-      for (long i = 0; i < rank; i++)
-        add_value(behind + seen[i] * d, (at + i) % BLOCK, d, own + (at + i) / BLOCK * block_size);
-      const bf16 *weights = (const bf16 *)(scores + node * group * stride) + shared * BLOCK;
-      weigh_few(sums + node * group * d, d, weights, 2 * stride, own, blocks);
+    for (long q = 0; q < w->rows; q += TILE_ROWS) {
+      const bf16 *weights = (const bf16 *)(w->scores + q * w->stride) + block * BLOCK;
+      weigh_blocks(w->sums + q * w->d, w->d, weights, 2 * w->stride, w->tiles, blocks);
     }
   }
+}
+
+/* The blocks behind them, put together for each node: the last committed tokens, and its ancestors. */
+static void add_own(const unit_work *w, long shared) {
+  const bf16 *values[BLOCK];
+  long at = w->length - shared * BLOCK, size = w->block_size;
+  find_values(w->stretches, shared, w->length, w->d, values);
+  turn_values(values, w->d, w->begun);
+  __builtin_memset(w->begun + size, 0, (size_t)((w->most_own - 1) * size) * sizeof(int32_t));
+  for (long node = 0; node < w->nodes; node++) {
+    long rank = list_seen(w->sees + node * w->a->tree, w->a->tree, w->seen), blocks = (at + rank + BLOCK - 1) / BLOCK;
+    __builtin_memcpy(w->own, w->begun, (size_t)(blocks * size) * sizeof(int32_t));
+    for (long i = 0; i < rank; i++)
+      add_value(w->behind + w->seen[i] * w->d, (at + i) % BLOCK, w->d, w->own + (at + i) / BLOCK * size);
+    const bf16 *weights = (const bf16 *)(w->scores + node * w->group * w->stride) + shared * BLOCK;
+    weigh_few(w->sums + node * w->group * w->d, w->d, weights, 2 * w->stride, w->own, blocks);
+  }
+}
+
+/* As `attend`. */
+static void unit_attend(const void *pointer, long task) {
+  const attention_arguments *a = pointer;
+  unit_work w;
+  prepare(&w, a, task);
+  shape_tiles(6, TILE_ROWS, w.group);
+  score_all(&w);
+  int chain = is_chain(w.sees, a->tree, w.earlier, w.nodes, w.behind, w.d);
+  long shared = chain ? (w.end + BLOCK - 1) / BLOCK : w.length / BLOCK;
+  weights_of_all(&w, chain);
+  __builtin_memset(w.sums, 0, (size_t)(w.rows * w.d) * sizeof(float));
+  add_shared(&w, shared, chain ? w.end : w.length);
+  if (!chain) add_own(&w, shared);
   close_unit();
-  for (long q = 0; q < queries; q++) {
-    bf16 *out = a->out + ((row * a->nodes + first + q / group) * a->heads + kv * group + q % group) * d;
-    for (long i = 0; i < d; i += LANES) store(out + i, loadf(sums + q * d + i) * scores[q * stride + stride - 1]);
+  for (long q = 0; q < w.queries; q++) {
+    long at = w.row * a->nodes + w.first + q / w.group, head = w.kv * w.group + q % w.group;
+    bf16 *out = a->out + (at * a->heads + head) * w.d;
+    for (long i = 0; i < w.d; i += LANES)
+      store(out + i, loadf(w.sums + q * w.d + i) * w.scores[q * w.stride + w.stride - 1]);
   }
 }
 
