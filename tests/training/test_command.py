@@ -36,7 +36,7 @@ def test_it_writes_texts_trains_and_saves(tmp_path: Path) -> None:
     for part in ("tokens of replies", "hidden states:", "step", "left"):
         assert part in result.stderr
     facts = json.loads((out / "facts.json").read_text())
-    assert facts["options"] == {"noise": 0.2, "explode": False}
+    assert facts["options"] == {"noise": 0.2, "explode": False, "muon": False}
     assert facts["texts"]["reply_tokens"] >= 150
     assert facts["held_out"]["acceptance"]
     assert facts["curve"][-1]["step"] == facts["steps"]
