@@ -7,6 +7,8 @@ of microseconds whatever its size. Packing happens on the loaded transformers mo
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +65,12 @@ def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
     Returns:
         How many linear layers were packed.
     """
-    count = 0
-    for module in list(model.modules()):
+    count = released = 0
+    # A list of all modules would keep replaced ones, and their weights, to the end.
+    for module in [module for module in model.modules() if next(module.children(), None) is not None]:
+        if count > released:
+            release_memory()
+            released = count
         children = dict(module.named_children())
         for names in SIBLINGS:
             linears = [linear for name in names for linear in _plain(children.get(name))]
@@ -79,6 +85,13 @@ def pack_linears(model: nn.Module, pack: WeightFactory | None = None) -> int:
                     setattr(module, name, PackedLinear(linear, pack))
                     count += 1
     return count
+
+
+def release_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it where it lies between what is still in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, find_kernels
 from specdec.quantized_weight import round_rows
 
+_ROUNDED = 8 * PANEL
+"""Rows of a weight that are rounded at a time."""
+
 
 def panels_run() -> bool:
     """Whether this processor has the instructions the kernels need, and a compiler was found."""
@@ -90,14 +93,19 @@ class Panel8Weight(PanelWeight):
         return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
-        whole, scales = round_rows(weight)
-        missing = -len(weight) % PANEL
-        shifts = 128 * whole.sum(-1, dtype=torch.int32)
-        return {
-            "weight": self._panels(whole),
-            "scales": F.pad(scales, (0, missing)),
-            "shifts": F.pad(shifts, (0, missing)),
-        }
+        # What stays is allocated first, and filled some panels at a time: memory that comes and goes in between would
+        # leave gaps which the allocator keeps.
+        count = -(-len(weight) // PANEL)
+        panels = torch.zeros(count, weight.shape[1] // self.step, PANEL, self.step, dtype=torch.int8)
+        scales = torch.zeros(count * PANEL)
+        shifts = torch.zeros(count * PANEL, dtype=torch.int32)
+        for first in range(0, len(weight), _ROUNDED):
+            whole, sizes = round_rows(weight[first : first + _ROUNDED])
+            rows = slice(first, first + len(whole))
+            scales[rows], shifts[rows] = sizes, 128 * whole.sum(-1, dtype=torch.int32)
+            made = self._panels(whole)
+            panels[first // PANEL : first // PANEL + len(made)] = made
+        return {"weight": panels, "scales": scales, "shifts": shifts}
 
     def dense(self) -> Tensor:
         rows = self._rows().float() * self.scales[: self.out_features].unsqueeze(1)
