@@ -24,8 +24,8 @@ SLACK = 6 * 2**20
 """Tokenizer and kernels' code, in a process that loaded a small model before."""
 
 RETURNS = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
-"""The plan counts what is in use. glibc raises this threshold as blocks are freed, and then keeps by chance up to 6 MB of
-what was: much beside a model of 22 MB, nothing beside a real one."""
+"""The plan counts what is in use. glibc raises this threshold as blocks are freed, and then by chance keeps up to 6 MB:
+much beside a model of 22 MB, nothing beside a real one."""
 
 MEASURE = """
 import re, sys
