@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.attention import AttentionPass
+from specdec.batch import Batch
+from specdec.drafters.eagle_compiled import make_compiled
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
 from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm, rms_norm
 from specdec.kv_cache import KVCache
@@ -152,6 +154,11 @@ class EagleDrafter(HeadDrafter):
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         super().bind(target, tokenizer)
         self._table = target.model.get_input_embeddings().weight.detach()  # [V, d]
+        self._compiled = (
+            make_compiled(self.module, self._head, self._table, self.config.branching, self._hit_rates)
+            if isinstance(self.module, EagleHead)
+            else None
+        )
 
     def begin(self, batch_size: int) -> None:
         self._cache = KVCache(batch_size, PREFILL_CHUNK, self._table.device)
@@ -164,9 +171,12 @@ class EagleDrafter(HeadDrafter):
             part = [min(max(count - start, 0), PREFILL_CHUNK) for count in counts]
             end, width = start + max(part), max(part)
             hidden = self.module.fuse({name: states[:, start:end] for name, states in features.items()})
-            depth = torch.arange(width, device=tokens.device).expand(len(counts), -1)
-            causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
-            states = self._run(hidden, tokens[:, start:end], depth, causal.expand(len(counts), -1, -1))
+            if self._compiled is not None:
+                states = self._compiled.enter(self._cache, hidden, tokens[:, start:end])
+            else:
+                depth = torch.arange(width, device=tokens.device).expand(len(counts), -1)
+                causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
+                states = self._run(hidden, tokens[:, start:end], depth, causal.expand(len(counts), -1, -1))
             self._cache.advance(part)
             count = torch.tensor(part, device=tokens.device)
             latest = states[rows, (count - 1).clamp(min=0)]
@@ -180,6 +190,12 @@ class EagleDrafter(HeadDrafter):
         shared = AttentionPass(self._cache, depth, ancestors)
         states: Tensor = self.module(hidden, self._table[tokens], shared.positions, CachedAttention(shared, 0))
         return states
+
+    def compiled_tree(self, batch: Batch, depth: int, max_nodes: int) -> TokenTree | None:
+        if self._compiled is None:
+            return None
+        sizes = (depth, self._width, self.config.branching, max_nodes)
+        return self._compiled.grow(self._cache, batch.pending, self._start, sizes)
 
     def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:
         if level == 1:

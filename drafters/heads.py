@@ -285,6 +285,10 @@ class HeadDrafter(Drafter):
         max_nodes = min(self.config.max_nodes, batch.max_nodes)
         if depth < 1 or max_nodes < 2:
             return TokenTree.from_pending(batch.pending)
+        if batch.greedy and batch.seen is None:
+            tree = self.compiled_tree(batch, depth, max_nodes)
+            if tree is not None:
+                return tree
 
         def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:
             logits = self.logits(tree, first, level)
@@ -298,6 +302,10 @@ class HeadDrafter(Drafter):
             return confidence.expand(-1, num_nodes, -1), tokens.expand(-1, num_nodes, -1)
 
         return grow(batch.pending, depth, self._width, max_nodes, expand)
+
+    def compiled_tree(self, batch: Batch, depth: int, max_nodes: int) -> TokenTree | None:
+        """The tree of rows whose logits rank their children as they are, by a kernel; None without one."""
+        return None
 
     def _calibrated(self, confidence: Tensor, level: int) -> Tensor:
         """The hit rates of this depth in place of the head's own confidence; ranks beyond them are as the last."""

@@ -148,17 +148,14 @@ class DraftLayer(nn.Module):
         shape, shared = self.shape, attend.shared
         modules: list[Any] = [self.q_proj, self.gate_proj, self.o_proj, self.down_proj]
         query, gate, out, down = modules
-        packed = isinstance(query, FusedPart) and isinstance(gate, FusedPart)
-        widths = (shape.hidden_size, shape.intermediate_size, shape.head_dim // 2)
-        fits = inputs.dtype == torch.bfloat16 and all(width % LANES == 0 for width in widths)
-        kernels = find_kernels() if packed and fits and inputs.shape[1] <= MOST_NODES else None
-        if kernels is None or not (isinstance(out, PackedLinear) and isinstance(down, PackedLinear)):
+        kernels = find_kernels() if self._fits(inputs.dtype) and inputs.shape[1] <= MOST_NODES else None
+        if kernels is None:
             return None
         angles = self._angles(positions, inputs.dtype)
         buffers = shared.cache.open(
             attend.layer, shared.depth.shape[1], shape.num_kv_heads, shape.head_dim, inputs.dtype
         )
-        arguments = self._whole()
+        arguments = self.whole()
         if arguments is not None:
             now = share(kernels, arguments, angles, shared)
             kept = [(buffers.keys, buffers.values)]
@@ -173,9 +170,19 @@ class DraftLayer(nn.Module):
         mixed: Tensor = down.packed.add_to(hidden, kernels.gated(gate.product.packed(normed)))
         return mixed
 
-    def _whole(self) -> LayerArguments | None:
-        """The layer for ``Kernels.layers``; None where its weights lie in another layout."""
-        if self._arguments is None:
+    def _fits(self, dtype: torch.dtype) -> bool:
+        """Whether the compiled kernels take the layer's sizes and layouts."""
+        shape = self.shape
+        widths = (shape.hidden_size, shape.intermediate_size, shape.head_dim // 2)
+        fused, single = (self.q_proj, self.gate_proj), (self.o_proj, self.down_proj)
+        packed = all(isinstance(part, FusedPart) for part in fused) and all(
+            isinstance(part, PackedLinear) for part in single
+        )
+        return packed and dtype == torch.bfloat16 and all(width % LANES == 0 for width in widths)
+
+    def whole(self) -> LayerArguments | None:
+        """The layer for ``Kernels.layers``; None where it does not fit, or its weights lie in another layout."""
+        if self._arguments is None and self._fits(self.post_attention_layernorm.weight.dtype):
             modules: list[Any] = [self.q_proj, self.o_proj, self.gate_proj, self.down_proj]
             query, out, gate, down = modules
             linears = (query.product.packed, out.packed, gate.product.packed, down.packed)
@@ -190,12 +197,17 @@ class DraftLayer(nn.Module):
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``rotary``'s, ``[B, n, d_h]``, looked up: computing them takes ten calls."""
-        last = int(positions.max())
-        if self._table is None or last >= len(self._table[0]) or self._table[0].dtype != dtype:
-            known = torch.arange(max(1024, 2 * last), device=positions.device).unsqueeze(0)
+        cos, sin = self.angle_table(int(positions.max()) + 1, dtype)
+        return F.embedding(positions, cos), F.embedding(positions, sin)
+
+    def angle_table(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``rotary``'s of the positions up to ``length`` at least, ``[positions, d_h]`` each."""
+        if self._table is None or length > len(self._table[0]) or self._table[0].dtype != dtype:
+            device = self.post_attention_layernorm.weight.device
+            known = torch.arange(max(1024, 2 * length), device=device).unsqueeze(0)
             cos, sin = (angles[0, 0].contiguous() for angles in rotary(known, self.shape, dtype))
             self._table = cos, sin
-        return F.embedding(positions, self._table[0]), F.embedding(positions, self._table[1])
+        return self._table
 
 
 def rotary(positions: Tensor, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

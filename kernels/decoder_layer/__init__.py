@@ -15,7 +15,11 @@ from torch import Tensor
 from specdec.kernels.build import NotBuilt, load_library
 from specdec.kernels.decoder_layer.structures import (
     Attention,
+    DraftCache,
+    DraftHead,
+    Growth,
     LayerArguments,
+    Linear,
     Move,
     Panels,
     PassArguments,
@@ -30,8 +34,11 @@ __all__ = [
     "MOST_TOP",
     "MOST_WIDTH",
     "PANEL",
+    "DraftCache",
+    "DraftHead",
     "Kernels",
     "LayerArguments",
+    "Linear",
     "Panels",
     "PassArguments",
     "find_kernels",
@@ -86,6 +93,13 @@ class Kernels:
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
         self._top = declare("top", structure(Top), ctypes.c_int)
+        self._draft_space = declare("draft_space", structure(DraftHead), number, number, result=number)
+        self._draft_entries = declare(
+            "draft_entries", structure(DraftHead), structure(DraftCache), *[pointer] * 4, number, pointer
+        )
+        self._grow_draft = declare(
+            "grow_draft", structure(DraftHead), structure(DraftCache), structure(Growth), result=number
+        )
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
         self.has_matrix_unit = bool(declare("has_matrix_unit", result=ctypes.c_int)())
@@ -172,6 +186,55 @@ class Kernels:
             None if copies is None else _array([pointer_to(copy) for copy in copies]),
         )  # fmt: skip
         return out
+
+    def draft_space(self, head: DraftHead, rows: int, drafts: int = 0) -> Tensor:
+        """Memory to draft in, for so many entries at a time, ``drafts`` of them with children."""
+        return torch.empty(self._draft_space(head, rows, drafts), dtype=torch.uint8)
+
+    def draft_entries(
+        self, head: DraftHead, cache: DraftCache, states: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
+    ) -> Tensor:
+        """A drafter's layer over entries: ``[B, n, d]`` to ``[B, n, d]``.
+
+        Args:
+            head: the drafter's weights.
+            cache: what was entered before; keys and values of these entries are written behind it.
+            states: of the token before each.
+            tokens: ``[B, n]`` int64.
+            depth: ``[B, n]`` int64, positions behind the committed entries.
+            seen: ``[B, n, n]`` bool.
+        """
+        out = torch.empty_like(states)
+        pointers = (tensor.data_ptr() for tensor in (states, tokens, depth, seen))
+        self._draft_entries(head, cache, *pointers, tokens.shape[1], out.data_ptr())
+        return out
+
+    def grow_draft(
+        self, head: DraftHead, cache: DraftCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A tree of the most probable paths by a drafter that runs on its own states, all of it in one call.
+
+        Args:
+            head: the drafter's weights.
+            cache: of its entries; width * (depth - 1) slots behind the committed ones are free.
+            pending: ``[B]`` int64, roots.
+            start: ``[B, d]`` the states that roots' children are drafted from.
+            sizes: depth, nodes expanded per depth (width), children of a node, at most ``MOST_TOP``, most nodes.
+
+        Returns:
+            ``[B, N]`` int64 tokens and parents, -1 the root's and -2 of padding, and float64 joint log-confidence of
+            the nodes, the best first.
+        """
+        shape = len(pending), sizes[3]
+        tokens, parents = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+        joint = torch.empty(shape, dtype=torch.float64)
+        chosen = (tokens, parents, joint)
+        pointers = [tensor.data_ptr() for tensor in (pending, start, *chosen)]
+        count = self._grow_draft(head, cache, Growth(*pointers[:2], *sizes, *pointers[2:]))
+        if count == 0:
+            raise MemoryError(f"no memory for the candidates of {len(pending)} trees of width {sizes[1]}")
+        tokens, parents, joint = (part.flatten()[: len(pending) * count].view(-1, count) for part in chosen)
+        return tokens, parents, joint
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The largest of each row's logits, in one read of them.

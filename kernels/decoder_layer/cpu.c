@@ -203,6 +203,8 @@ void decoder_layers(const layer *const *layers, long count, const pass *p, const
   }
 }
 
+#include "drafting.h"
+
 /* ---- the cache ---- */
 
 typedef struct {

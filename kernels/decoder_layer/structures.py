@@ -59,11 +59,13 @@ class Product(ctypes.Structure):
     )
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """``linear``: a weight and its sizes."""
+
     _fields_ = _fields("weight scales shifts bias", "in_width out_width")
 
     @classmethod
-    def of(cls, panels: Panels) -> _Linear:
+    def of(cls, panels: Panels) -> Linear:
         tensors = (panels.weight, panels.scales, panels.shifts, panels.bias)
         return cls(*(pointer_to(tensor) for tensor in tensors), panels.in_features, panels.out_features)
 
@@ -72,7 +74,7 @@ class LayerArguments(ctypes.Structure):
     """``layer``: weights and sizes of a decoder layer."""
 
     _fields_ = [
-        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
         *_fields("input_norm mlp_norm"),
         *((name, ctypes.c_float) for name in ("input_eps", "mlp_eps", "scale")),
         *_fields("", "heads kv_heads width window"),
@@ -88,7 +90,7 @@ class LayerArguments(ctypes.Structure):
         Without a first norm the layer reads what is normed already.
         """
         return cls(
-            *(_Linear.of(panels) for panels in linears), *(pointer_to(norm) for norm in norms), *eps, scale, heads,
+            *(Linear.of(panels) for panels in linears), *(pointer_to(norm) for norm in norms), *eps, scale, heads,
             kv_heads, width, window or 0,
         )  # fmt: skip
 
@@ -103,6 +105,27 @@ class Top(ctypes.Structure):
     """``top_arguments``."""
 
     _fields_ = _fields("logits best total index", "rows width count", ("bytes", ctypes.c_int))
+
+
+class DraftHead(ctypes.Structure):
+    """``draft_head``: weights of a drafter that is one decoder layer over its own states."""
+
+    _fields_ = _fields(
+        "layer mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates", "rate_levels rate_ranks",
+        *((name, ctypes.c_float) for name in ("embedding_eps", "state_eps", "eps")), ("adds_normed", ctypes.c_int),
+    )  # fmt: skip
+
+
+class DraftCache(ctypes.Structure):
+    """``draft_cache``: keys and values of its committed entries."""
+
+    _fields_ = _fields("keys values lengths space", "batch slots", ("threads", ctypes.c_int))
+
+
+class Growth(ctypes.Structure):
+    """``growth``: how far a tree grows, and what becomes of it."""
+
+    _fields_ = _fields("pending start", "depth width branching most_nodes") + _fields("tokens parents joint")
 
 
 class Move(ctypes.Structure):

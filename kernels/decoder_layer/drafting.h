@@ -1,0 +1,279 @@
+/* ---- drafting a tree with one decoder layer that runs on its own states (EAGLE, Li et al. 2024, 2025) ----
+
+   An entry is the embedding of a token and the state one token before, each normed, side by side. The layer attends to
+   the committed entries and to those above in the tree. What the output head makes of its states ranks the children, and
+   the tree grows level by level along the most probable paths (EAGLE-2, section 4). */
+
+typedef struct {
+  const layer *layer;
+  const linear *mix, *head; /* mix: what attention's output is added to, of an entry; null for the state itself */
+  const bf16 *embeddings, *embedding_norm, *state_norm, *norm;
+  const bf16 *cos, *sin;     /* [positions, width] */
+  const int64_t *vocabulary; /* [V'] token ids; null where the head is for all tokens */
+  const float *rates;        /* [rate_levels, rate_ranks] log-confidence by depth and rank; null for the head's own */
+  long rate_levels, rate_ranks;
+  float embedding_eps, state_eps, eps;
+  int adds_normed; /* without mix: to the normed state */
+} draft_head;
+
+typedef struct {
+  bf16 *keys, *values;    /* [B, H_kv, slots, width] */
+  const int64_t *lengths; /* [B] committed entries */
+  char *space;            /* draft_space() bytes, aligned to 64 */
+  long batch, slots;
+  int threads;
+} draft_cache;
+
+typedef struct {
+  char *layer;
+  bf16 *inputs, *residual, *cos, *sin, *states[2], *gathered, *normed, *logits;
+  uint8_t *bytes;
+  float *sizes, *best, *total;
+  int64_t *index;
+} draft_buffers;
+
+static long state_width(const draft_head *h) { return h->layer->down.out_width; }
+
+static long place_draft(const draft_head *h, long rows, long drafts, char *space, draft_buffers *b) {
+  long at = 0, d = state_width(h), width = h->layer->width;
+  PLACE(layer, char, layer_space(h->layer, rows))
+  PLACE(inputs, bf16, rows * 2 * d)
+  PLACE(residual, bf16, rows * d)
+  PLACE(cos, bf16, rows * width)
+  PLACE(sin, bf16, rows * width)
+  PLACE(bytes, uint8_t, rows * 2 * d)
+  PLACE(sizes, float, rows)
+  PLACE(states[0], bf16, drafts * d)
+  PLACE(states[1], bf16, drafts * d)
+  PLACE(gathered, bf16, drafts * d)
+  PLACE(normed, bf16, drafts * d)
+  PLACE(logits, bf16, drafts * h->head->out_width)
+  PLACE(best, float, drafts * MOST_TOP)
+  PLACE(total, float, drafts)
+  PLACE(index, int64_t, drafts * MOST_TOP)
+  return at;
+}
+
+/* For `rows` entries at a time, of `drafts` of which children are wanted. */
+long draft_space(const draft_head *h, long rows, long drafts) {
+  draft_buffers unused;
+  return place_draft(h, rows, drafts, 0, &unused);
+}
+
+static void multiply_draft(const linear *l, const draft_buffers *b, const bf16 *in, bf16 *out, long rows, int threads) {
+  buffers quantized = {.bytes = b->bytes, .sizes = b->sizes};
+  multiply(l, &quantized, in, 0, out, rows, threads);
+}
+
+typedef struct {
+  const draft_head *h;
+  const draft_cache *c;
+  const draft_buffers *b;
+  const bf16 *states;
+  const int64_t *tokens, *depth; /* depth of all `tree` nodes, of which the last `nodes` are entered */
+  long nodes, tree;
+} entry_arguments;
+
+static void norm_into(const bf16 *in, const bf16 *weight, bf16 *out, long d, float eps) {
+  row_arguments a = {in, weight, out, 0, eps, 1, d, norm_row};
+  norm_row(&a, 0);
+}
+
+static void make_entry(const void *pointer, long index) {
+  const entry_arguments *a = pointer;
+  const draft_head *h = a->h;
+  const long d = state_width(h), width = h->layer->width, row = index / a->nodes;
+  bf16 *in = a->b->inputs + index * 2 * d;
+  norm_into(h->embeddings + a->tokens[index] * d, h->embedding_norm, in, d, h->embedding_eps);
+  norm_into(a->states + index * d, h->state_norm, in + d, d, h->state_eps);
+  if (!h->mix)
+    __builtin_memcpy(a->b->residual + index * d, h->adds_normed ? in + d : a->states + index * d,
+                     (size_t)d * sizeof(bf16));
+  long position = (long)(a->c->lengths[row] + a->depth[row * a->tree + a->tree - a->nodes + index % a->nodes]);
+  __builtin_memcpy(a->b->cos + index * width, h->cos + position * width, (size_t)width * sizeof(bf16));
+  __builtin_memcpy(a->b->sin + index * width, h->sin + position * width, (size_t)width * sizeof(bf16));
+}
+
+/* The layer over `nodes` entries of every row: states [B, nodes, d] before them to states after them. They stand behind
+   the committed ones and the tree's earlier ones; `seen` [B, nodes, tree] says which of the tree's each sees. */
+static void enter(const draft_head *h, const draft_cache *c, const draft_buffers *b, const bf16 *states,
+                  const int64_t *tokens, const int64_t *depth, const uint8_t *seen, long nodes, long tree, bf16 *out) {
+  entry_arguments a = {h, c, b, states, tokens, depth, nodes, tree};
+  const long rows = c->batch * nodes;
+  run(make_entry, &a, rows, rows > 8 ? c->threads : 1);
+  if (h->mix) multiply_draft(h->mix, b, b->inputs, b->residual, rows, c->threads);
+  pass p = {b->cos, b->sin, c->lengths, depth, seen, b->layer, c->batch, nodes, tree, c->threads};
+  decoder_layer(h->layer, &p, b->inputs, b->residual, out, c->keys, c->values, c->slots, 0, 0);
+}
+
+void draft_entries(const draft_head *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,
+                   const int64_t *depth, const uint8_t *seen, long nodes, bf16 *out) {
+  draft_buffers b;
+  place_draft(h, c->batch * nodes, 0, c->space, &b);
+  enter(h, c, &b, states, tokens, depth, seen, nodes, nodes, out);
+}
+
+/* ---- growth ---- */
+
+#define NO_PARENT (-1)
+#define PADDED (-2)
+
+typedef struct {
+  const int64_t *pending; /* [B] roots */
+  const bf16 *start;      /* [B, d] states they are drafted from */
+  long depth, width, branching, most_nodes;
+  int64_t *tokens, *parents; /* [B, most_nodes] of the chosen nodes, the best first */
+  double *joint;             /* [B, most_nodes] their log-confidence */
+} growth;
+
+/* A row's root and all children of the nodes expanded; then, of the nodes expanded without the root, what is computed. */
+typedef struct {
+  int64_t *token;
+  long *above, *column; /* candidates: their parent's place among them, their own among the nodes expanded */
+  double *joint;
+  long *frontier, *order;
+} candidates;
+
+/* The `count` best of the candidates from `first` to `end`, the best first, of equals the earlier one. */
+static void pick_best(const double *joint, long first, long end, long count, long *out) {
+  for (long i = first, filled = 0; i < end; i++) {
+    long k = filled < count ? filled++ : count;
+    for (; k > 0 && joint[i] > joint[out[k - 1]]; k--)
+      if (k < count) out[k] = out[k - 1];
+    if (k < count) out[k] = i;
+  }
+}
+
+/* Children of the frontier, from the head's best tokens; returns how many candidates there are now. */
+static long add_children(const draft_head *h, const growth *g, const draft_buffers *b, candidates *c, long row,
+                         long nodes, long level, long end) {
+  const float *rates =
+      h->rates ? h->rates + ((level < h->rate_levels ? level : h->rate_levels) - 1) * h->rate_ranks : 0;
+  for (long node = 0; node < nodes; node++)
+    for (long k = 0; k < g->branching; k++, end++) {
+      const long at = (row * nodes + node) * g->branching + k;
+      float own = b->best[at] - b->total[row * nodes + node];
+      if (rates && own > -INFINITY) own = rates[k < h->rate_ranks ? k : h->rate_ranks - 1];
+      c->joint[end] = own > -INFINITY ? c->joint[c->frontier[node]] + (double)own : -INFINITY;
+      c->token[end] = h->vocabulary ? h->vocabulary[b->index[at]] : b->index[at];
+      c->above[end] = c->frontier[node];
+    }
+  return end;
+}
+
+/* The nodes of a level to expand, as columns of the tree below the root: tokens, depth, what they see, states before. */
+typedef struct {
+  int64_t *tokens, *depth, *all_depths;
+  uint8_t *seen, *all_seen;
+} level_nodes;
+
+static void choose(const draft_head *h, const draft_cache *cache, const candidates *rows, const draft_buffers *b,
+                   const bf16 *states, level_nodes *l, long nodes, long before, long columns, long level, long known,
+                   long first) {
+  const long d = state_width(h), tree = known + nodes;
+  for (long row = 0; row < cache->batch; row++) {
+    const candidates *c = rows + row;
+    for (long node = 0; node < nodes; node++) {
+      const long candidate = c->frontier[node], column = known + node, parent = c->column[c->above[candidate]];
+      const int possible = c->joint[candidate] > -INFINITY;
+      uint8_t *seen = l->all_seen + (row * columns + column) * columns;
+      c->column[candidate] = column;
+      __builtin_memset(seen, 0, (size_t)columns);
+      if (possible && parent >= 0)
+        __builtin_memcpy(seen, l->all_seen + (row * columns + parent) * columns, (size_t)columns);
+      seen[column] = 1;
+      __builtin_memcpy(l->seen + (row * nodes + node) * tree, seen, (size_t)tree);
+      l->all_depths[row * columns + column] = possible ? level - 1 : 0;
+      l->tokens[row * nodes + node] = c->token[candidate];
+      /* Padding may start from any state. */
+      const long from = possible && parent >= first ? parent - first : 0;
+      __builtin_memcpy(b->gathered + (row * nodes + node) * d, states + (row * before + from) * d,
+                       (size_t)d * sizeof(bf16));
+    }
+    __builtin_memcpy(l->depth + row * tree, l->all_depths + row * columns, (size_t)tree * sizeof(int64_t));
+  }
+}
+
+/* Whether a child of the frontier could be among the chosen nodes: as confidence falls along a path, not where so many
+   candidates are better than the best of it. */
+static int is_promising(const candidates *c, long end, long most_nodes) {
+  long better = 0;
+  for (long i = 0; i < end; i++) better += c->joint[i] > c->joint[c->frontier[0]];
+  return better < most_nodes;
+}
+
+static void write_best(const growth *g, const candidates *c, long row, long end, long count) {
+  pick_best(c->joint, 0, end, count, c->order);
+  for (long i = 0; i < count; i++) c->column[c->order[i]] = i;
+  for (long i = 0; i < count; i++) {
+    const long at = row * count + i, candidate = c->order[i];
+    g->tokens[at] = c->token[candidate];
+    g->joint[at] = c->joint[candidate];
+    g->parents[at] = !(c->joint[candidate] > -INFINITY) ? PADDED : candidate ? c->column[c->above[candidate]] : NO_PARENT;
+  }
+}
+
+/* The best nodes of every row's tree, written densely as [B, count]; returns count, or 0 where memory is short. Slots for
+   the nodes expanded, width * (depth - 1), must be free behind the committed entries. */
+long grow_draft(const draft_head *h, const draft_cache *cache, const growth *g) {
+  const long batch = cache->batch, columns = g->width * (g->depth - 1) + 1, d = state_width(h);
+  const long most = 1 + g->branching * (1 + g->width * (g->depth - 1));
+  draft_buffers b;
+  place_draft(h, batch * g->width, batch * g->width, cache->space, &b);
+  const size_t per_row = (size_t)most * (sizeof(int64_t) + sizeof(double) + 3 * sizeof(long)) +
+                         (size_t)g->width * sizeof(long);
+  const size_t nodes_size = (size_t)columns * (2 * (size_t)columns + 3 * sizeof(int64_t));
+  char *memory = calloc((size_t)batch, sizeof(candidates) + per_row + nodes_size);
+  if (!memory) return 0;
+  char *at = memory + (size_t)batch * sizeof(candidates);
+#define TAKE(field, type, count) \
+  field = (type *)at; \
+  at += (size_t)(count) * sizeof(type);
+  candidates *rows = (candidates *)memory;
+  for (long row = 0; row < batch; row++) {
+    TAKE(rows[row].token, int64_t, most)
+    TAKE(rows[row].above, long, most)
+    TAKE(rows[row].column, long, most)
+    TAKE(rows[row].joint, double, most)
+    TAKE(rows[row].order, long, most)
+    TAKE(rows[row].frontier, long, g->width)
+    rows[row].token[0] = g->pending[row];
+    rows[row].column[0] = -1; /* the root's entry is a committed one */
+  }
+  level_nodes l;
+  TAKE(l.tokens, int64_t, batch * columns)
+  TAKE(l.depth, int64_t, batch * columns)
+  TAKE(l.all_depths, int64_t, batch * columns)
+  TAKE(l.seen, uint8_t, batch * columns * columns)
+  TAKE(l.all_seen, uint8_t, batch * columns * columns)
+  const bf16 *states = g->start;
+  long nodes = 1, known = 0, first = -1, end = 1;
+  for (long level = 1;; level++) {
+    const long count = batch * nodes, new = end;
+    rms_norm(states, h->norm, b.normed, count, d, h->eps, 1);
+    multiply_draft(h->head, &b, b.normed, b.logits, count, cache->threads);
+    top_arguments t = {b.logits, b.best, b.total, b.index, count, h->head->out_width, g->branching, sizeof(bf16)};
+    top(&t, cache->threads);
+    for (long row = 0; row < batch; row++) end = add_children(h, g, &b, rows + row, row, nodes, level, new);
+    if (level == g->depth) break;
+    const long before = nodes;
+    int promising = 0;
+    nodes = end - new < g->width ? end - new : g->width;
+    for (long row = 0; row < batch; row++) {
+      pick_best(rows[row].joint, new, end, nodes, rows[row].frontier);
+      promising |= is_promising(rows + row, end, g->most_nodes);
+    }
+    if (!promising) break;
+    choose(h, cache, rows, &b, states, &l, nodes, before, columns, level, known, first);
+    first = known;
+    known += nodes;
+    bf16 *out = b.states[level % 2];
+    enter(h, cache, &b, b.gathered, l.tokens, l.depth, l.seen, nodes, known, out);
+    states = out;
+  }
+#undef TAKE
+  const long count = end < g->most_nodes ? end : g->most_nodes;
+  for (long row = 0; row < batch; row++) write_best(g, rows + row, row, end, count);
+  free(memory);
+  return count;
+}

@@ -1,0 +1,145 @@
+"""EAGLE's compiled drafting: the tree, and the states it starts from, are those of the same steps one by one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from integration.architectures import VOCAB, tiny_model
+from unit_rows import make_batch
+
+from specdec.batch import Batch
+from specdec.drafters.eagle import EagleConfig, EagleDrafter, make_eagle
+from specdec.drafters.layer import LayerShape
+from specdec.drafters.weights import DrafterWeights, TargetFacts
+from specdec.sampling import SamplingParams
+from specdec.target import HFTarget
+from specdec.tree import TokenTree
+
+STATES = ("pre_norm", 1, 2)
+FORMS: dict[str, dict[str, Any]] = {
+    "ours": {"vocab_size": 60},
+    "ours, whole vocabulary": {},
+    "EAGLE-3": {"vocab_size": 60, "scaled": False, "mixed": False, "own_output": True, "norm_before_residual": True},
+    "to the state itself": {"mixed": False},
+}
+GREEDY = SamplingParams()
+SIZES = [(1, 4, 8, 24), (5, 4, 8, 24), (4, 8, 12, 60), (6, 2, 3, 5), (3, 1, 1, 64), (4, 9, 64, 64)]
+"""Depth, width, branching, most nodes."""
+
+
+def make_drafter(target: HFTarget, form: str, config: EagleConfig) -> EagleDrafter:
+    torch.manual_seed(1)
+    shape = {"layer": asdict(LayerShape.of(target)), "states": STATES, **FORMS[form]}
+    module = make_eagle(shape)
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    if module.vocabulary is not None:
+        module.vocabulary.copy_(torch.randperm(VOCAB)[:60].sort().values)
+    rates = [[0.5, 0.2, 0.1], [0.4, 0.15, 0.05]]
+    weights = DrafterWeights("eagle", TargetFacts.of(target), shape, module.state_dict(), hit_rates=rates)
+    drafter = EagleDrafter(config, weights)
+    drafter.bind(target, None)
+    return drafter
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    torch.manual_seed(0)
+    return HFTarget(tiny_model(head_dim=32, initializer_range=0.15).bfloat16())
+
+
+@pytest.fixture(autouse=True)
+def _kernels(target: HFTarget) -> None:
+    if make_drafter(target, "ours", EagleConfig())._compiled is None:
+        pytest.skip("this CPU has no compiled products")
+
+
+def greedy(*rows: list[int], params: SamplingParams = GREEDY) -> Batch:
+    return make_batch(rows, VOCAB, params)
+
+
+def in_steps(drafter: EagleDrafter) -> EagleDrafter:
+    """The same drafter without compiled calls."""
+    drafter._compiled = None
+    return drafter
+
+
+def absorb(drafter: EagleDrafter, target: HFTarget, pieces: list[list[int]]) -> None:
+    torch.manual_seed(3)
+    drafter.begin(len(pieces[0]))
+    for counts in pieces:
+        shape = len(counts), max(counts)
+        features: Any = {key: torch.randn(*shape, target.config.hidden_size).bfloat16() for key in STATES}
+        drafter.absorb(features, torch.randint(VOCAB, shape), counts)
+
+
+def assert_same(ours: TokenTree, theirs: TokenTree) -> None:
+    for name in ("tokens", "parents", "confidence"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pieces", [[[5]], [[9, 1, 4], [3, 2, 1], [1, 0, 2]]], ids=["one row", "three rows"])
+@pytest.mark.parametrize("tree", ["confidence", "calibrated"])
+def test_compiled_trees_are_those_grown_step_by_step(target: HFTarget, form: str, pieces: Any, tree: Any) -> None:
+    for depth, width, branching, most in SIZES:
+        config = EagleConfig(depth=depth, width=width, branching=branching, max_nodes=most, tree=tree)
+        drafters = make_drafter(target, form, config), in_steps(make_drafter(target, form, config))
+        for drafter in drafters:
+            absorb(drafter, target, pieces)
+        torch.testing.assert_close(drafters[0]._start, drafters[1]._start, rtol=0, atol=0)
+        batch = greedy(*([7, 8, row] for row in range(len(pieces[0]))))
+        trees = [drafter.propose(batch) for drafter in drafters]
+        assert trees[0].num_nodes > 1
+        assert_same(*trees)
+        assert_same(drafters[0].propose(batch), trees[0])  # what was drafted leaves no trace
+
+
+@torch.no_grad()
+def test_long_texts_are_read_in_chunks(target: HFTarget) -> None:
+    drafters = make_drafter(target, "ours", EagleConfig()), in_steps(make_drafter(target, "ours", EagleConfig()))
+    for drafter in drafters:
+        absorb(drafter, target, [[1100, 700]])
+    torch.testing.assert_close(drafters[0]._start, drafters[1]._start, rtol=0, atol=0)
+    batch = greedy([7], [8])
+    assert_same(drafters[0].propose(batch), drafters[1].propose(batch))
+
+
+@torch.no_grad()
+def test_rows_that_leave_take_their_entries_along(target: HFTarget) -> None:
+    drafters = make_drafter(target, "ours", EagleConfig()), in_steps(make_drafter(target, "ours", EagleConfig()))
+    for drafter in drafters:
+        absorb(drafter, target, [[9, 1, 4], [3, 2, 1]])
+        drafter.keep_rows(torch.tensor([2, 0]))
+    batch = greedy([7], [8])
+    assert_same(drafters[0].propose(batch), drafters[1].propose(batch))
+
+
+@torch.no_grad()
+def test_states_that_are_no_numbers_draft_nothing(target: HFTarget) -> None:
+    drafter = make_drafter(target, "ours", EagleConfig())
+    absorb(drafter, target, [[4, 4]])
+    drafter._start[1] = torch.nan
+    tree = drafter.propose(greedy([7], [8]))
+    assert tree.valid[0].sum() > 1
+    assert tree.valid[1].tolist() == [True] + [False] * (tree.num_nodes - 1)
+
+
+@torch.no_grad()
+def test_sampled_rows_and_penalties_are_ranked_step_by_step(target: HFTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise and penalties change the ranks, which the compiled call does not know."""
+    drafter = make_drafter(target, "ours", EagleConfig())
+    absorb(drafter, target, [[4]])
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(drafter, "compiled_tree", fail)
+    for params in (SamplingParams(temperature=1.0, seed=0), SamplingParams(repetition_penalty=1.3)):
+        assert drafter.propose(greedy([7], params=params)).num_nodes > 1
+    with pytest.raises(AssertionError, match="compiled"):
+        drafter.propose(greedy([7]))
