@@ -178,13 +178,14 @@ def test_gptq_and_awq_need_a_library_that_is_named(folder: Path, tmp_path: Path)
             load_model(str(path), device="cpu")
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, NameError, TypeError])
 def test_whatever_a_quantizer_raises_comes_with_what_to_install(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
-    """GPTQ's says that a GPU is required, where it is gptqmodel that is missing."""
+    """GPTQ's says that a GPU is required, or that a name is not defined, where it is gptqmodel that is missing."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("GPU is required")
+        raise kind("GPU is required")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     settings = {"quant_method": "gptq", "bits": 3, "group_size": 32}
