@@ -20,7 +20,7 @@ class MuonAdamW(torch.optim.Optimizer):
     (Liu et al. 2025, section 2.2), so that both take the same learning rate.
 
     Args:
-        groups: of parameters, with ``weight_decay`` and, where they are matrices ``[m, n]``, ``matrices``.
+        groups: of parameters, with ``weight_decay`` and, where they are matrices ``[..., m, n]``, ``matrices``.
         lr: learning rate.
         betas: AdamW's.
         momentum: Muon's.
@@ -52,7 +52,7 @@ def muon(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -
         state["momentum"] = torch.zeros_like(gradient)
     state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
     ahead = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov's
-    return orthogonal(ahead).mul_(0.2 * max(gradient.shape) ** 0.5)
+    return orthogonal(ahead).mul_(0.2 * max(gradient.shape[-2:]) ** 0.5)
 
 
 def adam(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -71,12 +71,14 @@ def adam(state: dict[str, Tensor], gradient: Tensor, group: Mapping[str, Any]) -
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix with about the singular vectors of ``[m, n]`` and singular values near 1, by Newton-Schulz iteration."""
+    """Matrices ``[..., m, n]`` with about the same singular vectors and singular values near 1, by Newton-Schulz
+    iteration.
+    """
     a, b, c = _COEFFICIENTS
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = (matrix if wide else matrix.mT).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix.dtype)
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrix.dtype)

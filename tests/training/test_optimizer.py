@@ -57,3 +57,10 @@ def test_a_matrix_that_nothing_pulls_at_stays() -> None:
     weight.grad = torch.zeros(4, 6)
     optimizer.step()
     assert torch.equal(weight.detach(), before)
+
+
+def test_stacked_matrices_are_each_made_orthogonal_alone() -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 8, 20)
+    torch.testing.assert_close(orthogonal(stack), torch.stack([orthogonal(matrix) for matrix in stack]))
+    torch.testing.assert_close(orthogonal(stack.mT), orthogonal(stack).mT)
