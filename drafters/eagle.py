@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from specdec.attention import AttentionPass
 from specdec.batch import Batch
-from specdec.drafters.eagle_compiled import make_compiled
+from specdec.drafters.compiled import CompiledDrafter, can_compile
 from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
 from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm, rms_norm
+from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.kv_cache import KVCache
 from specdec.target import PREFILL_CHUNK, Feature, HFTarget
 from specdec.tree import TokenTree
@@ -73,6 +74,11 @@ class EagleHead(HeadModule):
         self.register_buffer("vocabulary", torch.zeros(vocab_size, dtype=torch.int64) if vocab_size else None)
         if own_output:
             self.output = nn.Linear(width, vocab_size, bias=False)
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm, RMSNorm]:
+        """Of the embedding, of the state before it, and of what the output head reads."""
+        return self.embedding_norm, self.hidden_norm, self.norm
 
     def fuse(self, features: Mapping[Feature, Tensor]) -> Tensor:
         """One state ``[..., d]`` from the target's ``[..., d]`` each."""
@@ -154,11 +160,22 @@ class EagleDrafter(HeadDrafter):
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         super().bind(target, tokenizer)
         self._table = target.model.get_input_embeddings().weight.detach()  # [V, d]
-        self._compiled = (
-            make_compiled(self.module, self._head, self._table, self.config.branching, self._hit_rates)
-            if isinstance(self.module, EagleHead)
-            else None
-        )
+        self._compiled = self._compile()
+
+    def _compile(self) -> CompiledDrafter | None:
+        """Kernels for the module, where they can read its weights."""
+        module, table = self.module, self._table
+        if not isinstance(module, EagleHead) or self.config.branching > MOST_TOP:
+            return None
+        layer = module.layer.whole()
+        if layer is None or not can_compile(table, [layer], [self._head, *([module.mix] if module.mix else [])]):
+            return None
+        norms = [(norm.weight, norm.eps or torch.finfo(table.dtype).eps) for norm in module.norms]
+        return CompiledDrafter(
+            [layer], module.layer.shape.num_kv_heads, module.layer.shape.head_dim, table, norms, self._head,
+            lambda length: module.layer.angle_table(length, table.dtype), module.mix, module.norm_before_residual,
+            module.vocabulary, None if self._hit_rates is None else self._hit_rates.contiguous(),
+        )  # fmt: skip
 
     def begin(self, batch_size: int) -> None:
         self._cache = KVCache(batch_size, PREFILL_CHUNK, self._table.device)
@@ -172,7 +189,7 @@ class EagleDrafter(HeadDrafter):
             end, width = start + max(part), max(part)
             hidden = self.module.fuse({name: states[:, start:end] for name, states in features.items()})
             if self._compiled is not None:
-                states = self._compiled.enter(self._cache, hidden, tokens[:, start:end])
+                states = self._compiled.enter(self._cache, tokens[:, start:end], hidden)
             else:
                 depth = torch.arange(width, device=tokens.device).expand(len(counts), -1)
                 causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()

@@ -41,6 +41,7 @@ __all__ = [
     "Linear",
     "Panels",
     "PassArguments",
+    "array_of",
     "find_kernels",
 ]
 
@@ -178,12 +179,12 @@ class Kernels:
         out = torch.empty_like(states if residual is None else residual)
         count = len(layers)
         self._layers(
-            _array([ctypes.addressof(layer) for layer in layers]), count, arguments, states.data_ptr(),
-            pointer_to(residual), out.data_ptr(), _array([keys.data_ptr() for keys, _ in buffers]),
-            _array([values.data_ptr() for _, values in buffers]), buffers[0][0].shape[2],
-            None if segments is None else _array([part.data_ptr() for part in segments]),
+            array_of([ctypes.addressof(layer) for layer in layers]), count, arguments, states.data_ptr(),
+            pointer_to(residual), out.data_ptr(), array_of([keys.data_ptr() for keys, _ in buffers]),
+            array_of([values.data_ptr() for _, values in buffers]), buffers[0][0].shape[2],
+            None if segments is None else array_of([part.data_ptr() for part in segments]),
             0 if segments is None else _levels(segments[0]),
-            None if copies is None else _array([pointer_to(copy) for copy in copies]),
+            None if copies is None else array_of([pointer_to(copy) for copy in copies]),
         )  # fmt: skip
         return out
 
@@ -192,33 +193,34 @@ class Kernels:
         return torch.empty(self._draft_space(head, rows, drafts), dtype=torch.uint8)
 
     def draft_entries(
-        self, head: DraftHead, cache: DraftCache, states: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
-    ) -> Tensor:
-        """A drafter's layer over entries: ``[B, n, d]`` to ``[B, n, d]``.
+        self, head: DraftHead, cache: DraftCache, states: Tensor | None, tokens: Tensor, depth: Tensor, seen: Tensor,
+        out: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """A drafter's layers over entries, to states ``[B, n, d]``.
 
         Args:
             head: the drafter's weights.
             cache: what was entered before; keys and values of these entries are written behind it.
-            states: of the token before each.
+            states: ``[B, n, d]`` of the token before each, where entries have them.
             tokens: ``[B, n]`` int64.
             depth: ``[B, n]`` int64, positions behind the committed entries.
             seen: ``[B, n, n]`` bool.
+            out: written and returned.
         """
-        out = torch.empty_like(states)
-        pointers = (tensor.data_ptr() for tensor in (states, tokens, depth, seen))
+        pointers = (pointer_to(tensor) for tensor in (states, tokens, depth, seen))
         self._draft_entries(head, cache, *pointers, tokens.shape[1], out.data_ptr())
         return out
 
     def grow_draft(
         self, head: DraftHead, cache: DraftCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A tree of the most probable paths by a drafter that runs on its own states, all of it in one call.
+        """A tree of the most probable paths, all of it in one call.
 
         Args:
             head: the drafter's weights.
             cache: of its entries; width * (depth - 1) slots behind the committed ones are free.
             pending: ``[B]`` int64, roots.
-            start: ``[B, d]`` the states that roots' children are drafted from.
+            start: ``[B, d]`` states of the roots, which their children are drafted from.
             sizes: depth, nodes expanded per depth (width), children of a node, at most ``MOST_TOP``, most nodes.
 
         Returns:
@@ -266,7 +268,7 @@ class Kernels:
         batch_size, heads, slots, width = buffers[0].shape
         tensors = (lengths, path.contiguous(), counts)
         moved = Move(
-            ctypes.cast(_array([buffer.data_ptr() for buffer in buffers]), ctypes.c_void_p),
+            ctypes.cast(array_of([buffer.data_ptr() for buffer in buffers]), ctypes.c_void_p),
             *(tensor.data_ptr() for tensor in tensors), len(buffers), batch_size, heads, slots, path.shape[1],
             width * buffers[0].element_size(),
         )  # fmt: skip
@@ -320,7 +322,8 @@ class Kernels:
         return out
 
 
-def _array(addresses: Sequence[int | None]) -> Any:
+def array_of(addresses: Sequence[int | None]) -> Any:
+    """A C array of addresses."""
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 

@@ -1,25 +1,26 @@
-/* ---- drafting a tree with one decoder layer that runs on its own states (EAGLE, Li et al. 2024, 2025) ----
+/* ---- drafting a tree with a few decoder layers ----
 
-   An entry is the embedding of a token and the state one token before, each normed, side by side. The layer attends to
-   the committed entries and to those above in the tree. What the output head makes of its states ranks the children, and
-   the tree grows level by level along the most probable paths (EAGLE-2, section 4). */
+   EAGLE (Li et al. 2024, 2025) has one that runs on its own states: an entry is the embedding of a token and the state one
+   token before, each normed, side by side. A draft model's entry is the embedding alone. Layers attend to the committed
+   entries and to those above in the tree. What the output head makes of their states ranks the children, and the tree
+   grows level by level along the most probable paths (EAGLE-2, section 4). */
 
 typedef struct {
-  const layer *layer;
+  const layer *const *layers;
   const linear *mix, *head; /* mix: what attention's output is added to, of an entry; null for the state itself */
-  const bf16 *embeddings, *embedding_norm, *state_norm, *norm;
+  const bf16 *embeddings, *embedding_norm, *state_norm, *norm; /* no embedding_norm: entries are embeddings alone */
   const bf16 *cos, *sin;     /* [positions, width] */
   const int64_t *vocabulary; /* [V'] token ids; null where the head is for all tokens */
   const float *rates;        /* [rate_levels, rate_ranks] log-confidence by depth and rank; null for the head's own */
-  long rate_levels, rate_ranks;
+  long count, rate_levels, rate_ranks; /* count: of layers */
   float embedding_eps, state_eps, eps;
   int adds_normed; /* without mix: to the normed state */
 } draft_head;
 
 typedef struct {
-  bf16 *keys, *values;    /* [B, H_kv, slots, width] */
-  const int64_t *lengths; /* [B] committed entries */
-  char *space;            /* draft_space() bytes, aligned to 64 */
+  bf16 *const *keys, *const *values; /* each layer's, [B, H_kv, slots, width] */
+  const int64_t *lengths;            /* [B] committed entries */
+  char *space;                       /* draft_space() bytes, aligned to 64 */
   long batch, slots;
   int threads;
 } draft_cache;
@@ -32,11 +33,11 @@ typedef struct {
   int64_t *index;
 } draft_buffers;
 
-static long state_width(const draft_head *h) { return h->layer->down.out_width; }
+static long state_width(const draft_head *h) { return h->layers[0]->down.out_width; }
 
 static long place_draft(const draft_head *h, long rows, long drafts, char *space, draft_buffers *b) {
-  long at = 0, d = state_width(h), width = h->layer->width;
-  PLACE(layer, char, layer_space(h->layer, rows))
+  long at = 0, d = state_width(h), width = h->layers[0]->width;
+  PLACE(layer, char, layer_space(h->layers[0], rows))
   PLACE(inputs, bf16, rows * 2 * d)
   PLACE(residual, bf16, rows * d)
   PLACE(cos, bf16, rows * width)
@@ -82,20 +83,25 @@ static void norm_into(const bf16 *in, const bf16 *weight, bf16 *out, long d, flo
 static void make_entry(const void *pointer, long index) {
   const entry_arguments *a = pointer;
   const draft_head *h = a->h;
-  const long d = state_width(h), width = h->layer->width, row = index / a->nodes;
-  bf16 *in = a->b->inputs + index * 2 * d;
-  norm_into(h->embeddings + a->tokens[index] * d, h->embedding_norm, in, d, h->embedding_eps);
-  norm_into(a->states + index * d, h->state_norm, in + d, d, h->state_eps);
-  if (!h->mix)
-    __builtin_memcpy(a->b->residual + index * d, h->adds_normed ? in + d : a->states + index * d,
-                     (size_t)d * sizeof(bf16));
+  const long d = state_width(h), width = h->layers[0]->width, row = index / a->nodes;
+  const bf16 *embedding = h->embeddings + a->tokens[index] * d;
+  if (h->embedding_norm) {
+    const bf16 *state = a->states + index * d;
+    bf16 *in = a->b->inputs + index * 2 * d;
+    norm_into(embedding, h->embedding_norm, in, d, h->embedding_eps);
+    norm_into(state, h->state_norm, in + d, d, h->state_eps);
+    if (!h->mix)
+      __builtin_memcpy(a->b->residual + index * d, h->adds_normed ? in + d : state, (size_t)d * sizeof(bf16));
+  } else
+    __builtin_memcpy(a->b->residual + index * d, embedding, (size_t)d * sizeof(bf16));
   long position = (long)(a->c->lengths[row] + a->depth[row * a->tree + a->tree - a->nodes + index % a->nodes]);
   __builtin_memcpy(a->b->cos + index * width, h->cos + position * width, (size_t)width * sizeof(bf16));
   __builtin_memcpy(a->b->sin + index * width, h->sin + position * width, (size_t)width * sizeof(bf16));
 }
 
-/* The layer over `nodes` entries of every row: states [B, nodes, d] before them to states after them. They stand behind
-   the committed ones and the tree's earlier ones; `seen` [B, nodes, tree] says which of the tree's each sees. */
+/* The layers over `nodes` entries of every row: states [B, nodes, d] before them, which a draft model has none of, to
+   states after them. They stand behind the committed ones and the tree's earlier ones; `seen` [B, nodes, tree] says which
+   of the tree's each sees. */
 static void enter(const draft_head *h, const draft_cache *c, const draft_buffers *b, const bf16 *states,
                   const int64_t *tokens, const int64_t *depth, const uint8_t *seen, long nodes, long tree, bf16 *out) {
   entry_arguments a = {h, c, b, states, tokens, depth, nodes, tree};
@@ -103,7 +109,9 @@ static void enter(const draft_head *h, const draft_cache *c, const draft_buffers
   run(make_entry, &a, rows, rows > 8 ? c->threads : 1);
   if (h->mix) multiply_draft(h->mix, b, b->inputs, b->residual, rows, c->threads);
   pass p = {b->cos, b->sin, c->lengths, depth, seen, b->layer, c->batch, nodes, tree, c->threads};
-  decoder_layer(h->layer, &p, b->inputs, b->residual, out, c->keys, c->values, c->slots, 0, 0);
+  const bf16 *in = h->embedding_norm ? b->inputs : b->residual;
+  for (long i = 0; i < h->count; i++)
+    decoder_layer(h->layers[i], &p, i ? out : in, i ? out : b->residual, out, c->keys[i], c->values[i], c->slots, 0, 0);
 }
 
 void draft_entries(const draft_head *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,

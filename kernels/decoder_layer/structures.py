@@ -108,16 +108,17 @@ class Top(ctypes.Structure):
 
 
 class DraftHead(ctypes.Structure):
-    """``draft_head``: weights of a drafter that is one decoder layer over its own states."""
+    """``draft_head``: weights of a drafter of a few decoder layers."""
 
     _fields_ = _fields(
-        "layer mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates", "rate_levels rate_ranks",
+        "layers mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates",
+        "count rate_levels rate_ranks",
         *((name, ctypes.c_float) for name in ("embedding_eps", "state_eps", "eps")), ("adds_normed", ctypes.c_int),
     )  # fmt: skip
 
 
 class DraftCache(ctypes.Structure):
-    """``draft_cache``: keys and values of its committed entries."""
+    """``draft_cache``: keys and values of its committed entries, layer by layer."""
 
     _fields_ = _fields("keys values lengths space", "batch slots", ("threads", ctypes.c_int))
 

@@ -76,7 +76,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     a, b, c = _COEFFICIENTS
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = (matrix if wide else matrix.mT).bfloat16()
+    x: Tensor = (matrix if wide else matrix.mT).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.mT

@@ -1,0 +1,153 @@
+"""Drafting in two calls on a CPU: entries that were committed, and a whole tree.
+
+A level of a tree is some sixty small operations, half of its time. Compiled they give the same tree.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.decoder_layer import (
+    MOST_TOP,
+    DraftCache,
+    DraftHead,
+    Kernels,
+    LayerArguments,
+    Linear,
+    array_of,
+    find_kernels,
+)
+from specdec.kv_cache import KVCache
+from specdec.packing import PackedLinear
+from specdec.panels import PanelWeight
+from specdec.tree import TokenTree
+
+Angles = Callable[[int], tuple[Tensor, Tensor]]
+"""Cosines and sines ``[positions, d_h]`` of so many positions at least."""
+
+
+@dataclass
+class CompiledDrafter:
+    """What kernels need of a drafter of a few decoder layers; ``can_compile`` says of which they can read the weights.
+
+    Attributes:
+        layers: the layers.
+        kv_heads: key and value heads of each, H_kv.
+        head_dim: d_h.
+        embeddings: ``[V, d]``, bfloat16, contiguous.
+        norms: weight and epsilon of the final norm; where entries hold a state beside the embedding (EAGLE), those of
+            the embedding and of the state before it.
+        head: the output head, packed.
+        angles: of rotary embeddings.
+        mix: what attention's output is added to, of an entry, packed; None for the state itself.
+        adds_normed: without ``mix``, to the normed state.
+        vocabulary: ``[V']`` int64 token ids that the head is for; None for all.
+        rates: ``[D, R]`` float32, log-confidence by depth and rank; None for the head's own.
+    """
+
+    layers: Sequence[LayerArguments]
+    kv_heads: int
+    head_dim: int
+    embeddings: Tensor
+    norms: Sequence[tuple[Tensor, float]]
+    head: Any
+    angles: Angles
+    mix: Any | None = None
+    adds_normed: bool = False
+    vocabulary: Tensor | None = None
+    rates: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        kernels = find_kernels()
+        assert kernels is not None
+        self._kernels: Kernels = kernels
+        self._vocab_size: int = self.head.packed.out_features
+        self._space: dict[tuple[int, int], Tensor] = {}
+        self._linears = [None if linear is None else Linear.of(linear.packed) for linear in (self.mix, self.head)]
+        self._layers = array_of([ctypes.addressof(layer) for layer in self.layers])
+        levels = (0, 0) if self.rates is None else self.rates.shape
+        (norm, eps), before = self.norms[-1], self.norms[:-1] or ((None, 0.0),) * 2
+        tensors = (self.embeddings, *(weight for weight, _ in before), norm, None, None, self.vocabulary, self.rates)
+        self._head = DraftHead(
+            ctypes.addressof(self._layers), *(None if each is None else ctypes.addressof(each) for each in self._linears),
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(self.layers), *levels,
+            *(each for _, each in before), eps, self.adds_normed,
+        )  # fmt: skip
+
+    def enter(self, cache: KVCache, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """The layers' output ``[B, n, d]`` at entries behind the committed ones.
+
+        Args:
+            cache: of the layers; the entries are written, and not committed.
+            tokens: ``[B, n]`` int64, their tokens.
+            hidden: ``[B, n, d]`` the states before them, where they hold one.
+        """
+        rows, count = tokens.shape
+        depth = torch.arange(count).repeat(rows, 1)
+        causal = torch.ones(count, count, dtype=torch.bool).tril_().repeat(rows, 1, 1)
+        out = self.embeddings.new_empty(rows, count, self.embeddings.shape[1])
+        hidden = None if hidden is None else hidden.contiguous()
+        where = self._where(cache, count, rows * count, 0)
+        return self._kernels.draft_entries(self._head, where, hidden, tokens.contiguous(), depth, causal, out)
+
+    def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]) -> TokenTree:
+        """A tree below the entries; arguments as ``Kernels.grow_draft`` has them."""
+        depth, width, branching, most_nodes = sizes
+        branching = min(branching, self._vocab_size, MOST_TOP)
+        rows = len(pending) * width
+        where = self._where(cache, width * (depth - 1), rows, rows)
+        tokens, parents, joint = self._kernels.grow_draft(
+            self._head, where, pending.contiguous(), start.contiguous(), (depth, width, branching, most_nodes)
+        )
+        return TokenTree(tokens, parents, confidence=joint.float().exp()).compact()
+
+    def _where(self, cache: KVCache, slots: int, rows: int, drafts: int) -> DraftCache:
+        """The cache with room for so many entries more, the angles of their positions, and memory for as many rows."""
+        end = cache.max_length + slots
+        if end > cache.capacity:
+            cache.reserve(2 * end)
+        opened = [
+            cache.open(layer, slots, self.kv_heads, self.head_dim, torch.bfloat16) for layer in range(len(self.layers))
+        ]
+        self._angles = self.angles(end)
+        self._head.cos, self._head.sin = (part.data_ptr() for part in self._angles)
+        keys, values = (array_of([pair.parts[part].data_ptr() for pair in opened]) for part in (0, 1))
+        self._buffers = keys, values  # until the call
+        return DraftCache(
+            ctypes.addressof(keys), ctypes.addressof(values), cache.lengths.data_ptr(),
+            self._memory(rows, drafts).data_ptr(), len(cache.lengths), opened[0].keys.shape[2],
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _memory(self, rows: int, drafts: int) -> Tensor:
+        """To work in; kept for the few sizes that come again."""
+        found = self._space.get((rows, drafts))
+        if found is None:
+            if len(self._space) >= 8:
+                self._space.clear()
+            found = self._space[rows, drafts] = self._kernels.draft_space(self._head, rows, drafts)
+        return found
+
+
+def can_compile(embeddings: Tensor, layers: Sequence[LayerArguments | None], linears: Sequence[Any]) -> bool:
+    """Whether kernels can draft with these.
+
+    Args:
+        embeddings: ``[V, d]``.
+        layers: None for one that does not fit.
+        linears: output head and mix.
+    """
+    return (
+        embeddings.device.type == "cpu"
+        and embeddings.dtype == torch.bfloat16
+        and embeddings.is_contiguous()
+        and find_kernels() is not None
+        and all(layer is not None for layer in layers)
+        and all(isinstance(part, PackedLinear) and isinstance(part.packed, PanelWeight) for part in linears)
+    )
