@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.drafters.pruned import DraftHead as ReducedHead
 from specdec.kernels.decoder_layer import (
     MOST_TOP,
     DraftCache,
@@ -24,6 +25,7 @@ from specdec.kernels.decoder_layer import (
     find_kernels,
 )
 from specdec.kv_cache import KVCache
+from specdec.lean import LeanStack, is_whole
 from specdec.packing import PackedLinear
 from specdec.panels import PanelWeight
 from specdec.tree import TokenTree
@@ -133,6 +135,30 @@ class CompiledDrafter:
                 self._space.clear()
             found = self._space[rows, drafts] = self._kernels.draft_space(self._head, rows, drafts)
         return found
+
+
+def compile_model(model: Any) -> CompiledDrafter | None:
+    """A draft model of transformers whose layers and head were packed; None where the kernels cannot run it whole."""
+    stack, head = model.base_model, model.get_output_embeddings()
+    vocabulary: Tensor | None = None
+    if isinstance(head, ReducedHead):
+        vocabulary, head = head.vocabulary, head.rows
+    whole = stack.forward
+    if not isinstance(whole, LeanStack) or not whole.has_table:
+        return None
+    layers = [layer.forward.arguments if is_whole(layer) else None for layer in stack.layers]
+    table = model.get_input_embeddings().weight.detach()
+    heard = [*stack.layers, stack.norm, head]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in heard):
+        return None
+    if not can_compile(table, layers, [head]):
+        return None
+    compiled = [layer for layer in layers if layer is not None]
+    heads, width = int(compiled[0].kv_heads), int(compiled[0].width)
+    return CompiledDrafter(
+        compiled, heads, width, table, [(stack.norm.weight, stack.norm.variance_epsilon)], head,
+        lambda length: whole.angle_table(length, table.dtype), vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def can_compile(embeddings: Tensor, layers: Sequence[LayerArguments | None], linears: Sequence[Any]) -> bool:

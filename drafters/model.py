@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
+from specdec.drafters.compiled import CompiledDrafter, compile_model
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
 from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
@@ -21,7 +22,7 @@ from specdec.latency import LatencyKey, load_curve
 from specdec.models import find_device, find_dtype
 from specdec.placement import measure_link, plan_draft
 from specdec.sampling import filter_logits
-from specdec.target import HFTarget, TargetOutput
+from specdec.target import PREFILL_CHUNK, HFTarget, TargetOutput
 from specdec.tree import PADDING, ROOT, TokenTree
 
 USUAL_DEPTH = 5
@@ -89,6 +90,7 @@ class ModelDrafter(Drafter):
         self._tokenizer = tokenizer
         self._cache: KVCache | None = None
         self._prompts: DraftPrompts | None = None
+        self._compiled: CompiledDrafter | None = None
         self._pruned = None if model is not None else read_pruned(self.config.model)
         self._shipped = model is None and not self.config.model and ships_any()
         if self._pruned is not None or self._shipped:
@@ -115,6 +117,8 @@ class ModelDrafter(Drafter):
         self.draft_model = self._wrap(model)
         if self.config.prompt_tokens:
             self._prompts = DraftPrompts(Path(self.config.prompt_tokens).expanduser(), self.draft_model)
+        elif type(self.draft_model) is HFTarget:
+            self._compiled = compile_model(model)
 
     def _missing(self) -> ValueError:
         return ValueError(
@@ -211,13 +215,37 @@ class ModelDrafter(Drafter):
 
     def _ranked(self, batch: Batch, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""
+        beams, most = self.config.beams, min(self.config.max_nodes, batch.max_nodes)
+        if self._compiled is not None and batch.greedy and batch.seen is None:
+            assert self._cache is not None
+            if self._cache.regular:
+                start = self._enter(batch, self._compiled, self._cache)
+                return self._compiled.grow(self._cache, batch.pending, start, (depth, beams, beams, most))
         level_logits = self._levels(batch)
 
         def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:
-            return rank(batch, level_logits(tree, first, level), self.config.beams, tree, first, level)
+            return rank(batch, level_logits(tree, first, level), beams, tree, first, level)
 
-        pending = batch.pending.to(self.draft_model.device)
-        return grow(pending, depth, self.config.beams, min(self.config.max_nodes, batch.max_nodes), expand)
+        return grow(batch.pending.to(self.draft_model.device), depth, beams, most, expand)
+
+    @staticmethod
+    def _enter(batch: Batch, compiled: CompiledDrafter, cache: KVCache) -> Tensor:
+        """Feed every token not seen yet, the pending one included; ``[B, d]`` the states there."""
+        cache.truncate(
+            [min(length, len(row.tokens) - 1) for length, row in zip(cache.row_lengths, batch.rows, strict=True)]
+        )
+        missing = [row.tokens[length:] for row, length in zip(batch.rows, cache.row_lengths, strict=True)]
+        rows, latest = torch.arange(len(batch)), None
+        for first in range(0, max(map(len, missing)), PREFILL_CHUNK):
+            part = [tokens[first : first + PREFILL_CHUNK] for tokens in missing]
+            width = max(map(len, part))
+            states = compiled.enter(cache, torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in part]))
+            counts = torch.tensor([len(tokens) for tokens in part])
+            cache.advance(counts.tolist())
+            ends = states[rows, (counts - 1).clamp(min=0)]
+            latest = ends if latest is None else torch.where((counts > 0).unsqueeze(1), ends, latest)
+        assert latest is not None
+        return latest
 
     def _levels(self, batch: Batch) -> Callable[[TokenTree, int, int], Tensor]:
         """Says, after catching up, the logits ``[B, n, V]`` for a level's nodes, from those of the one above."""

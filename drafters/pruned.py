@@ -110,26 +110,26 @@ class DraftHead(nn.Module):
 
     def __init__(self, rows: nn.Module, vocabulary: Tensor, vocab_size: int) -> None:
         super().__init__()
-        self._rows, self._size = rows, vocab_size
+        self.rows, self._size = rows, vocab_size
         self.register_buffer("vocabulary", vocabulary, persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """``[V, d]``, a copy; zeros outside the draft vocabulary, see ``bias``."""
-        rows: Any = self._rows
+        rows: Any = self.rows
         whole: Tensor = rows.weight.new_zeros(self._size, rows.weight.shape[1])
         return whole.index_copy_(0, self.vocabulary, rows.weight.detach())
 
     @property
     def bias(self) -> Tensor:
         """``[V]``: what makes tokens outside the draft vocabulary improbable."""
-        rows: Any = self._rows
+        rows: Any = self.rows
         own = rows.weight.new_zeros(len(self.vocabulary)) if rows.bias is None else rows.bias.detach()
         return torch.full_like(own[:1], _NEVER).repeat(self._size).index_copy_(0, self.vocabulary, own)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., d]`` to ``[..., V]``."""
-        logits: Tensor = self._rows(hidden)
+        logits: Tensor = self.rows(hidden)
         whole = logits.new_full((*logits.shape[:-1], self._size), -torch.inf)
         return whole.index_copy_(-1, self.vocabulary, logits)
 

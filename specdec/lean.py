@@ -235,12 +235,12 @@ class LeanStack:
         self._own: Callable[..., Any] = stack.forward
         self._angles: tuple[Tensor, Tensor] | None = None
         rotary = stack.rotary_emb
-        # Angles of these kinds depend on the position alone, those of others on how long the text is.
-        self._table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+        self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+        """Angles of these kinds depend on the position alone, those of others on how long the text is."""
 
     def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
         """Whether a pass runs through compiled layers, which also fill ``copies``."""
-        return find_kernels() is not None and all(map(_whole, self._stack.layers)) and _compiles(dtype, now)
+        return find_kernels() is not None and all(map(is_whole, self._stack.layers)) and _compiles(dtype, now)
 
     def __call__(
         self,
@@ -253,7 +253,7 @@ class LeanStack:
     ) -> Any:
         """As the stack's own forward."""
         kernels, layers = find_kernels(), list(self._stack.layers)
-        if specdec_pass is None or position_ids is None or kernels is None or not all(map(_whole, layers)):
+        if specdec_pass is None or position_ids is None or kernels is None or not all(map(is_whole, layers)):
             kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(input_ids, *args, **kwargs)
         states = self._stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -308,15 +308,20 @@ class LeanStack:
 
     def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
-        if not self._table:
+        if not self.has_table:
             cos, sin = self._stack.rotary_emb(states, position_ids=positions)
             return cos.contiguous(), sin.contiguous()
-        last = int(positions.max())
-        if self._angles is None or last >= len(self._angles[0]):
-            known = torch.arange(max(1024, 2 * last)).unsqueeze(0)
-            cos, sin = self._stack.rotary_emb(states, position_ids=known)
+        cos, sin = self.angle_table(int(positions.max()) + 1, states.dtype)
+        return F.embedding(positions, cos), F.embedding(positions, sin)
+
+    def angle_table(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[positions, d]`` of ``length`` positions at least; with ``has_table``."""
+        if self._angles is None or length > len(self._angles[0]) or self._angles[0].dtype != dtype:
+            like = next(self._stack.parameters())
+            known = torch.arange(max(1024, 2 * length), device=like.device).unsqueeze(0)
+            cos, sin = self._stack.rotary_emb(like.new_empty(0, dtype=dtype), position_ids=known)
             self._angles = (cos[0].contiguous(), sin[0].contiguous())
-        return F.embedding(positions, self._angles[0]), F.embedding(positions, self._angles[1])
+        return self._angles
 
 
 def _compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
@@ -324,7 +329,8 @@ def _compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> b
     return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES and specdec_pass.regular
 
 
-def _whole(layer: Any) -> bool:
+def is_whole(layer: Any) -> bool:
+    """Whether a layer runs in one compiled call."""
     return isinstance(layer.forward, LeanLayer) and layer.forward.arguments is not None
 
 

@@ -1,4 +1,4 @@
-"""EAGLE's compiled drafting: the tree, and the states it starts from, are those of the same steps one by one."""
+"""Compiled drafting: the tree, and the states it starts from, are those of the same steps one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from unit_rows import make_batch
 from specdec.batch import Batch
 from specdec.drafters.eagle import EagleConfig, EagleDrafter, make_eagle
 from specdec.drafters.layer import LayerShape
+from specdec.drafters.model import ModelConfig, ModelDrafter
+from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.weights import DrafterWeights, TargetFacts
+from specdec.lean import make_lean
+from specdec.packing import pack_linears
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
@@ -143,3 +147,60 @@ def test_sampled_rows_and_penalties_are_ranked_step_by_step(target: HFTarget, mo
         assert drafter.propose(greedy([7], params=params)).num_nodes > 1
     with pytest.raises(AssertionError, match="compiled"):
         drafter.propose(greedy([7]))
+
+
+# --- draft models
+
+
+def draft_model(target: HFTarget, kind: str) -> Any:
+    torch.manual_seed(5)
+    if kind == "pruned":
+        module = PrunedLayers(target, [0, 1], vocab_size=60)
+        module.copy_layers(target)
+        assert module.vocabulary is not None
+        module.vocabulary.copy_(torch.randperm(VOCAB)[:60].sort().values)
+        weights = DrafterWeights(
+            "model", TargetFacts.of(target), {"layers": [0, 1], "vocab_size": 60}, module.state_dict()
+        )
+        return build_pruned(weights, target)
+    model = tiny_model(head_dim=32, initializer_range=0.15, num_hidden_layers=3).bfloat16()
+    pack_linears(model)
+    make_lean(model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pruned", "whole"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_draft_models_compiled_trees_are_those_of_its_passes(target: HFTarget, kind: str, rows: int) -> None:
+    """Confidence is a sum over the vocabulary, whose order differs where most of it is impossible."""
+    texts = [[*range(3 + row, 20 - 4 * row)] for row in range(rows)]
+    for depth, beams, most in ((1, 4, 24), (5, 4, 24), (4, 8, 60), (6, 3, 5)):
+        config = ModelConfig(depth=depth, beams=beams, max_nodes=most)
+        drafters = [ModelDrafter(config, draft_model(target, kind)) for _ in range(2)]
+        for drafter in drafters:
+            drafter.bind(target, None)
+            assert drafter._compiled is not None
+        drafters[1]._compiled = None
+        batch = greedy(*texts)
+        for drafter in drafters:
+            drafter.start(batch, None)
+        for step in range(4):
+            ours, theirs, again = (drafter.propose(batch) for drafter in (*drafters, drafters[0]))
+            assert torch.equal(ours.tokens, theirs.tokens), (depth, beams, step)
+            assert torch.equal(ours.parents, theirs.parents)
+            torch.testing.assert_close(ours.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+            assert_same(ours, again)
+            for row in batch.rows[: 1 + step % rows]:  # some rows go on by more tokens than others
+                row.tokens.extend(range(40, 41 + step))
+            if step == 2:
+                batch = Batch(batch.rows[::-1], VOCAB)
+                for drafter in drafters:
+                    drafter.keep(batch, list(range(rows))[::-1])
+
+
+@torch.no_grad()
+def test_a_draft_model_that_somebody_listens_to_runs_through_its_modules(target: HFTarget) -> None:
+    model = draft_model(target, "whole")
+    model.base_model.layers[1].register_forward_hook(lambda *_: None)
+    assert ModelDrafter(ModelConfig(), model)._compiled is None
