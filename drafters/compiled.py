@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.drafters.pruned import DraftHead as ReducedHead
+from specdec.drafters.pruned import DraftHead
 from specdec.kernels.decoder_layer import (
-    MOST_TOP,
     DraftCache,
-    DraftHead,
+    DraftWeights,
     Kernels,
     LayerArguments,
     Linear,
@@ -29,6 +28,12 @@ from specdec.lean import LeanStack, is_whole
 from specdec.packing import PackedLinear
 from specdec.panels import PanelWeight
 from specdec.tree import TokenTree
+
+MOST_KEPT = 256
+"""Entries at a time of which the memory is kept; a step has fewer, the parts of a prompt more."""
+
+GROWTH = 64
+"""Slots that a full cache gets beyond those needed: it is copied when it grows."""
 
 Angles = Callable[[int], tuple[Tensor, Tensor]]
 """Cosines and sines ``[positions, d_h]`` of so many positions at least."""
@@ -70,14 +75,22 @@ class CompiledDrafter:
         assert kernels is not None
         self._kernels: Kernels = kernels
         self._vocab_size: int = self.head.packed.out_features
-        self._space: dict[tuple[int, int], Tensor] = {}
+        self._space: Tensor | None = None
         self._linears = [None if linear is None else Linear.of(linear.packed) for linear in (self.mix, self.head)]
         self._layers = array_of([ctypes.addressof(layer) for layer in self.layers])
         levels = (0, 0) if self.rates is None else self.rates.shape
+        if self.vocabulary is not None and not 0 <= int(self.vocabulary.min()) <= int(self.vocabulary.max()) < len(
+            self.embeddings
+        ):
+            raise ValueError(
+                f"the draft vocabulary names tokens {int(self.vocabulary.min())} to {int(self.vocabulary.max())}, the "
+                f"target has {len(self.embeddings)}: train the drafter anew for it"
+            )
         (norm, eps), before = self.norms[-1], self.norms[:-1] or ((None, 0.0),) * 2
         tensors = (self.embeddings, *(weight for weight, _ in before), norm, None, None, self.vocabulary, self.rates)
-        self._head = DraftHead(
-            ctypes.addressof(self._layers), *(None if each is None else ctypes.addressof(each) for each in self._linears),
+        linears = [None if linear is None else ctypes.addressof(linear) for linear in self._linears]
+        self._weights = DraftWeights(
+            ctypes.addressof(self._layers), *linears,
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(self.layers), *levels,
             *(each for _, each in before), eps, self.adds_normed,
         )  # fmt: skip
@@ -95,53 +108,57 @@ class CompiledDrafter:
         causal = torch.ones(count, count, dtype=torch.bool).tril_().repeat(rows, 1, 1)
         out = self.embeddings.new_empty(rows, count, self.embeddings.shape[1])
         hidden = None if hidden is None else hidden.contiguous()
-        where = self._where(cache, count, rows * count, 0)
-        return self._kernels.draft_entries(self._head, where, hidden, tokens.contiguous(), depth, causal, out)
+        where = self._where(cache, rows, count, rows * count, 0)
+        return self._kernels.draft_entries(self._weights, where, hidden, tokens.contiguous(), depth, causal, out)
 
     def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]) -> TokenTree:
         """A tree below the entries; arguments as ``Kernels.grow_draft`` has them."""
         depth, width, branching, most_nodes = sizes
-        branching = min(branching, self._vocab_size, MOST_TOP)
-        rows = len(pending) * width
-        where = self._where(cache, width * (depth - 1), rows, rows)
+        branching = min(branching, self._vocab_size)
+        entries = len(pending) * width
+        where = self._where(cache, len(pending), width * (depth - 1), entries, entries)
         tokens, parents, joint = self._kernels.grow_draft(
-            self._head, where, pending.contiguous(), start.contiguous(), (depth, width, branching, most_nodes)
+            self._weights, where, pending.contiguous(), start.contiguous(), (depth, width, branching, most_nodes)
         )
         return TokenTree(tokens, parents, confidence=joint.float().exp()).compact()
 
-    def _where(self, cache: KVCache, slots: int, rows: int, drafts: int) -> DraftCache:
-        """The cache with room for so many entries more, the angles of their positions, and memory for as many rows."""
-        end = cache.max_length + slots
-        if end > cache.capacity:
-            cache.reserve(2 * end)
+    def _where(self, cache: KVCache, rows: int, slots: int, entries: int, drafts: int) -> DraftCache:
+        """The cache of so many rows with room for more slots, the angles of their positions, and memory to work in."""
+        if rows != cache.batch_size:
+            raise ValueError(f"drafts for {rows} rows are wanted, the cache has {cache.batch_size}")
+        if cache.room < slots:
+            cache.make_room(slots + GROWTH)
         opened = [
             cache.open(layer, slots, self.kv_heads, self.head_dim, torch.bfloat16) for layer in range(len(self.layers))
         ]
-        self._angles = self.angles(end)
-        self._head.cos, self._head.sin = (part.data_ptr() for part in self._angles)
+        self._angles = self.angles(cache.max_length + slots)
+        self._weights.cos, self._weights.sin = (part.data_ptr() for part in self._angles)
         keys, values = (array_of([pair.parts[part].data_ptr() for pair in opened]) for part in (0, 1))
-        self._buffers = keys, values  # until the call
+        self._held = keys, values, self._memory(entries, drafts)  # until the call
         return DraftCache(
-            ctypes.addressof(keys), ctypes.addressof(values), cache.lengths.data_ptr(),
-            self._memory(rows, drafts).data_ptr(), len(cache.lengths), opened[0].keys.shape[2],
-            torch.get_num_threads(),
+            ctypes.addressof(keys), ctypes.addressof(values), cache.lengths.data_ptr(), self._held[2].data_ptr(), rows,
+            opened[0].keys.shape[2], torch.get_num_threads(),
         )  # fmt: skip
 
-    def _memory(self, rows: int, drafts: int) -> Tensor:
-        """To work in; kept for the few sizes that come again."""
-        found = self._space.get((rows, drafts))
-        if found is None:
-            if len(self._space) >= 8:
-                self._space.clear()
-            found = self._space[rows, drafts] = self._kernels.draft_space(self._head, rows, drafts)
+    def _memory(self, entries: int, drafts: int) -> Tensor:
+        """To work in. Of prompts it is large, and not kept."""
+        size = self._kernels.draft_space(self._weights, entries, drafts)
+        if self._space is not None and self._space.numel() >= size:
+            return self._space
+        found = torch.empty(size, dtype=torch.uint8)
+        if entries <= MOST_KEPT:
+            self._space = found
         return found
 
 
 def compile_model(model: Any) -> CompiledDrafter | None:
-    """A draft model of transformers whose layers and head were packed; None where the kernels cannot run it whole."""
+    """A draft model of transformers whose layers and head were packed; None where the kernels cannot run it whole.
+
+    Hooks that its modules have are why they cannot; those registered later are not heard.
+    """
     stack, head = model.base_model, model.get_output_embeddings()
     vocabulary: Tensor | None = None
-    if isinstance(head, ReducedHead):
+    if isinstance(head, DraftHead):
         vocabulary, head = head.vocabulary, head.rows
     whole = stack.forward
     if not isinstance(whole, LeanStack) or not whole.has_table:

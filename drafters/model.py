@@ -17,6 +17,7 @@ from specdec.drafters.growth import grow, rank
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
 from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
 from specdec.drafters.weights import TargetFacts, find_pretrained
+from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyKey, load_curve
 from specdec.models import find_device, find_dtype
@@ -195,9 +196,7 @@ class ModelDrafter(Drafter):
     def _catch_up(self, batch: Batch) -> Tensor:
         """Feed every token not seen yet; ``[B, V]`` logits after the pending one, which stays the tree's root."""
         assert self._cache is not None
-        seen = self._cache.row_lengths
-        missing = [row.tokens[length:] for row, length in zip(batch.rows, seen, strict=True)]
-        logits = self.draft_model.extend(missing, self._cache).logits[:, 0]
+        logits = self.draft_model.extend(self._missing_tokens(batch), self._cache).logits[:, 0]
         self._cache.truncate([len(row.tokens) - 1 for row in batch.rows])
         return logits
 
@@ -216,7 +215,7 @@ class ModelDrafter(Drafter):
     def _ranked(self, batch: Batch, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""
         beams, most = self.config.beams, min(self.config.max_nodes, batch.max_nodes)
-        if self._compiled is not None and batch.greedy and batch.seen is None:
+        if self._compiled is not None and batch.greedy and batch.seen is None and beams <= MOST_TOP:
             assert self._cache is not None
             if self._cache.regular:
                 start = self._enter(batch, self._compiled, self._cache)
@@ -228,13 +227,17 @@ class ModelDrafter(Drafter):
 
         return grow(batch.pending.to(self.draft_model.device), depth, beams, most, expand)
 
-    @staticmethod
-    def _enter(batch: Batch, compiled: CompiledDrafter, cache: KVCache) -> Tensor:
+    def _missing_tokens(self, batch: Batch) -> list[list[int]]:
+        """Tokens that the cache does not hold, the pending one among them in any case."""
+        assert self._cache is not None
+        known = [min(each, len(row.tokens) - 1) for each, row in zip(self._cache.row_lengths, batch.rows, strict=True)]
+        if known != self._cache.row_lengths:
+            self._cache.truncate(known)
+        return [row.tokens[length:] for row, length in zip(batch.rows, known, strict=True)]
+
+    def _enter(self, batch: Batch, compiled: CompiledDrafter, cache: KVCache) -> Tensor:
         """Feed every token not seen yet, the pending one included; ``[B, d]`` the states there."""
-        cache.truncate(
-            [min(length, len(row.tokens) - 1) for length, row in zip(cache.row_lengths, batch.rows, strict=True)]
-        )
-        missing = [row.tokens[length:] for row, length in zip(batch.rows, cache.row_lengths, strict=True)]
+        missing = self._missing_tokens(batch)
         rows, latest = torch.arange(len(batch)), None
         for first in range(0, max(map(len, missing)), PREFILL_CHUNK):
             part = [tokens[first : first + PREFILL_CHUNK] for tokens in missing]

@@ -22,8 +22,11 @@ from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_libr
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names, and the hub id each stands for where its weights are not installed."""
 
-_NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError, NameError, AttributeError, TypeError)
-"""What loading raises; the last three come from libraries that lack a part, or are of another version."""
+_NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError)
+"""What loading raises."""
+
+_LACKING = (NameError, AttributeError, TypeError)
+"""And what quantizers do that lack a part, or are of another version."""
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -298,8 +301,10 @@ def _load_folder(
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except _NOT_LOADED as error:
+    except (*_NOT_LOADED, *_LACKING) as error:
         hint = missing_library(folder, error)
+        if not hint and isinstance(error, _LACKING):
+            raise
         raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
     return found[0], tokenizer, found[1]
 

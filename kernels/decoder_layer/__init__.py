@@ -16,7 +16,7 @@ from specdec.kernels.build import NotBuilt, load_library
 from specdec.kernels.decoder_layer.structures import (
     Attention,
     DraftCache,
-    DraftHead,
+    DraftWeights,
     Growth,
     LayerArguments,
     Linear,
@@ -35,7 +35,7 @@ __all__ = [
     "MOST_WIDTH",
     "PANEL",
     "DraftCache",
-    "DraftHead",
+    "DraftWeights",
     "Kernels",
     "LayerArguments",
     "Linear",
@@ -94,12 +94,12 @@ class Kernels:
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
         self._top = declare("top", structure(Top), ctypes.c_int)
-        self._draft_space = declare("draft_space", structure(DraftHead), number, number, result=number)
+        self._draft_space = declare("draft_space", structure(DraftWeights), number, number, result=number)
         self._draft_entries = declare(
-            "draft_entries", structure(DraftHead), structure(DraftCache), *[pointer] * 4, number, pointer
+            "draft_entries", structure(DraftWeights), structure(DraftCache), *[pointer] * 4, number, pointer
         )
         self._grow_draft = declare(
-            "grow_draft", structure(DraftHead), structure(DraftCache), structure(Growth), result=number
+            "grow_draft", structure(DraftWeights), structure(DraftCache), structure(Growth), result=number
         )
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
@@ -188,18 +188,18 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def draft_space(self, head: DraftHead, rows: int, drafts: int = 0) -> Tensor:
-        """Memory to draft in, for so many entries at a time, ``drafts`` of them with children."""
-        return torch.empty(self._draft_space(head, rows, drafts), dtype=torch.uint8)
+    def draft_space(self, weights: DraftWeights, entries: int, drafts: int = 0) -> int:
+        """Bytes to draft in, for so many entries at a time, ``drafts`` of them with children."""
+        return int(self._draft_space(weights, entries, drafts))
 
     def draft_entries(
-        self, head: DraftHead, cache: DraftCache, states: Tensor | None, tokens: Tensor, depth: Tensor, seen: Tensor,
-        out: Tensor,
+        self, weights: DraftWeights, cache: DraftCache, states: Tensor | None, tokens: Tensor, depth: Tensor,
+        seen: Tensor, out: Tensor,
     ) -> Tensor:  # fmt: skip
         """A drafter's layers over entries, to states ``[B, n, d]``.
 
         Args:
-            head: the drafter's weights.
+            weights: the drafter's.
             cache: what was entered before; keys and values of these entries are written behind it.
             states: ``[B, n, d]`` of the token before each, where entries have them.
             tokens: ``[B, n]`` int64.
@@ -208,16 +208,16 @@ class Kernels:
             out: written and returned.
         """
         pointers = (pointer_to(tensor) for tensor in (states, tokens, depth, seen))
-        self._draft_entries(head, cache, *pointers, tokens.shape[1], out.data_ptr())
+        self._draft_entries(weights, cache, *pointers, tokens.shape[1], out.data_ptr())
         return out
 
     def grow_draft(
-        self, head: DraftHead, cache: DraftCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]
+        self, weights: DraftWeights, cache: DraftCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A tree of the most probable paths, all of it in one call.
 
         Args:
-            head: the drafter's weights.
+            weights: the drafter's.
             cache: of its entries; width * (depth - 1) slots behind the committed ones are free.
             pending: ``[B]`` int64, roots.
             start: ``[B, d]`` states of the roots, which their children are drafted from.
@@ -232,7 +232,7 @@ class Kernels:
         joint = torch.empty(shape, dtype=torch.float64)
         chosen = (tokens, parents, joint)
         pointers = [tensor.data_ptr() for tensor in (pending, start, *chosen)]
-        count = self._grow_draft(head, cache, Growth(*pointers[:2], *sizes, *pointers[2:]))
+        count = self._grow_draft(weights, cache, Growth(*pointers[:2], *sizes, *pointers[2:]))
         if count == 0:
             raise MemoryError(f"no memory for the candidates of {len(pending)} trees of width {sizes[1]}")
         tokens, parents, joint = (part.flatten()[: len(pending) * count].view(-1, count) for part in chosen)

@@ -15,7 +15,7 @@ typedef struct {
   long count, rate_levels, rate_ranks; /* count: of layers */
   float embedding_eps, state_eps, eps;
   int adds_normed; /* without mix: to the normed state */
-} draft_head;
+} draft_weights;
 
 typedef struct {
   bf16 *const *keys, *const *values; /* each layer's, [B, H_kv, slots, width] */
@@ -27,15 +27,15 @@ typedef struct {
 
 typedef struct {
   char *layer;
-  bf16 *inputs, *residual, *cos, *sin, *states[2], *gathered, *normed, *logits;
+  bf16 *inputs, *residual, *cos, *sin, *states, *gathered, *normed, *logits;
   uint8_t *bytes;
   float *sizes, *best, *total;
   int64_t *index;
 } draft_buffers;
 
-static long state_width(const draft_head *h) { return h->layers[0]->down.out_width; }
+static long state_width(const draft_weights *h) { return h->layers[0]->down.out_width; }
 
-static long place_draft(const draft_head *h, long rows, long drafts, char *space, draft_buffers *b) {
+static long place_draft(const draft_weights *h, long rows, long drafts, char *space, draft_buffers *b) {
   long at = 0, d = state_width(h), width = h->layers[0]->width;
   PLACE(layer, char, layer_space(h->layers[0], rows))
   PLACE(inputs, bf16, rows * 2 * d)
@@ -44,8 +44,7 @@ static long place_draft(const draft_head *h, long rows, long drafts, char *space
   PLACE(sin, bf16, rows * width)
   PLACE(bytes, uint8_t, rows * 2 * d)
   PLACE(sizes, float, rows)
-  PLACE(states[0], bf16, drafts * d)
-  PLACE(states[1], bf16, drafts * d)
+  PLACE(states, bf16, drafts * d)
   PLACE(gathered, bf16, drafts * d)
   PLACE(normed, bf16, drafts * d)
   PLACE(logits, bf16, drafts * h->head->out_width)
@@ -56,7 +55,7 @@ static long place_draft(const draft_head *h, long rows, long drafts, char *space
 }
 
 /* For `rows` entries at a time, of `drafts` of which children are wanted. */
-long draft_space(const draft_head *h, long rows, long drafts) {
+long draft_space(const draft_weights *h, long rows, long drafts) {
   draft_buffers unused;
   return place_draft(h, rows, drafts, 0, &unused);
 }
@@ -67,7 +66,7 @@ static void multiply_draft(const linear *l, const draft_buffers *b, const bf16 *
 }
 
 typedef struct {
-  const draft_head *h;
+  const draft_weights *h;
   const draft_cache *c;
   const draft_buffers *b;
   const bf16 *states;
@@ -82,7 +81,7 @@ static void norm_into(const bf16 *in, const bf16 *weight, bf16 *out, long d, flo
 
 static void make_entry(const void *pointer, long index) {
   const entry_arguments *a = pointer;
-  const draft_head *h = a->h;
+  const draft_weights *h = a->h;
   const long d = state_width(h), width = h->layers[0]->width, row = index / a->nodes;
   const bf16 *embedding = h->embeddings + a->tokens[index] * d;
   if (h->embedding_norm) {
@@ -102,7 +101,7 @@ static void make_entry(const void *pointer, long index) {
 /* The layers over `nodes` entries of every row: states [B, nodes, d] before them, which a draft model has none of, to
    states after them. They stand behind the committed ones and the tree's earlier ones; `seen` [B, nodes, tree] says which
    of the tree's each sees. */
-static void enter(const draft_head *h, const draft_cache *c, const draft_buffers *b, const bf16 *states,
+static void enter(const draft_weights *h, const draft_cache *c, const draft_buffers *b, const bf16 *states,
                   const int64_t *tokens, const int64_t *depth, const uint8_t *seen, long nodes, long tree, bf16 *out) {
   entry_arguments a = {h, c, b, states, tokens, depth, nodes, tree};
   const long rows = c->batch * nodes;
@@ -114,7 +113,7 @@ static void enter(const draft_head *h, const draft_cache *c, const draft_buffers
     decoder_layer(h->layers[i], &p, i ? out : in, i ? out : b->residual, out, c->keys[i], c->values[i], c->slots, 0, 0);
 }
 
-void draft_entries(const draft_head *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,
+void draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,
                    const int64_t *depth, const uint8_t *seen, long nodes, bf16 *out) {
   draft_buffers b;
   place_draft(h, c->batch * nodes, 0, c->space, &b);
@@ -153,7 +152,7 @@ static void pick_best(const double *joint, long first, long end, long count, lon
 }
 
 /* Children of the frontier, from the head's best tokens; returns how many candidates there are now. */
-static long add_children(const draft_head *h, const growth *g, const draft_buffers *b, candidates *c, long row,
+static long add_children(const draft_weights *h, const growth *g, const draft_buffers *b, candidates *c, long row,
                          long nodes, long level, long end) {
   const float *rates =
       h->rates ? h->rates + ((level < h->rate_levels ? level : h->rate_levels) - 1) * h->rate_ranks : 0;
@@ -175,7 +174,7 @@ typedef struct {
   uint8_t *seen, *all_seen;
 } level_nodes;
 
-static void choose(const draft_head *h, const draft_cache *cache, const candidates *rows, const draft_buffers *b,
+static void choose(const draft_weights *h, const draft_cache *cache, const candidates *rows, const draft_buffers *b,
                    const bf16 *states, level_nodes *l, long nodes, long before, long columns, long level, long known,
                    long first) {
   const long d = state_width(h), tree = known + nodes;
@@ -223,7 +222,7 @@ static void write_best(const growth *g, const candidates *c, long row, long end,
 
 /* The best nodes of every row's tree, written densely as [B, count]; returns count, or 0 where memory is short. Slots for
    the nodes expanded, width * (depth - 1), must be free behind the committed entries. */
-long grow_draft(const draft_head *h, const draft_cache *cache, const growth *g) {
+long grow_draft(const draft_weights *h, const draft_cache *cache, const growth *g) {
   const long batch = cache->batch, columns = g->width * (g->depth - 1) + 1, d = state_width(h);
   const long most = 1 + g->branching * (1 + g->width * (g->depth - 1));
   draft_buffers b;
@@ -275,9 +274,8 @@ long grow_draft(const draft_head *h, const draft_cache *cache, const growth *g) 
     choose(h, cache, rows, &b, states, &l, nodes, before, columns, level, known, first);
     first = known;
     known += nodes;
-    bf16 *out = b.states[level % 2];
-    enter(h, cache, &b, b.gathered, l.tokens, l.depth, l.seen, nodes, known, out);
-    states = out;
+    enter(h, cache, &b, b.gathered, l.tokens, l.depth, l.seen, nodes, known, b.states);
+    states = b.states;
   }
 #undef TAKE
   const long count = end < g->most_nodes ? end : g->most_nodes;

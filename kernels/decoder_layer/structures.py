@@ -107,8 +107,8 @@ class Top(ctypes.Structure):
     _fields_ = _fields("logits best total index", "rows width count", ("bytes", ctypes.c_int))
 
 
-class DraftHead(ctypes.Structure):
-    """``draft_head``: weights of a drafter of a few decoder layers."""
+class DraftWeights(ctypes.Structure):
+    """``draft_weights``: weights of a drafter of a few decoder layers."""
 
     _fields_ = _fields(
         "layers mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates",

@@ -16,6 +16,7 @@ from specdec.drafters.layer import LayerShape
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.weights import DrafterWeights, TargetFacts
+from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.lean import make_lean
 from specdec.packing import pack_linears
 from specdec.sampling import SamplingParams
@@ -204,3 +205,49 @@ def test_a_draft_model_that_somebody_listens_to_runs_through_its_modules(target:
     model = draft_model(target, "whole")
     model.base_model.layers[1].register_forward_hook(lambda *_: None)
     assert ModelDrafter(ModelConfig(), model)._compiled is None
+
+
+@torch.no_grad()
+def test_a_draft_model_drafts_on_where_rows_turn_to_sampling_and_back(target: HFTarget) -> None:
+    """Compiled calls leave the pending token in the cache, passes do not."""
+    drafters = [ModelDrafter(ModelConfig(depth=3), draft_model(target, "pruned")) for _ in range(2)]
+    for drafter in drafters:
+        drafter.bind(target, None)
+    drafters[1]._compiled = None
+    sampled = SamplingParams(temperature=1.0, seed=0)
+    for drafter in drafters:
+        drafter.start(greedy([5, 6, 7]), None)
+    for params in (GREEDY, sampled, sampled, GREEDY, GREEDY, sampled):
+        trees = [drafter.propose(greedy([5, 6, 7, 8], params=params)) for drafter in drafters]
+        assert torch.equal(trees[0].tokens, trees[1].tokens)
+        assert torch.equal(trees[0].parents, trees[1].parents)
+
+
+def test_more_beams_than_the_kernels_rank_are_ranked_step_by_step(target: HFTarget) -> None:
+    drafter = ModelDrafter(ModelConfig(depth=2, beams=MOST_TOP + 1, max_nodes=200), draft_model(target, "whole"))
+    drafter.bind(target, None)
+    batch = greedy([5, 6, 7])
+    drafter.start(batch, None)
+    tree = drafter.propose(batch)
+    assert int((tree.parents == 0).sum()) > MOST_TOP
+
+
+def test_what_would_reach_beyond_memory_is_refused(target: HFTarget) -> None:
+    drafter = make_drafter(target, "ours", EagleConfig())
+    absorb(drafter, target, [[4, 4]])
+    with pytest.raises(ValueError, match="drafts for 1 rows are wanted, the cache has 2"):
+        drafter.propose(greedy([7]))
+    vocabulary = drafter.module.vocabulary
+    vocabulary[-1] = VOCAB
+    with pytest.raises(ValueError, match=f"names tokens .* to {VOCAB}, the target has {VOCAB}"):
+        drafter._compile()
+
+
+@torch.no_grad()
+def test_caches_grow_with_the_text(target: HFTarget) -> None:
+    drafters = [make_drafter(target, "ours", EagleConfig()) for _ in range(2)]
+    in_steps(drafters[1])
+    for drafter in drafters:
+        absorb(drafter, target, [[500], *[[30]] * 12])
+        assert drafter._cache.row_lengths == [860]
+    assert_same(drafters[0].propose(greedy([7])), drafters[1].propose(greedy([7])))
