@@ -194,7 +194,8 @@ def test_whatever_a_quantizer_raises_comes_with_what_to_install(
         ValueError, match=r"GPU is required. Its weights are quantized \(gptq\): .*specdec\[quantized\]"
     ):
         load_model(str(path), device="cpu")
-    with pytest.raises(ValueError, match=r"GPU is required$"):
+    ours = ValueError if kind is RuntimeError else kind  # a mistake in a model's code is not to be hidden
+    with pytest.raises(ours, match=r"GPU is required$"):
         load_model(str(folder), device="cpu")
 
 
