@@ -82,6 +82,10 @@ class Drafter(ABC):
         self.stop()
         self.start(batch, None)
 
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        """Accepted nodes per pass to expect of trees of these sizes, by calibration; None where there was none."""
+        return None
+
     def survivor(self) -> Drafter | None:
         """What goes on with the call after one of these methods raised; None is plain decoding."""
         return None

@@ -140,8 +140,8 @@ def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Te
     return weighted.argsort(descending=True, stable=True)[:size].sort().values
 
 
-def best_width(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> int:
-    """Nodes to expand per depth for growth by these rates to end in Sequoia's best tree of the options' size.
+def optimal_trees(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> OptimalTrees:
+    """Sequoia's trees for these rates, as large and deep as the options' trees, ``MOST_PLANNED`` nodes at most.
 
     Args:
         hit_rates: ``[D][R]``; deeper levels and further ranks are as the last.
@@ -152,8 +152,13 @@ def best_width(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> int:
         rates = [max(float(rate), 1e-4) for rate in hit_rates[min(level, len(hit_rates) - 1)]]
         rates = (rates + [rates[-1]] * config.branching)[: config.branching]
         table.append([rate / max(1.0, sum(rates)) for rate in rates])
+    return OptimalTrees(table, min(config.max_nodes, MOST_PLANNED), config.depth)
+
+
+def best_width(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> int:
+    """Nodes to expand per depth for growth by these rates to end in Sequoia's best tree of the options' size."""
     nodes = min(config.max_nodes, MOST_PLANNED)
-    width = OptimalTrees(table, nodes, config.depth).best(nodes, config.depth).width
+    width = optimal_trees(hit_rates, config).best(nodes, config.depth).width
     return max(1, width) if nodes == config.max_nodes else max(config.width, width)
 
 
@@ -175,6 +180,8 @@ class HeadDrafter(Drafter):
         self.config = config or self.Config()
         self._weights = weights
         self._hit_rates: Tensor | None = None
+        self._calibration: Sequence[Sequence[float]] = ()
+        self._expected: dict[tuple[int, ...], list[float]] = {}
         self._width = int(self.config.width)
 
     @abstractmethod
@@ -235,11 +242,22 @@ class HeadDrafter(Drafter):
                     pack_linears(part, pack_head)
             pack_linears(self.module)
         self._head = self.module.output or drafting_head(target, self.module.vocabulary)
+        self._calibration, self._expected = weights.hit_rates or (), {}
         if self.config.tree == "calibrated":
             if not weights.hit_rates:
                 raise ValueError(f"the weights of drafter {self.name!r} have no hit rates: run specdec calibrate")
             self._hit_rates = torch.tensor(weights.hit_rates, device=target.device).clamp(min=1e-4).log()
             self._width = best_width(weights.hit_rates, self.config)
+
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        if not self._calibration:
+            return None
+        key = tuple(sizes)
+        if key not in self._expected:
+            trees, most = optimal_trees(self._calibration, self.config), min(self.config.max_nodes, MOST_PLANNED)
+            tokens = [trees.best(size, self.config.depth).tokens for size in range(1, most + 1)]
+            self._expected[key] = [tokens[min(size, most) - 1] - 1.0 for size in sizes]
+        return self._expected[key]
 
     @property
     def max_depth(self) -> int:

@@ -40,7 +40,7 @@ _FADING = 0.98
 """The same for what was seen before a pass that drafted nothing: texts change."""
 
 _HOPE_PER_DOUBLING = 0.6
-"""Accepted nodes per doubling of the tree, before anything was seen; weighs as much as one pass."""
+"""Accepted nodes per doubling of the tree, where no calibration says what to expect."""
 
 _FIRST_GAP, _LONGEST_GAP = 4, 64
 """Passes between trials of larger trees; doubled after each that changed nothing."""
@@ -81,11 +81,16 @@ class FixedTrees:
 
 
 class Acceptance:
-    """Expected accepted nodes of one row by size of the tree."""
+    """Expected accepted nodes of one row by size of the tree.
 
-    def __init__(self) -> None:
-        hopes = [_HOPE_PER_DOUBLING * math.log2(size / below) for below, size in pairwise(RUNGS)]
-        self._sums = [0.0, *hopes]  # of the accepted nodes that a size has and the next smaller one has not
+    Args:
+        hopes: what to expect of each of ``RUNGS`` before anything was seen; it weighs as much as one pass.
+    """
+
+    def __init__(self, hopes: Sequence[float] | None = None) -> None:
+        hopes = hopes or [_HOPE_PER_DOUBLING * math.log2(size) for size in RUNGS]
+        # Of the accepted nodes that a size has and the next smaller one has not.
+        self._sums = [0.0, *(more - less for less, more in pairwise(hopes))]
         self._weights = [1.0] * len(RUNGS)
 
     def see(self, columns: Sequence[int], known: int) -> None:
@@ -137,10 +142,11 @@ class AdaptiveTrees:
 
     Args:
         times: what passes cost; kept by the decoder from call to call.
+        hopes: accepted nodes to expect of trees of each of ``RUNGS`` before anything was seen, as calibrated.
     """
 
-    def __init__(self, times: PassTimes) -> None:
-        self._times = times
+    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None) -> None:
+        self._times, self._hopes = times, hopes
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest = RUNGS[-1]  # of these
@@ -220,7 +226,7 @@ class AdaptiveTrees:
         return sizes[-1] if best > 1 and best >= self._width > 0 else best
 
     def _acceptance(self, row: Row) -> Acceptance:
-        return self._rows.setdefault(row.row_id, Acceptance())
+        return self._rows.setdefault(row.row_id, Acceptance(self._hopes))
 
     @property
     def balance(self) -> float:

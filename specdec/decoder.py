@@ -32,7 +32,7 @@ from specdec.memory_plan import (
     tree_size,
 )
 from specdec.placement import with_draft_device
-from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, PassTimes
+from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.prefix import KeptText, PrefixStore, SharedWork
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
@@ -377,7 +377,7 @@ class SpecDecoder:
         if self._times is None:
             cautious = CAUTIOUS_CPU if self.target.device.type == "cpu" else CAUTIOUS_GPU
             self._times = PassTimes(load_curve(LatencyKey.of(self.target)) or cautious)
-        return AdaptiveTrees(self._times)
+        return AdaptiveTrees(self._times, self.drafter.expected_accepted(RUNGS))
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
         """Rows with their noise.

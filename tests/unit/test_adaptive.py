@@ -9,10 +9,10 @@ import pytest
 import torch
 from unit_rows import make_row
 
-from specdec.adaptive import CREDIT, SHARE, AdaptiveTrees
+from specdec.adaptive import CREDIT, SHARE, Acceptance, AdaptiveTrees
 from specdec.batch import Row
 from specdec.latency import LatencyCurve
-from specdec.planner import CAUTIOUS_CPU, PassTimes
+from specdec.planner import CAUTIOUS_CPU, RUNGS, PassTimes
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
 
@@ -122,6 +122,21 @@ def test_a_machine_unlike_any_guess_is_found_out_in_one_pass() -> None:
     run = Machine(LINEAR, [coin(0, 0.5)], known=False).run(500)
     assert run.widths[0] == max(run.widths)
     assert run.ms / 10.0 <= run.tokens + run.widths[0] + SHARE * len(run.widths) + CREDIT
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_first_tree_is_what_calibration_says_and_later_ones_what_is_seen(share: float) -> None:
+    """Of trees that pay as soon as half a node is accepted."""
+    hopes = [share * min(size - 1, 4) for size in RUNGS]
+    policy = AdaptiveTrees(PassTimes(LatencyCurve.simple({1: 10.0, 2: 12.0, 64: 60.0}), learn=False), hopes)
+    rows = [make_row([1], 10)]
+    first = policy.budget(rows)
+    assert first == {0.0: 1, 0.3: 6, 1.0: 6}[share]
+    seen = Acceptance(hopes)
+    assert seen.by_size() == pytest.approx(hopes)
+    for _ in range(50):
+        seen.see([1], RUNGS[-1])
+    assert seen.by_size()[1:] == pytest.approx([1.0] * (len(RUNGS) - 1), abs=0.05)
 
 
 def test_trials_grow_rare() -> None:

@@ -156,6 +156,13 @@ def test_calibrated_trees_are_sequoias_best(target: HFTarget, rates: list[list[f
     assert tree.num_nodes == max_nodes == len(best.parents)
     assert tree.confidence is not None
     assert float(tree.confidence.sum()) == pytest.approx(best.tokens)  # chances that nodes are accepted, the root's 1
+    assert drafter.expected_accepted([1, max_nodes, 512]) == pytest.approx([0.0, *[best.tokens - 1.0] * 2])
+
+
+def test_without_calibration_nothing_is_expected(target: HFTarget) -> None:
+    drafter = Recorder(HeadConfig(), random_weights(target, "medusa", 0, 1))
+    drafter.bind(target, None)
+    assert drafter.expected_accepted([1, 2]) is None
 
 
 @pytest.mark.parametrize("option", ["depth", "width", "branching", "max_nodes"])
