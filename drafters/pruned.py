@@ -27,7 +27,7 @@ _NEVER = -1e4
 def choose_layers(num_layers: int, count: int) -> list[int]:
     """``count`` of the indices 0 .. ``num_layers`` - 1: half from the front, half or one more from the back.
 
-    The ends draft better, and learn far faster, than layers evenly spaced; docs/draft-models.md has the figures.
+    The ends learn far faster than layers evenly spaced (docs/draft-models.md).
 
     Raises:
         ValueError: where there are not so many.
