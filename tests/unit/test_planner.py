@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from integration.architectures import tiny_model
 
+from specdec import latency
+from specdec.kernels import build
+from specdec.kernels.decoder_layer import SOURCE
 from specdec.latency import LatencyCurve, LatencyKey, load_curve, measure_curve, save_curve
 from specdec.planner import CAUTIOUS_CPU, Budget, PassTimes, best_budget
 from specdec.target import HFTarget
@@ -126,14 +130,26 @@ def test_a_measurement_stays_within_the_models_context() -> None:
     assert (curve.nodes, curve.lengths) == ((1, 8), (2, 4))
 
 
-def test_a_curve_of_another_machine_model_or_precision_is_not_found(target: HFTarget, tmp_path: Path) -> None:
+def test_a_curve_of_another_machine_model_or_precision_is_not_found(
+    target: HFTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = LatencyKey.of(target)
+    assert LatencyKey.of(target) == key
     curve = LatencyCurve.simple({1: 1.0})
     path = save_curve(curve, key, tmp_path)
     for change in ({"threads": key.threads + 1}, {"device": "another"}, {"torch": "0"}, {"precision": "bfloat16"}):
         assert load_curve(replace(key, **change), tmp_path) is None  # type: ignore[arg-type]
     assert LatencyKey.of(HFTarget(tiny_model(seed=5))) != key
     assert LatencyKey.of(HFTarget(tiny_model().to(torch.bfloat16))) != key
+    with monkeypatch.context() as patch:  # another machine whose processor goes by the same name
+        patch.setattr(build, "_processor", lambda: b"model name : Xeon\nflags : amx_bf16")
+        assert load_curve(LatencyKey.of(target), tmp_path) is None
+    for file in SOURCE.parent.glob("*.[ch]"):
+        folder = tmp_path / file.stem
+        shutil.copytree(SOURCE.parent, folder)
+        (folder / file.name).write_text(file.read_text() + "\n")
+        monkeypatch.setattr(latency, "SOURCE", folder / SOURCE.name)
+        assert load_curve(LatencyKey.of(target), tmp_path) is None, file
     for damage in ("", "[]", '{"format": 1}', path.read_text().replace("1.0", '"soon"')):
         path.write_text(damage)
         assert load_curve(key, tmp_path) is None
