@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from specdec.precisions import SCHEME_NAMES, STORED
+
 if TYPE_CHECKING:
     from specdec.decoder import SpecDecoder
     from specdec.sampling import SamplingParams
@@ -38,6 +40,15 @@ class ModelOptions:
     draft_kv: str | None
 
 
+quantize_option = click.option(
+    "--quantize",
+    metavar="NAME",
+    help=f"Linear layers in {', '.join(SCHEME_NAMES)}, or in a .gguf file's own blocks ({STORED}).",
+)
+kv_option = click.option(
+    "--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."
+)
+
 _MODEL = (
     click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target."),
     click.option("-d", "--drafter", default="auto", show_default=True, help="Drafter; `specdec list` shows them."),
@@ -51,12 +62,8 @@ _MODEL = (
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default."),
     click.option("--adaptive/--fixed-trees", default=True, help="Draft what pays, or what the drafter makes."),
     click.option("--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."),
-    click.option(
-        "--quantize",
-        metavar="NAME",
-        help="Linear layers in int8, w8a8, int4, nf4, fp6 or a .gguf file's blocks (gguf).",
-    ),
-    click.option("--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."),
+    quantize_option,
+    kv_option,
     click.option("--draft-kv", metavar="NAME", help="The same of a draft model's KV cache."),
 )
 
