@@ -15,9 +15,11 @@ from integration.architectures import tiny_model
 from specdec import latency
 from specdec.kernels import build
 from specdec.kernels.decoder_layer import SOURCE
+from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve, LatencyKey, load_curve, measure_curve, save_curve
 from specdec.planner import CAUTIOUS_CPU, Budget, PassTimes, best_budget
 from specdec.target import HFTarget
+from specdec.tree import TokenTree
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -122,6 +124,39 @@ def test_a_measured_curve_has_every_combination_and_survives_the_disk(target: HF
     path = save_curve(curve, key, tmp_path / "new folder")
     assert load_curve(key, tmp_path / "new folder") == curve
     assert json.loads(path.read_text())["key"]["precision"] == "float32"
+
+
+def test_a_measurement_without_time_has_one_round_to_warm_up_and_one_that_counts(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[int, int]] = []
+
+    def fake(target: HFTarget, tree: TokenTree, cache: KVCache) -> float:
+        passes.append((cache.batch_size, tree.num_nodes))
+        return float(len(passes))
+
+    monkeypatch.setattr(latency, "_pass_ms", fake)
+    curve = measure_curve(target, nodes=(1, 2), lengths=(1, 7), batches=(1, 3), seconds=0)
+    a_round = [(batch, nodes) for batch in (1, 3) for _ in (1, 7) for nodes in (1, 2)]
+    assert passes == 2 * a_round
+    assert curve.milliseconds == (((9, 10), (11, 12)), ((13, 14), (15, 16)))
+
+
+@pytest.mark.parametrize(("slow", "rounds"), [(1.0, 8), (6.0, 4), (19.0, 2), (30.0, 2)])
+def test_a_measurement_ends_with_the_round_that_runs_out_of_time(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch, slow: float, rounds: int
+) -> None:
+    """Rounds of so many seconds, out of 20: one that begins in time is finished."""
+    now = [0.0]
+
+    def fake(target: HFTarget, tree: TokenTree, cache: KVCache) -> float:
+        now[0] += slow
+        return 1.0
+
+    monkeypatch.setattr(latency, "_pass_ms", fake)
+    monkeypatch.setattr(latency, "perf_counter", lambda: now[0])
+    measure_curve(target, nodes=(1,), lengths=(1,), batches=(1,))
+    assert now[0] == rounds * slow
 
 
 def test_a_measurement_stays_within_the_models_context() -> None:
