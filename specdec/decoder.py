@@ -24,7 +24,8 @@ from specdec.memory_plan import (
     MemoryPlan,
     ModelShape,
     Workload,
-    drafter_bytes,
+    drafter_kv,
+    drafter_weights,
     free_bytes,
     parse_size,
     plan_memory,
@@ -362,13 +363,13 @@ class SpecDecoder:
             new_tokens=max(row.max_len - row.prompt_len for row in rows),
         )
         shape = self._model_shape()
-        drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
+        held, budget = drafter_weights(self.drafter, self.target), self._memory_budget
         if budget is None:
             free = free_bytes(self.target.device)
-            budget = None if free is None else free + shape.weights + drafter  # these are there already
+            budget = None if free is None else free + shape.weights + held  # these are there already
         elif self._prefixes is not None:
             budget -= self._prefixes.num_bytes
-        return plan_memory(shape, drafter, work, budget)
+        return plan_memory(shape, held + drafter_kv(self.drafter, len(rows), length), work, budget)
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again
