@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +83,7 @@ class SpecDecoder:
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
+        progress: told in a few words what takes long while the target loads.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class SpecDecoder:
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
@@ -137,7 +139,7 @@ class SpecDecoder:
 
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True, quantize=quantize, memory_budget=self._memory_budget,
+                packed=True, quantize=quantize, progress=progress, memory_budget=self._memory_budget,
                 drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
