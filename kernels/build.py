@@ -30,15 +30,19 @@ def load_library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     Raises:
         NotBuilt: without a compiler, or where it fails.
     """
-    code = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
-    digest = hashlib.sha256(b"\0".join([*code, " ".join(FLAGS).encode(), _processor()])).hexdigest()[:16]
-    library = (folder or FOLDER).expanduser() / f"{source.stem}-{digest}.so"
+    library = (folder or FOLDER).expanduser() / f"{source.stem}-{source_digest(source)}.so"
     if not library.exists():
         _compile(source, library)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NotBuilt(f"{library} cannot be loaded: {error}") from error
+
+
+def source_digest(source: Path) -> str:
+    """16 hex digits of all a library is made by: source, headers beside it, flags, the processor's instructions."""
+    code = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+    return hashlib.sha256(b"\0".join([*code, " ".join(FLAGS).encode(), _processor()])).hexdigest()[:16]
 
 
 def _compile(source: Path, library: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from specdec.memory_plan import (
     MemoryPlan,
     ModelShape,
     Workload,
-    drafter_bytes,
+    drafter_kv,
+    drafter_weights,
     free_bytes,
     parse_size,
     plan_memory,
@@ -82,6 +83,7 @@ class SpecDecoder:
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
+        progress: told in a few words what takes long while the target loads.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class SpecDecoder:
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
@@ -136,7 +139,7 @@ class SpecDecoder:
 
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True, quantize=quantize, memory_budget=self._memory_budget,
+                packed=True, quantize=quantize, progress=progress, memory_budget=self._memory_budget,
                 drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
@@ -362,13 +365,13 @@ class SpecDecoder:
             new_tokens=max(row.max_len - row.prompt_len for row in rows),
         )
         shape = self._model_shape()
-        drafter, budget = drafter_bytes(self.drafter, len(rows), length), self._memory_budget
+        held, budget = drafter_weights(self.drafter, self.target), self._memory_budget
         if budget is None:
             free = free_bytes(self.target.device)
-            budget = None if free is None else free + shape.weights + drafter  # these are there already
+            budget = None if free is None else free + shape.weights + held  # these are there already
         elif self._prefixes is not None:
             budget -= self._prefixes.num_bytes
-        return plan_memory(shape, drafter, work, budget)
+        return plan_memory(shape, held + drafter_kv(self.drafter, len(rows), length), work, budget)
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again

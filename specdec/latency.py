@@ -19,6 +19,8 @@ from torch import nn
 
 from specdec.drafters.weights import TargetFacts
 from specdec.files import write_atomically
+from specdec.kernels.build import source_digest
+from specdec.kernels.decoder_layer import SOURCE
 from specdec.kv_cache import KVCache
 from specdec.target import HFTarget
 from specdec.tree import ROOT, TokenTree
@@ -116,6 +118,7 @@ class LatencyKey:
 
     Attributes:
         device: the processor's name.
+        kernels: digest of the compiled layers' source, the compiler's flags and the CPU's instructions; "" elsewhere.
         threads: of a CPU; 0 elsewhere.
         torch: version.
         architecture: the model's class.
@@ -125,6 +128,7 @@ class LatencyKey:
     """
 
     device: str
+    kernels: str
     threads: int
     torch: str
     architecture: str
@@ -141,6 +145,7 @@ class LatencyKey:
         backend = hashlib.sha256(repr(sorted(kinds.items())).encode()).hexdigest()[:12]
         return cls(
             device=_cpu_name() if on_cpu else torch.cuda.get_device_name(target.device),
+            kernels=source_digest(SOURCE) if on_cpu else "",
             threads=torch.get_num_threads() if on_cpu else 0,
             torch=torch.__version__,
             architecture=facts.architecture,

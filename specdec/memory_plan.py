@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdec.drafters.base import Drafter
+from specdec.drafters.layer import DraftLayer
 from specdec.drafters.none import NoneDrafter
 from specdec.kv_groups import kv_bytes
 from specdec.kv_quantized import IN_FULL
@@ -285,19 +286,38 @@ def spare_slots(new_tokens: int) -> int:
     return min(SPARE_SLOTS, 1 + new_tokens // _TOKENS_PER_SPARE_SLOT)
 
 
-def drafter_bytes(drafter: Drafter, rows: int, length: int) -> int:
-    """Bytes of a drafter's weights and tables, and of a draft model's keys and values."""
-    tensors: list[Tensor] = []
-    cached = 0
+def drafter_weights(drafter: Drafter, target: HFTarget) -> int:
+    """Bytes of a drafter's weights and tables; what it shares with its target, embeddings say, is the target's."""
+    own = storages(_held(drafter))
+    theirs = storages([*target.model.parameters(), *target.model.buffers()]) if own else {}
+    return sum(size for key, size in own.items() if key not in theirs)
+
+
+def drafter_kv(drafter: Drafter, rows: int, length: int) -> int:
+    """Bytes of the keys and values that a drafter's own model or layers keep of texts of this length, at most."""
+    count = 0
     for value in vars(drafter).values():
         if isinstance(value, HFTarget):
-            tensors += [*value.model.parameters(), *value.model.buffers()]
-            cached += rows * ModelShape.of(value).kv_bytes(length + SPARE_SLOTS)
+            count += ModelShape.of(value).kv_bytes(length + SPARE_SLOTS)
         elif isinstance(value, nn.Module):
-            tensors += [*value.parameters(), *value.buffers()]
+            slots = max(PREFILL_CHUNK, 2 * (length + SPARE_SLOTS))  # their caches double where they are full
+            for layer in value.modules():
+                if isinstance(layer, DraftLayer):
+                    shape, element = layer.shape, layer.post_attention_layernorm.weight.element_size()
+                    count += slots * 2 * shape.num_kv_heads * shape.head_dim * element
+    return rows * count + sum(drafter_kv(part, rows, length) for part in drafter.parts)
+
+
+def _held(drafter: Drafter) -> list[Tensor]:
+    """The tensors a drafter holds, its parts' too."""
+    tensors: list[Tensor] = []
+    for value in vars(drafter).values():
+        if isinstance(value, HFTarget | nn.Module):
+            module = value.model if isinstance(value, HFTarget) else value
+            tensors += [*module.parameters(), *module.buffers()]
         elif isinstance(value, Tensor):
             tensors.append(value)
-    return stored_bytes(tensors) + cached + sum(drafter_bytes(part, rows, length) for part in drafter.parts)
+    return tensors + [tensor for part in drafter.parts for tensor in _held(part)]
 
 
 def tree_size(drafter: Drafter) -> int:

@@ -16,7 +16,8 @@ import torch
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
-from specdec.quantization import STORED, check_scheme, is_quantized, isolate_rows, quantize_linears
+from specdec.precisions import STORED
+from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -34,6 +34,7 @@ from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Panel8Weight, panels_run
+from specdec.precisions import STORED
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
 from specdec.stored_weights import StoredInt4
@@ -227,10 +228,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "nf4": Scheme(None, _with_bitsandbytes),
     "fp6": Scheme(_fp6_where_it_fits, lambda model: _on_the_spot(model, _fp6_where_it_fits)),
 }
-"""Names ``quantize=`` takes, beside ``STORED``."""
-
-STORED = "gguf"
-"""What ``quantize=`` takes to keep a GGUF file's own blocks (``specdec.quantized_checkpoints``)."""
+"""Names ``quantize=`` takes, those of ``SCHEME_NAMES``; beside them ``STORED``."""
 
 
 def check_scheme(name: str) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "MOST_TOP",
     "MOST_WIDTH",
     "PANEL",
+    "SOURCE",
     "DraftCache",
     "DraftWeights",
     "Kernels",
@@ -44,6 +45,8 @@ __all__ = [
     "array_of",
     "find_kernels",
 ]
+
+SOURCE = Path(__file__).with_name("cpu.c")
 
 LANES = 16
 """Widths must be multiples of this, a head's of twice as much."""
@@ -340,7 +343,7 @@ def _levels(segments: Tensor | None) -> int:
 def find_kernels() -> Kernels | None:
     """The kernels, compiled at the first use on a machine; None with a warning where that fails."""
     try:
-        return Kernels(load_library(Path(__file__).with_name("cpu.c")))
+        return Kernels(load_library(SOURCE))
     except NotBuilt as error:
         warnings.warn(f"decoder layers run without compiled kernels, slower: {error}", RuntimeWarning, stacklevel=2)
         return None

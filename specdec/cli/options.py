@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from specdec.precisions import SCHEME_NAMES, STORED
+
 if TYPE_CHECKING:
     from specdec.decoder import SpecDecoder
     from specdec.sampling import SamplingParams
@@ -38,6 +40,15 @@ class ModelOptions:
     draft_kv: str | None
 
 
+quantize_option = click.option(
+    "--quantize",
+    metavar="NAME",
+    help=f"Linear layers in {', '.join(SCHEME_NAMES)}, or in a .gguf file's own blocks ({STORED}).",
+)
+kv_option = click.option(
+    "--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."
+)
+
 _MODEL = (
     click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target."),
     click.option("-d", "--drafter", default="auto", show_default=True, help="Drafter; `specdec list` shows them."),
@@ -51,12 +62,8 @@ _MODEL = (
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default."),
     click.option("--adaptive/--fixed-trees", default=True, help="Draft what pays, or what the drafter makes."),
     click.option("--memory-budget", metavar="SIZE", help="Most memory, weights included: 2GiB; else what is free."),
-    click.option(
-        "--quantize",
-        metavar="NAME",
-        help="Linear layers in int8, w8a8, int4, nf4, fp6 or a .gguf file's blocks (gguf).",
-    ),
-    click.option("--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."),
+    quantize_option,
+    kv_option,
     click.option("--draft-kv", metavar="NAME", help="The same of a draft model's KV cache."),
 )
 
@@ -135,38 +142,16 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         import torch
 
         from specdec.decoder import SpecDecoder
-        from specdec.kv_quantized import find_kv
-        from specdec.memory_plan import parse_size
-        from specdec.models import load_model
-        from specdec.placement import with_draft_device
-        from specdec.registry import check_verifier, create_drafter, resolve_drafter
-        from specdec.target import HFTarget
+        from specdec.registry import create_drafter
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        check_verifier(options.verifier)
-        kv_bits, _ = find_kv(options.kv), find_kv(options.draft_kv)
-        budget = None if options.memory_budget is None else parse_size(options.memory_budget)
         drafter_options = split_assignments(options.drafter_options)
-        if options.draft_device is not None:
-            drafter_options = with_draft_device(options.drafter, drafter_options, options.draft_device)
-        drafter = create_drafter(options.drafter, drafter_options)  # before the model loads: a mistake shows at once
-        loaded = load_model(
-            options.model,
-            dtype=options.dtype,
-            device=options.device,
-            allow_pickle=options.allow_pickle,
-            trust_remote_code=options.trust_remote_code,
-            packed=True,
-            quantize=options.quantize,
-            progress=say,
-            memory_budget=budget,
-        )
-        target = HFTarget(loaded.model)
-        target.kv_bits = kv_bits
-        if options.drafter == "auto":
-            drafter = create_drafter(resolve_drafter("auto", target), drafter_options)
+        if options.drafter == "auto":  # others are made before the model loads anyway: a mistake shows at once
+            create_drafter(options.drafter, drafter_options)
         return SpecDecoder(
-            target, drafter, verifier=options.verifier, tokenizer=loaded.tokenizer, adaptive=options.adaptive,
-            memory_budget=options.memory_budget, draft_kv=options.draft_kv,
+            options.model, options.drafter, drafter_options=drafter_options, verifier=options.verifier,
+            dtype=options.dtype, device=options.device, quantize=options.quantize, draft_device=options.draft_device,
+            kv=options.kv, draft_kv=options.draft_kv, adaptive=options.adaptive, memory_budget=options.memory_budget,
+            allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code, progress=say,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from specdec.cli.console import note, slow_status
+from specdec.cli.options import kv_option, quantize_option
 from specdec.files import write_atomically
 
 if TYPE_CHECKING:
@@ -23,31 +24,35 @@ _PLOT_HEIGHT = 320
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
-@click.option("--quantize", metavar="NAME", help="Linear layers' weights: int8, w8a8, int4 or nf4.")
+@quantize_option
+@kv_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
 @click.option("--refresh", is_flag=True, help="Measure again where a profile is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the curves to an SVG file.")
 def profile(
-    model: str, dtype: str, device: str, quantize: str | None, threads: int | None, refresh: bool, as_json: bool,
-    plot: Path | None,
+    model: str, dtype: str, device: str, quantize: str | None, kv: str | None, threads: int | None, refresh: bool,
+    as_json: bool, plot: Path | None,
 ) -> None:  # fmt: skip
     """Measure the time of a pass over n nodes, at several lengths and batch sizes.
 
-    The result is kept for this machine, number of threads, model, precision and kind of layers; `specdec generate` and
-    others plan their trees by it. Without one they go by what they see while decoding.
+    The result is kept for this machine, number of threads, model, precisions and kind of layers; `specdec generate` and
+    others, given the same, plan their trees by it. Without one they go by what they see while decoding.
     """
     import torch
 
+    from specdec.kv_quantized import find_kv
     from specdec.latency import LatencyKey, load_curve, measure_curve, save_curve
     from specdec.models import load_model
     from specdec.target import HFTarget
 
+    kv_bits = find_kv(kv)
     if threads is not None:
         torch.set_num_threads(threads)
     with slow_status(f"loading {model}") as say:
         loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=quantize, progress=say)
         target = HFTarget(loaded.model)
+        target.kv_bits = kv_bits
         key = LatencyKey.of(target)
         curve = None if refresh else load_curve(key)
         if curve is None:

@@ -90,11 +90,12 @@ def test_demo_ends_in_one_line_of_numbers(invoke: Invoke, chat_folder: str) -> N
 def test_demo_gives_every_timed_run_a_new_drafter(
     invoke: Invoke, chat_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import specdec.registry as registry
+    from specdec import decoder, registry
 
     made: list[object] = []
     create = registry.create_drafter
-    monkeypatch.setattr(registry, "create_drafter", lambda *a: made.append(d := create(*a)) or d)
+    for place in (registry, decoder):
+        monkeypatch.setattr(place, "create_drafter", lambda *a: made.append(d := create(*a)) or d)
     invoke("demo", "-m", chat_folder, "-d", "suffix", "-t", "8", "--repeats", "2")
     assert len({id(drafter) for drafter in made}) == len(made) == 6  # shown, plain warm-up, two of each
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_chat import Invoke
 
-from specdec import SpecDecoder
+from specdec import SpecDecoder, models
+from specdec.models import LoadedModel
 
 FAST = ("--drafter", "ngram", "-t", "24")
 
@@ -111,6 +113,39 @@ def test_bad_input_is_one_clear_error(invoke: Invoke, chat_folder: str, argument
     assert "Traceback" not in result.stderr
     for part in parts:
         assert part in result.stderr
+
+
+def test_a_drafters_weights_count_before_the_model_is_read(
+    invoke: Invoke, chat_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drafter's file is 64 MiB of nothing; the model is far smaller than the budget."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**26)
+    monkeypatch.setattr(models, "_load", fail)
+    options = ("-d", "medusa", "-o", f"weights={tmp_path}", "--memory-budget", "40MiB")
+    result = invoke("generate", "Hello", "-m", chat_folder, *options)
+    assert result.exit_code == 2
+    assert "drafter 64 MiB" in result.stderr
+    with pytest.raises(ValueError, match="drafter 64 MiB") as raised:
+        SpecDecoder(chat_folder, "medusa", drafter_options={"weights": str(tmp_path)}, memory_budget="40MiB")
+    assert str(raised.value) in result.stderr
+
+
+def test_loading_can_say_what_takes_long(invoke: Invoke, chat_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listens: list[bool] = []
+    load = models.load_model
+
+    def loud(*arguments: Any, **options: Any) -> LoadedModel:
+        listens.append(callable(options["progress"]))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(models, "load_model", loud)
+    assert invoke("generate", "Hello", "-m", chat_folder, *FAST).exit_code == 0
+    assert listens == [True]
 
 
 def test_an_unknown_model_is_named_with_the_nearest_alias(invoke: Invoke) -> None:

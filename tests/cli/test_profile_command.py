@@ -11,6 +11,8 @@ from tiny_chat import Invoke
 
 from specdec import SpecDecoder, latency
 from specdec.latency import LatencyCurve, LatencyKey
+from specdec.precisions import STORED
+from specdec.quantization import SCHEMES
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,25 @@ def test_a_second_run_reads_what_the_first_one_kept(invoke: Invoke, chat_folder:
     assert len(small) == 2
     invoke("profile", "-m", chat_folder, "--json", "--dtype", "bf16")
     assert len(small) == 3
+
+
+def test_a_quantized_cache_has_a_profile_of_its_own(invoke: Invoke, chat_folder: str, small: list[int]) -> None:
+    invoke("profile", "-m", chat_folder)
+    result = invoke("profile", "-m", chat_folder, "--kv", "int4", "--json")
+    assert len(small) == 2
+    assert json.loads(result.stdout)["key"]["backend"].endswith("-kv4")
+    decoder = SpecDecoder(chat_folder, "ngram", dtype="float32", kv="int4")
+    assert latency.load_curve(LatencyKey.of(decoder.target)) is not None
+    wrong = invoke("profile", "-m", chat_folder, "--kv", "int5")
+    assert wrong.exit_code != 0
+    assert "unknown precision of the KV cache 'int5'" in f"{wrong.output}{wrong.exception}"
+
+
+@pytest.mark.parametrize("command", [["generate"], ["profile"], ["bench", "mt-bench"]])
+def test_help_names_every_quantization(invoke: Invoke, command: list[str]) -> None:
+    words = " ".join(invoke(*command, "--help").output.replace("-\n", "-").split())
+    _, _, after = words.partition("--quantize NAME ")
+    assert after.startswith(f"Linear layers in {', '.join(SCHEMES)}, or in a .gguf file's own blocks ({STORED}).")
 
 
 def test_the_plot_is_an_svg_with_a_line_per_curve(invoke: Invoke, chat_folder: str, tmp_path: Path) -> None:

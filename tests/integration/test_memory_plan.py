@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from integration.architectures import tiny_model
 from integration.scripted import ScriptedDrafter, per_row
 from specdec import SpecDecoder, memory_plan
+from specdec.drafters.clover import CloverDrafter, make_clover
+from specdec.drafters.eagle import EagleDrafter, make_eagle
+from specdec.drafters.heads import HeadDrafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.layer import LayerShape
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.memory_plan import ModelShape, Workload, drafter_bytes, estimate, parse_size, plan_memory, size_text
+from specdec.drafters.pruned import PrunedLayers, build_pruned
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.weights import DrafterWeights, TargetFacts
+from specdec.memory_plan import (
+    ModelShape,
+    Workload,
+    drafter_kv,
+    drafter_weights,
+    estimate,
+    parse_size,
+    plan_memory,
+    size_text,
+    stored_bytes,
+)
 from specdec.prefix import SharedWork
 from specdec.target import HFTarget
 
@@ -38,6 +56,11 @@ def target() -> HFTarget:
         num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=None,
     )  # fmt: skip
     return HFTarget(LlamaForCausalLM(config).eval())
+
+
+@pytest.fixture(scope="module")
+def small() -> HFTarget:
+    return HFTarget(tiny_model())
 
 
 def star_drafter(nodes: int) -> ScriptedDrafter:
@@ -131,8 +154,84 @@ def test_weights_and_a_draft_models_cache_are_counted(target: HFTarget) -> None:
     draft = tiny_model()
     drafter = ModelDrafter(ModelConfig(), model=draft)
     shape = ModelShape.of(HFTarget(draft))
-    found = drafter_bytes(drafter, rows=2, length=100)
-    assert found == shape.weights + 2 * (100 + memory_plan.SPARE_SLOTS) * shape.kv_bytes_per_token
+    assert drafter_weights(drafter, target) == shape.weights
+    kept = 2 * (100 + memory_plan.SPARE_SLOTS) * shape.kv_bytes_per_token
+    assert drafter_kv(drafter, rows=2, length=100) == kept
+
+
+def eagle(target: HFTarget, vocab_size: int) -> EagleDrafter:
+    shape = {"layer": asdict(LayerShape.of(target)), "states": ("pre_norm",), "vocab_size": vocab_size}
+    weights = DrafterWeights("eagle", TargetFacts.of(target), shape, make_eagle(shape).state_dict())
+    return EagleDrafter(weights=weights)
+
+
+def clover(target: HFTarget, vocab_size: int) -> CloverDrafter:
+    shape = {"layer": asdict(LayerShape.of(target)), "vocab_size": vocab_size}
+    weights = DrafterWeights("clover", TargetFacts.of(target), shape, make_clover(shape).state_dict())
+    return CloverDrafter(weights=weights)
+
+
+@pytest.mark.parametrize("make", [eagle, clover])
+@pytest.mark.parametrize("vocab_size", [0, 20])
+def test_a_head_counts_without_what_is_the_targets(
+    small: HFTarget, make: Callable[[HFTarget, int], HeadDrafter], vocab_size: int
+) -> None:
+    drafter = make(small, vocab_size)
+    drafter.bind(small, None)
+    rows = vocab_size * small.config.hidden_size * 4
+    own = stored_bytes([*drafter.module.parameters(), *drafter.module.buffers()])
+    assert drafter_weights(drafter, small) == own + rows
+    assert drafter_weights(HybridDrafter([drafter, SuffixDrafter()]), small) == own + rows
+
+
+@pytest.mark.parametrize("vocab_size", [0, 20])
+def test_a_draft_model_of_the_targets_layers_counts_without_its_embeddings(small: HFTarget, vocab_size: int) -> None:
+    shape = {"layers": [1], "vocab_size": vocab_size}
+    module = PrunedLayers(small, **shape)
+    layers = sum(parameter.nbytes for parameter in module.body.parameters())
+    weights = DrafterWeights("model", TargetFacts.of(small), shape, module.state_dict())
+    drafter = ModelDrafter(ModelConfig(), model=build_pruned(weights, small))
+    rotary = sum(buffer.nbytes for buffer in drafter.draft_model.model.base_model.buffers())
+    head = vocab_size * (small.config.hidden_size * 4 + 8)  # rows, and their ids
+    assert drafter_weights(drafter, small) == layers + rotary + head
+
+
+@pytest.mark.parametrize("make", [eagle, clover])
+@pytest.mark.parametrize(("prompt_len", "new_tokens"), [(20, 20), (600, 30), (500, 60)])
+def test_keys_and_values_of_a_head_are_as_planned_at_most(
+    make: Callable[[HFTarget, int], HeadDrafter], prompt_len: int, new_tokens: int
+) -> None:
+    target = HFTarget(tiny_model(max_position_embeddings=1024))
+    drafter, kept = make(target, 0), []
+    absorb = drafter.absorb
+
+    def spy(*arguments: Any) -> None:
+        absorb(*arguments)
+        kept.append(drafter._cache.num_bytes)
+
+    drafter.absorb = spy  # type: ignore[method-assign]
+    decoder = SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise")
+    prompts = [[row + 3] * prompt_len for row in range(2)]
+    decoder.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+    planned = drafter_kv(drafter, 2, prompt_len + new_tokens)
+    assert planned / 2.2 <= max(kept) <= planned
+    assert decoder.memory_plan is not None
+    assert decoder.memory_plan.drafter >= drafter_weights(drafter, target) + planned
+
+
+def test_keys_and_values_of_a_drafter_come_out_of_what_is_free(
+    small: HFTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = eagle(small, 0)
+    decoder = SpecDecoder(small, drafter)
+    decoder.generate([1, 2], max_new_tokens=5)
+    assert decoder.memory_plan is not None
+    least = estimate(ModelShape.of(small), 0, Workload(1, 2, 7, 1, features=1), 1, 1).working
+    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7))
+    assert decoder.generate([1, 2], max_new_tokens=5).token_ids
+    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7) - 1)
+    with pytest.raises(ValueError, match="may be used"):
+        decoder.generate([1, 2], max_new_tokens=5)
 
 
 def test_kv_bytes_are_those_of_a_cache(target: HFTarget) -> None:
@@ -181,11 +280,6 @@ def test_what_cannot_run_at_all_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"are needed and .* may be used: weights 1000 B, drafter 500 B, kv"):
         plan_memory(MODEL, 500, WORK, least - 1)
     assert plan_memory(MODEL, 500, WORK, least).rows == 1
-
-
-@pytest.fixture(scope="module")
-def small() -> HFTarget:
-    return HFTarget(tiny_model())
 
 
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10], [11], [12, 13, 12, 13], [14, 15, 16]]

@@ -22,7 +22,7 @@ from specdec.drafters.layer_groups import (
 )
 from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.memory_plan import drafter_bytes
+from specdec.memory_plan import drafter_weights
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
 
@@ -233,7 +233,9 @@ def test_batched_weights_count_as_memory() -> None:
     alone = ModelDrafter(ModelConfig(), model)
     grouped = LayerParallelDrafter(LayerParallelConfig(group=4), model)
     per_layer = 4 * (64 * 128 + 128 + 64 * 64 + 64)  # bytes of a layer's four projections, biases too
-    assert drafter_bytes(grouped, 1, 10) - drafter_bytes(alone, 1, 10) == 4 * per_layer
+    target = HFTarget(draft_model())
+    assert drafter_weights(grouped, target) - drafter_weights(alone, target) == 4 * per_layer
+    assert drafter_weights(grouped, HFTarget(model)) == 4 * per_layer  # a model that drafts for itself is there once
 
 
 def test_other_layers_are_refused_by_name() -> None:

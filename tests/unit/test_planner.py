@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import pytest
 import torch
 from integration.architectures import tiny_model
 
+from specdec import latency
+from specdec.kernels import build
+from specdec.kernels.decoder_layer import SOURCE
+from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve, LatencyKey, load_curve, measure_curve, save_curve
 from specdec.planner import CAUTIOUS_CPU, Budget, PassTimes, best_budget
 from specdec.target import HFTarget
+from specdec.tree import TokenTree
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -120,20 +126,65 @@ def test_a_measured_curve_has_every_combination_and_survives_the_disk(target: HF
     assert json.loads(path.read_text())["key"]["precision"] == "float32"
 
 
+def test_a_measurement_without_time_has_one_round_to_warm_up_and_one_that_counts(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[int, int]] = []
+
+    def fake(target: HFTarget, tree: TokenTree, cache: KVCache) -> float:
+        passes.append((cache.batch_size, tree.num_nodes))
+        return float(len(passes))
+
+    monkeypatch.setattr(latency, "_pass_ms", fake)
+    curve = measure_curve(target, nodes=(1, 2), lengths=(1, 7), batches=(1, 3), seconds=0)
+    a_round = [(batch, nodes) for batch in (1, 3) for _ in (1, 7) for nodes in (1, 2)]
+    assert passes == 2 * a_round
+    assert curve.milliseconds == (((9, 10), (11, 12)), ((13, 14), (15, 16)))
+
+
+@pytest.mark.parametrize(("slow", "rounds"), [(1.0, 8), (6.0, 4), (19.0, 2), (30.0, 2)])
+def test_a_measurement_ends_with_the_round_that_runs_out_of_time(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch, slow: float, rounds: int
+) -> None:
+    """Rounds of so many seconds, out of 20: one that begins in time is finished."""
+    now = [0.0]
+
+    def fake(target: HFTarget, tree: TokenTree, cache: KVCache) -> float:
+        now[0] += slow
+        return 1.0
+
+    monkeypatch.setattr(latency, "_pass_ms", fake)
+    monkeypatch.setattr(latency, "perf_counter", lambda: now[0])
+    measure_curve(target, nodes=(1,), lengths=(1,), batches=(1,))
+    assert now[0] == rounds * slow
+
+
 def test_a_measurement_stays_within_the_models_context() -> None:
     limited = HFTarget(tiny_model(max_position_embeddings=12))
     curve = measure_curve(limited, nodes=(1, 8, 64), lengths=(2, 500), batches=(1,), rounds=1)
     assert (curve.nodes, curve.lengths) == ((1, 8), (2, 4))
 
 
-def test_a_curve_of_another_machine_model_or_precision_is_not_found(target: HFTarget, tmp_path: Path) -> None:
+def test_a_curve_of_another_machine_model_or_precision_is_not_found(
+    target: HFTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = LatencyKey.of(target)
+    assert LatencyKey.of(target) == key
     curve = LatencyCurve.simple({1: 1.0})
     path = save_curve(curve, key, tmp_path)
     for change in ({"threads": key.threads + 1}, {"device": "another"}, {"torch": "0"}, {"precision": "bfloat16"}):
         assert load_curve(replace(key, **change), tmp_path) is None  # type: ignore[arg-type]
     assert LatencyKey.of(HFTarget(tiny_model(seed=5))) != key
     assert LatencyKey.of(HFTarget(tiny_model().to(torch.bfloat16))) != key
+    with monkeypatch.context() as patch:  # another machine whose processor goes by the same name
+        patch.setattr(build, "_processor", lambda: b"model name : Xeon\nflags : amx_bf16")
+        assert load_curve(LatencyKey.of(target), tmp_path) is None
+    for file in SOURCE.parent.glob("*.[ch]"):
+        folder = tmp_path / file.stem
+        shutil.copytree(SOURCE.parent, folder)
+        (folder / file.name).write_text(file.read_text() + "\n")
+        monkeypatch.setattr(latency, "SOURCE", folder / SOURCE.name)
+        assert load_curve(LatencyKey.of(target), tmp_path) is None, file
     for damage in ("", "[]", '{"format": 1}', path.read_text().replace("1.0", '"soon"')):
         path.write_text(damage)
         assert load_curve(key, tmp_path) is None

@@ -14,12 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.latency import LatencyKey
 from specdec.packing import PackedLinear
+from specdec.precisions import SCHEME_NAMES, STORED
 from specdec.quantization import (
     GROUP,
     SCHEMES,
     Int4Weight,
     Int8Weight,
     W8A8Weight,
+    check_scheme,
     is_quantized,
     quantize_linears,
 )
@@ -210,6 +212,12 @@ def test_quantizers_that_leave_the_class_of_a_layer_change_the_planners_key_too(
     layer = model.model.layers[0].mlp.up_proj
     layer.register_buffer("weight_scale", torch.ones(96, dtype=torch.bfloat16))
     assert LatencyKey.of(HFTarget(model)) != before
+
+
+def test_every_precision_is_named_where_names_are_listed() -> None:
+    assert tuple(SCHEMES) == SCHEME_NAMES
+    for name in (*SCHEMES, STORED):
+        check_scheme(name)
 
 
 def test_names_are_checked_with_the_nearest() -> None:

@@ -18,7 +18,7 @@ from specdec.batch import Batch
 from specdec.drafters.skip import SkipConfig, SkipDrafter, SkippedLayers, parse_layers
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import drafter_bytes
+from specdec.memory_plan import drafter_kv, drafter_weights
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
 
@@ -188,11 +188,11 @@ def test_it_takes_no_memory_of_its_own_but_a_reduced_head(tmp_path: Path) -> Non
     target = HFTarget(tiny_model("llama"))
     whole = SkipDrafter()
     whole.bind(target, None)
-    assert drafter_bytes(whole, rows=2, length=100) == 0
+    assert drafter_weights(whole, target) == drafter_kv(whole, rows=2, length=100) == 0
     save_layers(tmp_path, target, [0], [1, 2, 3, 4])
     reduced = SkipDrafter(SkipConfig(weights=str(tmp_path)))
     reduced.bind(target, None)
-    assert drafter_bytes(reduced, rows=2, length=100) == 4 * 64 * 4 + 4 * 8  # rows of the head, and their ids
+    assert drafter_weights(reduced, target) == 4 * 64 * 4 + 4 * 8  # rows of the head, and their ids
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from specdec.cli.options import quantize_option
+
 if TYPE_CHECKING:
     from specdec.benchmarks.settings import DrafterSpec
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at a time.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
-@click.option("--quantize", metavar="SCHEME", help="Precision of the weights instead: int8, w8a8, int4, ...")
+@quantize_option
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Times to run everything.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of sampling and the intervals.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specdec.precisions import SCHEME_NAMES
+
 if TYPE_CHECKING:
     from specdec.models import LoadedModel
 
@@ -29,7 +31,7 @@ CACHE_DIR = "~/.cache/specdec/peers"
     "dtypes",
     multiple=True,
     default=("bf16",),
-    help="Our weights: bf16, fp32, or int8, w8a8, int4 (quantized); repeatable.",
+    help=f"Our weights: bf16, fp32, or quantized ({', '.join(SCHEME_NAMES)}); repeatable.",
 )
 @click.option("--reference", metavar="ROW", help="Row of ours to compare with; the fastest by default.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")

@@ -1,0 +1,9 @@
+"""Names of the weights' precisions, for help pages too: nothing here loads torch."""
+
+from __future__ import annotations
+
+SCHEME_NAMES = ("int8", "w8a8", "int4", "int4-g128", "nf4", "fp6")
+"""Of ``specdec.quantization.SCHEMES``."""
+
+STORED = "gguf"
+"""What ``quantize=`` takes to keep a GGUF file's own blocks (``specdec.quantized_checkpoints``)."""
