@@ -44,6 +44,7 @@ def walks(starts: Tensor, length: int) -> Tensor:
 @pytest.fixture(scope="module")
 def target() -> HFTarget:
     """Speaks the language, and reads on where tokens are blank, as PPD's prompt tokens need it."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, draw, tokens = tiny_model(initializer_range=0.1), torch.Generator().manual_seed(1), rings().flatten()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
@@ -57,6 +58,7 @@ def target() -> HFTarget:
         nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+    torch.set_num_threads(threads)
     return HFTarget(model.requires_grad_(False))
 
 
