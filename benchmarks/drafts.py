@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from specdec.batch import Batch, Row
+from specdec.benchmarks import record
+from specdec.benchmarks.questions import QuestionSet
+from specdec.benchmarks.schema import SCHEMA
 from specdec.drafters.model import ModelDrafter
 from specdec.sampling import PositionNoise, SamplingParams
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
+
+KIND = "layer-parallel"
+
+
+@dataclass(frozen=True)
+class Start:
+    """When and where a comparison began; the machine's load is that of before.
+
+    Attributes:
+        date: ISO 8601, UTC.
+        machine: see ``record.machine``.
+    """
+
+    date: str
+    machine: dict[str, Any]
+
+    @classmethod
+    def now(cls, device: torch.device) -> Start:
+        """On a device, at this moment."""
+        return cls(datetime.now(UTC).isoformat(timespec="seconds"), record.machine(device))
 
 
 @dataclass(frozen=True)
@@ -106,3 +131,24 @@ def count_right(tree: TokenTree, goal: Sequence[int]) -> int:
 def _turns(place: int) -> tuple[int, int]:
     """Which drafter goes first, alternating, so that neither profits from a warm cache."""
     return (0, 1) if place % 2 else (1, 0)
+
+
+def document(
+    found: DraftComparison, settings: dict[str, Any], questions: QuestionSet, command: Sequence[str], start: Start
+) -> dict[str, Any]:
+    """The result as JSON: what was measured, on what, from which commit.
+
+    Args:
+        found: of a draft model as it is, and in groups of layers.
+        settings: what was asked for: ``model``, ``draft_model``, ``dtype``, ``group``, ``depth``, ``beams``,
+            ``max_new_tokens``.
+        questions: what the texts answer.
+        command: the command line.
+        start: when and where it began.
+    """
+    return {
+        "schema": SCHEMA, "kind": KIND, "date": start.date, "command": list(command), "commit": record.commit(),
+        "machine": start.machine, "versions": record.versions(), "settings": settings,
+        "questions": questions.to_json(),
+        "comparison": asdict(found) | {"accuracy_lost": found.accuracy_lost, "speedup": found.speedup},
+    }  # fmt: skip

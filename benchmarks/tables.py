@@ -5,7 +5,8 @@ A block, each marker on a line of its own, is filled from the named file of ``be
     <!-- results: KIND FILE.json -->
     <!-- /results -->
 
-Kinds are ``mt-bench``, ``peers``, ``prefix``, ``quant`` and ``serve``. Markers inside fenced code are text.
+Kinds are ``layer-parallel``, ``mt-bench``, ``peers``, ``prefix``, ``quant`` and ``serve``. Markers inside fenced code
+are text.
 """
 
 from __future__ import annotations
@@ -196,7 +197,25 @@ def prefix_table(result: Mapping[str, Any]) -> str:
     return f"{_table(heads, rows)}\n{_origin(result, what)}\n"
 
 
+def layer_parallel_table(result: Mapping[str, Any]) -> str:
+    """A draft model as it is and with its layers in groups, and where the figures come from."""
+    found, settings = result["comparison"], result["settings"]
+    labels = ("one layer at a time", f"groups of {settings['group']}")
+    changes = (("", ""), (f"{0.0 - 100 * found['accuracy_lost']:+.1f} %", number_text(found["speedup"], 2)))
+    rows = [
+        (label, number_text(accuracy, 3), change, number_text(ms, 2), speedup)
+        for label, accuracy, ms, (change, speedup) in zip(
+            labels, found["accuracy"], found["milliseconds"], changes, strict=True
+        )
+    ]
+    heads = ("draft model's layers", "accuracy", "change", "ms a draft, median", "speed-up of drafting")
+    beams = f", {settings['beams']} beams" if settings["beams"] > 1 else ""
+    extra = f"{found['drafts']} drafts of {settings['depth']} levels{beams} by {settings['draft_model']}"
+    return f"{_table(heads, rows)}\n{_origin(result, extra=extra)}\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "layer-parallel": layer_parallel_table,
     "mt-bench": mt_bench_table,
     "peers": peers_table,
     "prefix": prefix_table,

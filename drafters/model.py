@@ -123,7 +123,8 @@ class ModelDrafter(Drafter):
 
     def _missing(self) -> ValueError:
         return ValueError(
-            f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...)"
+            f"drafter {self.name!r} needs a draft model: -o model=NAME, or {type(self).__name__}(model=...); "
+            "`specdec train model` makes one"
         )
 
     def _wrap(self, model: Any) -> HFTarget:

@@ -12,7 +12,8 @@ def make_card(facts: Mapping[str, Any]) -> str:
     """A Markdown page on how a drafter came about.
 
     Args:
-        facts: as ``specdec.training.run.collect_facts`` gathers them; what is missing is left out.
+        facts: as ``specdec.training.run.collect_facts`` gathers them; what is missing is left out. ``measured`` may be
+            added: ``tokens_per_pass``, and whatever says of what they are and how they were measured.
 
     Returns:
         The text of README.md. Names that users gave are escaped.
@@ -24,8 +25,10 @@ def make_card(facts: Mapping[str, Any]) -> str:
         "Drafts tokens for speculative decoding with specdec; the target checks every one of them, so the text stays "
         f"the target's own.\n\n    specdec generate --model {_plain(facts.get('target', '?'))} --drafter "
         f'{_plain(facts.get("drafter", "?"))} -o {option}=FOLDER "..."',
+        _measured(facts.get("measured") or {}),
         _held_out(facts.get("held_out") or {}),
         _texts(facts.get("texts") or {}),
+        _start(facts.get("start")),
         _how(facts),
         _curve(facts.get("curve") or ()),
         "## Licence\n\nThese weights were learnt from text that the target wrote and from its hidden states: they "
@@ -45,6 +48,14 @@ def escape(value: Any) -> str:
 def _plain(value: Any) -> str:
     """For a code block: one line."""
     return " ".join("".join(" " if unicodedata.category(char)[0] == "C" else char for char in str(value)).split())
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    if "tokens_per_pass" not in found:
+        return ""
+    rows = [row for name, value in found.items() if name != "tokens_per_pass" for row in _flat(name, value)]
+    text = f"## Measured\n\n{_number(found['tokens_per_pass'])} tokens per target pass."
+    return f"{text}\n\n{_table(('what', 'value'), rows)}" if rows else text
 
 
 def _held_out(found: Mapping[str, Any]) -> str:
@@ -85,6 +96,20 @@ def _texts(texts: Mapping[str, Any]) -> str:
         ("sha256 of the texts", texts.get("sha256", "?")),
     ]
     return f"## Trained on\n\n{origin}\n\n" + _table(("what", "value"), [(name, escape(value)) for name, value in rows])
+
+
+def _start(start: Mapping[str, Any] | None) -> str:
+    """The weights gone on from, and those that they went on from, the latest first."""
+    rows = []
+    while start:
+        texts = start.get("texts") or {}
+        values = (start.get("commit"), texts.get("reply_tokens"), start.get("tokens"), texts.get("sha256"))
+        rows.append(["?" if value is None else escape(value) for value in values])
+        start = start.get("start")
+    if not rows:
+        return ""
+    headers = ("commit", "tokens of replies", "reply tokens trained on, repeats included", "sha256 of the texts")
+    return "## Went on from\n\nWeights that were trained before, the latest first.\n\n" + _table(headers, rows)
 
 
 def _how(facts: Mapping[str, Any]) -> str:

@@ -12,7 +12,10 @@ from cli.tiny_chat import TEMPLATE, make_model, make_tokenizer
 from click.testing import CliRunner
 from integration.architectures import generate_alone, tiny_model
 
-from specdec.benchmarks.drafts import DraftComparison, compare_drafts, count_right
+from specdec.benchmarks.drafts import DraftComparison, Start, compare_drafts, count_right, document
+from specdec.benchmarks.questions import SHIPPED, load_questions
+from specdec.benchmarks.record import commit
+from specdec.benchmarks.tables import fill, layer_parallel_table
 from specdec.cli import main
 from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
@@ -60,10 +63,48 @@ def test_the_command_reports_both(tmp_path: Path) -> None:
     make_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     arguments = ["-m", str(tmp_path), "--draft-model", str(tmp_path), "-t", "8", "--limit", "2", "--dtype", "fp32"]
-    result = CliRunner().invoke(main, ["bench", "layer-parallel", *arguments, "--json"])
+    out = tmp_path / "r.json"
+    result = CliRunner().invoke(main, ["bench", "layer-parallel", *arguments, "--json", str(out)])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["accuracy"] == [1.0, 1.0]  # two layers make no group
-    assert found["drafts"] == 2 * 2
-    shown = CliRunner().invoke(main, ["bench", "layer-parallel", *arguments])
-    assert "in groups  0.0 % less accurate" in shown.stdout
+    assert "in groups  0.0 % less accurate" in result.stdout
+    found = json.loads(out.read_text())
+    assert found["comparison"]["accuracy"] == [1.0, 1.0]  # two layers make no group
+    assert found["comparison"]["drafts"] == 2 * 2
+    assert (found["kind"], found["commit"], found["command"][0]) == ("layer-parallel", commit(), "specdec")
+    assert found["machine"]["threads"] == 1
+    assert found["settings"]["dtype"] == "float32"
+    assert found["questions"]["count"] == 2
+    block = fill("<!-- results: layer-parallel r.json -->\n<!-- /results -->\n", tmp_path)
+    assert "| groups of 4 | 1.000 | +0.0 % |" in block
+
+
+def test_the_table_says_what_groups_cost_and_save_and_where_it_was_measured() -> None:
+    settings = {
+        "model": "m", "draft_model": "d|raft", "dtype": "float32", "group": 4, "depth": 5, "beams": 2,
+        "max_new_tokens": 8,
+    }  # fmt: skip
+    machine = {"cpu": "Example CPU", "threads": 2, "gpu": None}
+    found = DraftComparison(10, (0.8, 0.76), (13.0, 10.0))
+    made = document(
+        found, settings, load_questions(SHIPPED).limit(1), ["specdec", "bench"], Start("2000-01-02", machine)
+    )
+    lines = layer_parallel_table({**made, "commit": "0123456789abcdef"}).splitlines()
+    assert lines[2:4] == [
+        "| one layer at a time | 0.800 |  | 13.00 |  |",
+        "| groups of 4 | 0.760 | -5.0 % | 10.00 | 1.30 |",
+    ]
+    for part in (
+        "m, float32, 8 new tokens, 1 questions",
+        "10 drafts of 5 levels, 2 beams by d\\|raft",
+        "Example CPU",
+        "2 thread(s), 2000-01-02, commit 0123456789ab: `specdec bench`",
+    ):
+        assert part in lines[-1], part
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    out = str(tmp_path / "missing" / "r.json")
+    arguments = ["-m", "no such model", "--draft-model", "none", "--json", out]
+    result = CliRunner().invoke(main, ["bench", "layer-parallel", *arguments])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.stderr

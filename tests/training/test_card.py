@@ -44,6 +44,26 @@ def test_what_users_named_is_shown_not_obeyed() -> None:
     assert "a\\|b \\# &lt;script&gt;\\`x\\`.jsonl" in card
 
 
+def test_the_weights_it_went_on_from_are_said_back_to_the_first() -> None:
+    first = {"commit": "first|", "texts": {"reply_tokens": 300, "sha256": "aa"}, "tokens": 900}
+    card = make_card({**FACTS, "start": {"commit": "second", "texts": {"reply_tokens": 600}, "start": first}})
+    rows = card.partition("## Went on from")[2].partition("## How")[0].strip().splitlines()[-2:]
+    assert rows == ["| second | 600 | ? | ? |", "| first\\| | 300 | 900 | aa |"]
+    for start in (None, {}):
+        assert "Went on from" not in make_card({**FACTS, "start": start})
+
+
+def test_what_was_measured_is_said_with_how() -> None:
+    how = {"questions": {"name": "mt|bench", "count": 80}, "commit": "def456"}
+    card = make_card({**FACTS, "measured": {"tokens_per_pass": 2.625, **how}})
+    section = card.partition("## Measured")[2].partition("## ")[0]
+    assert "\n2.625 tokens per target pass.\n" in section
+    assert "| questions.name | mt\\|bench |" in section
+    assert "| commit | def456 |" in section
+    for measured in (None, {}, how):
+        assert "Measured" not in make_card({**FACTS, "measured": measured})
+
+
 def test_little_is_enough() -> None:
     card = make_card({})
     assert card.startswith("# ? drafter for ?")

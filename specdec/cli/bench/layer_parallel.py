@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from pathlib import Path
 
 import click
 
-from specdec.cli.console import slow_status
+from specdec.cli.console import note, slow_status
 
 QUESTIONS = 8
 
@@ -22,7 +23,7 @@ QUESTIONS = 8
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the result there.")
 def layer_parallel(
     model: str,
     draft_model: str,
@@ -34,7 +35,7 @@ def layer_parallel(
     dtype: str,
     device: str,
     threads: int | None,
-    as_json: bool,
+    json_path: Path | None,
 ) -> None:
     """Compare a draft model that runs its layers in groups with the same one that does not.
 
@@ -43,15 +44,20 @@ def layer_parallel(
     """
     import torch
 
-    from specdec.benchmarks.drafts import compare_drafts
+    from specdec.benchmarks.drafts import Start, compare_drafts, document
     from specdec.benchmarks.questions import SHIPPED, load_questions
+    from specdec.benchmarks.record import write_json
     from specdec.decoder import SpecDecoder
     from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
     from specdec.drafters.model import ModelConfig, ModelDrafter
+    from specdec.models import find_device
     from specdec.prompts import Prompt, encode_prompt
 
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
     if threads is not None:
         torch.set_num_threads(threads)
+    start = Start.now(find_device(device))
     with slow_status(f"loading {model}") as say:
         exact = ModelConfig(model=draft_model, dtype=dtype, device=device, depth=depth, beams=beams)
         drafters = ModelDrafter(exact), LayerParallelDrafter(LayerParallelConfig(**vars(exact), group=group))
@@ -59,18 +65,21 @@ def layer_parallel(
         for drafter in drafters:
             drafter.bind(decoder.target, decoder.tokenizer)
         say("writing replies")
-        questions = load_questions(SHIPPED).limit(limit).questions
-        chats: list[Prompt] = [[{"role": "user", "content": question.turns[0]}] for question in questions]
+        questions = load_questions(SHIPPED).limit(limit)
+        chats: list[Prompt] = [[{"role": "user", "content": question.turns[0]}] for question in questions.questions]
         prompts = [encode_prompt(chat, decoder.tokenizer, decoder.target.vocab_size) for chat in chats]
         replies = [decoder.generate(prompt, max_new_tokens=max_new_tokens, temperature=0.0) for prompt in prompts]
         say("drafting")
         texts = [[*prompt, *reply.token_ids] for prompt, reply in zip(prompts, replies, strict=True)]
         found = compare_drafts(drafters, decoder.target, texts, list(map(len, prompts)))
-    if as_json:
-        names = ("drafts", "accuracy", "milliseconds", "accuracy_lost", "speedup")
-        click.echo(json.dumps({"group": group, **{name: getattr(found, name) for name in names}}))
-        return
     click.echo(f"{found.drafts} drafts of {depth} levels, groups of {group}")
     for name, rate, ms in zip(("exact", "in groups"), found.accuracy, found.milliseconds, strict=True):
         click.echo(f"{name:<10} accuracy {rate:.3f}   {ms:.2f} ms a draft")
     click.echo(f"in groups  {100 * found.accuracy_lost:.1f} % less accurate, drafts {found.speedup:.2f}x as fast")
+    if json_path is not None:
+        settings = {
+            "model": model, "draft_model": draft_model, "dtype": str(decoder.target.dtype).removeprefix("torch."),
+            "group": group, "depth": depth, "beams": beams, "max_new_tokens": max_new_tokens,
+        }  # fmt: skip
+        write_json(json_path, document(found, settings, questions, ["specdec", *sys.argv[1:]], start))
+        note(f"wrote {json_path}")
