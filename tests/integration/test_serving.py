@@ -158,14 +158,14 @@ def test_who_waits_to_hand_in_learns_that_the_server_closes(
             if end == "a failing pass":
                 monkeypatch.setattr(target, "forward_beside", fail)
             if end != "leaving":
-                await asyncio.wait([blocked[0]])  # within the block, which goes on
+                await asyncio.wait(blocked, timeout=10)  # within the block, which goes on
 
     async def work() -> None:
         raised = {"an exception": KeyError, "a failing pass": OSError}.get(end)
         with pytest.raises(raised) if raised else nullcontext():
             await serve()
         with pytest.raises(RuntimeError, match=r"closed while this request waited .* submit it there"):
-            await blocked[0]
+            await asyncio.wait_for(blocked[0], 10)
 
     run(work(), seconds=10)
 
