@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.decoder import SpecDecoder
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.quantization import is_quantized, quantize_linears
+from specdec.models import load_model
+from specdec.quantization import is_quantized
 from specdec.target import HFTarget
 
 VOCAB = 96
@@ -40,9 +41,10 @@ class Counting(HFTarget):
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def target(request: pytest.FixtureRequest) -> Counting:
-    model = make_model(3)
-    quantize_linears(model, request.param)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counting:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(3).save_pretrained(folder)
+    model = load_model(str(folder), dtype="fp32", device="cpu", packed=True, quantize=request.param).model
     assert is_quantized(model)
     return Counting(model)
 
