@@ -92,6 +92,7 @@ class Server:
         self._max_waiting = max_waiting
         self._pass_tokens = pass_tokens
         self._waiting: deque[_Request] = deque()
+        self._blocked: dict[_Request, asyncio.Future[bool]] = {}  # in order; only while as many wait as may
         self._running: dict[int, _Request] = {}
         self._cancelled: list[_Request] = []
         self._generation: Generation | None = None
@@ -99,7 +100,6 @@ class Server:
         self._params: SamplingParams | None = None
         self._pass = threading.Lock()  # held while the decoder's thread computes
         self._changed = asyncio.Event()
-        self._room = asyncio.Condition()
         self._closing = False
         self._closed = True
         self._worker: asyncio.Task[None] | None = None
@@ -114,6 +114,7 @@ class Server:
         self._closing = True
         if kind is not None:
             self.close()
+        self._let_in()
         self._changed.set()
         if self._worker is not None:
             await self._worker
@@ -130,16 +131,20 @@ class Server:
         Raises:
             ValueError: for a prompt or parameters that cannot be served, or a request that memory has no room for even
                 alone.
-            RuntimeError: where the server is closed.
+            RuntimeError: where the server is closed, or is being closed while this waits.
         """
         row, params = self._decoder._make_request(prompt, params, fields)
         request = _Request(row, params)
-        async with self._room:
-            await self._room.wait_for(lambda: self._closed or len(self._waiting) < self._max_waiting)
-            if self._closed or self._closing:
-                raise RuntimeError("the server is closed: requests are served within its async with block")
+        if self._closed or self._closing:
+            raise RuntimeError("the server is closed: open another with decoder.serve(), and submit within its block")
+        if len(self._waiting) < self._max_waiting:
             self._waiting.append(request)
-        self._changed.set()
+            self._changed.set()
+        elif not await self._turn(request):
+            raise RuntimeError(
+                "the server was closed while this request waited to be handed in: open another with decoder.serve(), "
+                "and submit it there"
+            )
         return ServedStream(request, self)
 
     @property
@@ -158,15 +163,50 @@ class Server:
             self._end(request, "cancelled")
         self._running.clear()
         self._waiting.clear()
+        self._let_in()
         self._changed.set()
 
+    async def _turn(self, request: _Request) -> bool:
+        """Wait until the request is in the queue; False where the server closes first."""
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._blocked[request] = turn
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            self._blocked.pop(request, None)
+            if not turn.cancelled() and turn.result():  # it was let in before its client could go on
+                self._cancel(request)
+            raise
+
+    def _let_in(self) -> None:
+        """Wake blocked clients, in order: those there is room for, and all where no more is taken in.
+
+        Whatever shortens the queue or ends the server calls this, before anything else can run.
+        """
+        ended = self._closed or self._closing
+        while self._blocked and (ended or len(self._waiting) < self._max_waiting):
+            request = next(iter(self._blocked))
+            turn = self._blocked.pop(request)
+            if turn.done():  # its client was cancelled
+                continue
+            if not ended:
+                self._waiting.append(request)
+            turn.set_result(not ended)
+
     async def _work(self) -> None:
+        """Serve until closed; closed it is however this ends."""
+        try:
+            await self._serve()
+        finally:
+            self.close()
+
+    async def _serve(self) -> None:
         """Admit, compute a pass in a thread, hand out its pieces; until closed."""
         while not self._closed:
             for request in self._cancelled:
                 self._drop(request)
             self._cancelled.clear()
-            await self._admit()
+            self._admit()
             if self._passes is None:
                 if self._closing and not self._waiting:
                     return
@@ -178,7 +218,6 @@ class Server:
             except Exception as error:  # every client learns of it, whatever it is
                 for request in self._running.values():
                     request.error = error
-                self.close()
                 raise
             for piece in pieces or ():
                 if piece.index in self._running:  # else closed meanwhile
@@ -195,9 +234,8 @@ class Server:
         with self._pass:
             return None if self._passes is None else next(self._passes, None)
 
-    async def _admit(self) -> None:
+    def _admit(self) -> None:
         """Move requests from the queue to the batch, in order, as places and memory allow."""
-        admitted = False  # or refused: there is room in the queue
         while self._waiting and len(self._running) < self._max_rows:
             request = self._waiting[0]
             try:
@@ -209,18 +247,13 @@ class Server:
                 if self._running:
                     break
                 request.error = error
-                self._waiting.popleft()
                 self._end(request, "error")
-                admitted = True
+                self._unqueue(request)
                 continue
             assert self._generation is not None
             request.index = self._generation.add(request.row)
             self._running[request.index] = request
-            self._waiting.popleft()
-            admitted = True
-        if admitted:
-            async with self._room:
-                self._room.notify_all()
+            self._unqueue(request)
 
     def _may_join(self, request: _Request) -> bool:
         """Whether a request may run beside those that run. Raises ValueError where it could not even run alone."""
@@ -246,11 +279,15 @@ class Server:
         if request.row.finish_reason is not None:
             return
         if request in self._waiting:
-            self._waiting.remove(request)
+            self._unqueue(request)
         elif self._generation is not None:
             self._generation.cancel(request.row)
             self._running.pop(request.index, None)
         self._end(request, "cancelled")
+
+    def _unqueue(self, request: _Request) -> None:
+        self._waiting.remove(request)
+        self._let_in()
 
     def _end(self, request: _Request, reason: Any) -> None:
         if request.row.finish_reason is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
+from specdec.serving import ServedStream, Server
 from specdec.target import HFTarget
 
 VOCAB = 96
@@ -33,9 +35,9 @@ def make(target: HFTarget, drafter: Any = "ngram", **options: Any) -> SpecDecode
     return SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise", **options)
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
+def run(work: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
     """Give up where something waits for ever."""
-    return asyncio.run(asyncio.wait_for(work, 60))
+    return asyncio.run(asyncio.wait_for(work, seconds))
 
 
 @pytest.mark.parametrize("max_rows", [1, 3])
@@ -123,6 +125,96 @@ def test_handing_in_waits_where_the_queue_is_full(target: HFTarget) -> None:
             assert (await second.wait()).finish_reason == "length"
 
     run(work())
+
+
+async def fill(server: Server) -> tuple[ServedStream, ServedStream, asyncio.Task[ServedStream]]:
+    """One request that runs, one that waits, and one that cannot be handed in, where one of each may be."""
+    running = await server.submit(PROMPTS[0], max_new_tokens=240)
+    await anext(running)
+    waiting = await server.submit(PROMPTS[1], max_new_tokens=2)
+    blocked = asyncio.create_task(server.submit(PROMPTS[2], max_new_tokens=2))
+    await asyncio.sleep(0)
+    assert not blocked.done()
+    return running, waiting, blocked
+
+
+@pytest.mark.parametrize("end", ["leaving", "an exception", "another generation", "a failing pass"])
+def test_who_waits_to_hand_in_learns_that_the_server_closes(
+    target: HFTarget, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the device is gone")
+
+    decoder = make(target)
+    blocked: list[asyncio.Task[ServedStream]] = []
+
+    async def serve() -> None:
+        async with decoder.serve(max_rows=1, max_waiting=1) as server:
+            blocked.append((await fill(server))[2])
+            if end == "an exception":
+                raise KeyError
+            if end == "another generation":
+                decoder.generate(PROMPTS[3], max_new_tokens=1)
+            if end == "a failing pass":
+                monkeypatch.setattr(target, "forward_beside", fail)
+            if end != "leaving":
+                await asyncio.wait(blocked, timeout=10)  # within the block, which goes on
+
+    async def work() -> None:
+        raised = {"an exception": KeyError, "a failing pass": OSError}.get(end)
+        with pytest.raises(raised) if raised else nullcontext():
+            await serve()
+        with pytest.raises(RuntimeError, match=r"closed while this request waited .* submit it there"):
+            await asyncio.wait_for(blocked[0], 10)
+
+    run(work(), seconds=10)
+
+
+def test_cancelling_what_waits_lets_the_next_in(target: HFTarget) -> None:
+    async def work() -> None:
+        async with make(target).serve(max_rows=1, max_waiting=1) as server:
+            running, waiting, blocked = await fill(server)
+            waiting.cancel()
+            third = await blocked
+            assert len(running.result.token_ids) < 240  # nothing else made room
+            assert (await waiting.wait()).finish_reason == "cancelled"
+            running.cancel()
+            assert (await third.wait()).finish_reason == "length"
+
+    run(work(), seconds=10)
+
+
+def test_who_waits_to_hand_in_may_give_up(target: HFTarget) -> None:
+    async def work() -> None:
+        async with make(target).serve(max_rows=1, max_waiting=1) as server:
+            running, waiting, blocked = await fill(server)
+            later = [asyncio.create_task(server.submit(PROMPTS[3], max_new_tokens=2)) for _ in range(2)]
+            await asyncio.sleep(0)
+            blocked.cancel()
+            running.cancel()
+            await running.wait()
+            for task in later:
+                assert (await (await task).wait()).finish_reason == "length"
+            assert (await waiting.wait()).finish_reason == "length"
+            assert blocked.cancelled()
+
+    run(work(), seconds=10)
+
+
+def test_who_gives_up_just_as_room_is_made_leaves_it_to_the_next(target: HFTarget) -> None:
+    async def work() -> None:
+        async with make(target).serve(max_rows=1, max_waiting=1) as server:
+            running, waiting, blocked = await fill(server)
+            server._drop(waiting._request)  # what the server does between passes
+            blocked.cancel()  # it is let in, and cannot know yet
+            await asyncio.wait([blocked])
+            assert blocked.cancelled()
+            last = await server.submit(PROMPTS[3], max_new_tokens=2)
+            assert len(running.result.token_ids) < 240
+            running.cancel()
+            assert (await last.wait()).finish_reason == "length"
+
+    run(work(), seconds=10)
 
 
 def test_another_generation_ends_the_server(target: HFTarget) -> None:
