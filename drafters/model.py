@@ -41,7 +41,7 @@ class ModelConfig:
             and the way between their devices, and is 5 where ``specdec profile`` has not measured both.
         beams: nodes expanded per depth, and children per node.
         max_nodes: most nodes of a tree, root included.
-        dtype: weights' dtype when loading.
+        dtype: weights' dtype when loading; of a draft model made to order, beside its target, it is the target's.
         device: where the draft model runs, whatever the target's device; "auto" is the target's for a draft model made
             to order, CUDA where there is one for others.
         allow_pickle: load pickled weights, which can execute code.
@@ -139,10 +139,10 @@ class ModelDrafter(Drafter):
             self._pruned = read_pruned(str(folder))
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)
-            dtype = find_dtype(self.config.dtype, device)
-            self._draft_with(
-                build_pruned(self._pruned, target, device, dtype if isinstance(dtype, torch.dtype) else target.dtype)
-            )
+            dtype = target.dtype  # whose embeddings and output head it shares
+            if device != target.device and isinstance(wanted := find_dtype(self.config.dtype, device), torch.dtype):
+                dtype = wanted
+            self._draft_with(build_pruned(self._pruned, target, device, dtype))
         if self.draft_model.vocab_size != target.vocab_size:
             raise ValueError(
                 f"the draft model has a vocabulary of {self.draft_model.vocab_size}, the target of "

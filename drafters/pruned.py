@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.drafters import weights as weights_module
-from specdec.drafters.heads import HeadModule, OutputHead, drafting_head
+from specdec.drafters.heads import HeadModule, OutputHead, drafting_head, pack_head
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, load_weights
 from specdec.lean import make_lean
 from specdec.packing import can_pack, pack_linears
@@ -178,7 +178,7 @@ def build_pruned(
     weights.load_into(module)
     model = module.model(target, device or target.device, dtype or target.dtype)
     if packed and can_pack(module):
-        pack_linears(model)
+        pack_linears(model, pack_head)  # in 8 bit: a draft need not be exact, and waits for its weights
         make_lean(model)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from specdec.drafters.eagle import EagleConfig, EagleDrafter, make_eagle
 from specdec.drafters.layer import LayerShape
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
-from specdec.drafters.weights import DrafterWeights, TargetFacts
+from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.lean import make_lean
 from specdec.packing import pack_linears
@@ -153,17 +154,18 @@ def test_sampled_rows_and_penalties_are_ranked_step_by_step(target: HFTarget, mo
 # --- draft models
 
 
+def pruned_weights(target: HFTarget) -> DrafterWeights:
+    module = PrunedLayers(target, [0, 1], vocab_size=60)
+    module.copy_layers(target)
+    assert module.vocabulary is not None
+    module.vocabulary.copy_(torch.randperm(VOCAB)[:60].sort().values)
+    return DrafterWeights("model", TargetFacts.of(target), {"layers": [0, 1], "vocab_size": 60}, module.state_dict())
+
+
 def draft_model(target: HFTarget, kind: str) -> Any:
     torch.manual_seed(5)
     if kind == "pruned":
-        module = PrunedLayers(target, [0, 1], vocab_size=60)
-        module.copy_layers(target)
-        assert module.vocabulary is not None
-        module.vocabulary.copy_(torch.randperm(VOCAB)[:60].sort().values)
-        weights = DrafterWeights(
-            "model", TargetFacts.of(target), {"layers": [0, 1], "vocab_size": 60}, module.state_dict()
-        )
-        return build_pruned(weights, target)
+        return build_pruned(pruned_weights(target), target)
     model = tiny_model(head_dim=32, initializer_range=0.15, num_hidden_layers=3).bfloat16()
     pack_linears(model)
     make_lean(model)
@@ -198,6 +200,14 @@ def test_a_draft_models_compiled_trees_are_those_of_its_passes(target: HFTarget,
                 batch = Batch(batch.rows[::-1], VOCAB)
                 for drafter in drafters:
                     drafter.keep(batch, list(range(rows))[::-1])
+
+
+def test_a_draft_model_made_to_order_has_the_targets_dtype(target: HFTarget, tmp_path: Path) -> None:
+    save_weights(tmp_path, pruned_weights(target), card="")
+    drafter = ModelDrafter(ModelConfig(model=str(tmp_path)))
+    drafter.bind(target, None)
+    assert drafter.draft_model.dtype == target.dtype == torch.bfloat16
+    assert drafter._compiled is not None
 
 
 @torch.no_grad()
