@@ -135,6 +135,7 @@ class HybridDrafter(Drafter):
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._begin([row.row_id for row in batch.rows])
+        self._economy.begin()
         view = _view(batch, batch.max_nodes)
 
         def start(part: int) -> None:

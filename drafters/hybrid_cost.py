@@ -1,7 +1,7 @@
 """What a merged tree and its parts are worth: the tokens they are expected to add against the time they take.
 
 Passes follow one another, so time is worth what passes make of it: nodes stay in a tree, and a part is asked, where the
-tokens they add exceed the time they take times the tokens per millisecond of late. What a part adds is known from every
+tokens they add exceed the time they take times the tokens per millisecond of late, in this text above all. What a part adds is known from every
 pass it was asked in, since such a pass says as well what the tree without it would have had accepted. It depends above
 all on how much is expected of that tree, and is kept by that. A part's time is all that would not be taken without it:
 its draft, the states it has to read for it, the wider pass.
@@ -30,6 +30,9 @@ _ROOM = {2: 0.5, 4: 0.75, 8: 0.9}
 
 _MEMORY = 0.97
 """Weight of a pass relative to the next one."""
+
+_CARRIED = 0.1
+"""Weight of all passes of earlier calls relative to those of the next."""
 
 _SAMPLES = 5
 """Times of a part that are remembered; the lower median counts."""
@@ -118,6 +121,10 @@ class Economy:
         self._passes = PassTimes(curve)
         self._tokens = self._ms = 0.0
         self._probes_ms = 0.0  # that may be spent on parts that are not expected to pay
+
+    def begin(self) -> None:
+        """Another call, and another text: what passes of the last one made of their time says little of it."""
+        self._tokens, self._ms = _CARRIED * self._tokens, _CARRIED * self._ms
 
     def order(self, parts: Sequence[int]) -> list[int]:
         """The parts, the cheapest first; those never asked keep their place at the front."""

@@ -183,3 +183,15 @@ def test_what_a_part_takes_is_not_judged_by_the_draft_that_reads_the_prompt() ->
     assert pays()
     economy.asked(1, 100.0, 1)
     assert not pays()
+
+
+def test_what_one_text_made_of_its_time_says_little_of_the_next() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    for _ in range(100):
+        economy.passed(4, 1, 100, 10.0, 10.0, 5.0)
+    fast = economy.rate(1, 100)
+    economy.begin()
+    for _ in range(10):
+        economy.passed(1, 1, 100, 10.0, 10.0, 1.0)
+    assert fast == pytest.approx(0.5)
+    assert 0.1 < economy.rate(1, 100) < 0.2

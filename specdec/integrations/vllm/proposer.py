@@ -15,7 +15,7 @@ from specdec.integrations.vllm.request import ServedRequest
 from specdec.integrations.vllm.settings import Settings, chain_options
 from specdec.integrations.vllm.step import Step
 from specdec.integrations.vllm.target import ServedTarget
-from specdec.registry import create_drafter, resolve_drafter
+from specdec.registry import AUTO_DRAFTER, create_drafter
 from specdec.target import Feature, HFTarget
 
 logger = logging.getLogger("vllm.specdec")
@@ -82,7 +82,8 @@ class SpecdecProposer:
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         """Make the drafter for a target."""
-        name = resolve_drafter(self._settings.drafter, target)
+        # Several drafters in one tree come to nothing here: a chain is what is checked.
+        name = AUTO_DRAFTER if self._settings.drafter == "auto" else self._settings.drafter
         drafter = create_drafter(name, chain_options(name, self._settings.options, self._num_tokens))
         drafter.bind(target, tokenizer)
         self.features = tuple(drafter.features)
