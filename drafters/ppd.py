@@ -101,6 +101,7 @@ class PPDDrafter(Drafter):
     name = "ppd"
     Config = PPDConfig
     virtual_nodes = True
+    reads_logits = False  # of passes without its prompt tokens, which are the ones that are kept for later
 
     def __init__(
         self,
