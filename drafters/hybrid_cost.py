@@ -3,8 +3,8 @@
 Passes follow one another, so time is worth what passes make of it: nodes stay in a tree, and a part is asked, where the
 tokens they add exceed the time they take times the tokens per millisecond of late, in this text above all. What a part
 adds is known from every pass it was asked in, since such a pass says as well what the tree without it would have had
-accepted. It depends above all on how much is expected of that tree, and is kept by that. A part's time is all that would
-not be taken without it: its draft, the states it has to read for it, the wider pass.
+accepted. It depends above all on how much is expected of that tree, and is kept by that. A part's time is all that
+would not be taken without it: its draft, the states it has to read for it, the wider pass.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def usable_on_cpu() -> list[str]:
 def is_quantized(model: Any) -> bool:
     """Whether a quantizer of transformers' or of ours made the model what it is."""
     found = getattr(model, "hf_quantizer", None) is not None
-    return found or any(isinstance(module, QuantizedWeight) for module in model.modules())
+    return found or any(isinstance(module, QuantizedWeight | Panel8Weight) for module in model.modules())
 
 
 def quantize_linears(model: nn.Module, name: str) -> None:

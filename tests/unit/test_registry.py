@@ -9,6 +9,7 @@ from integration.architectures import tiny_model
 
 from specdec.drafters import weights
 from specdec.drafters.hybrid import HybridDrafter
+from specdec.quantization import quantize_linears
 from specdec.registry import AUTO_DRAFTER, FASTER_THAN_AUTO, create_drafter, resolve_drafter
 from specdec.target import HFTarget
 
@@ -22,3 +23,5 @@ def test_auto_is_what_ships_for_the_target_else_what_needs_nothing(monkeypatch: 
     best = next(iter(FASTER_THAN_AUTO))
     assert resolve_drafter("auto", target) == best
     assert isinstance(create_drafter(best), HybridDrafter)
+    quantize_linears(target.model, "int8")
+    assert resolve_drafter("auto", target) == AUTO_DRAFTER
