@@ -162,6 +162,8 @@ class GroupedKVCache(KVCache):
         batch_size, capacity, device: as ``KVCache`` takes them.
     """
 
+    regular = False  # compiled layers would write each to buffers of its own
+
     def __init__(
         self, groups: Sequence[range], batch_size: int, capacity: int, device: torch.device | str = "cpu"
     ) -> None:

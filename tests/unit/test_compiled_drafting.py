@@ -14,6 +14,7 @@ from unit_rows import make_batch
 from specdec.batch import Batch
 from specdec.drafters.eagle import EagleConfig, EagleDrafter, make_eagle
 from specdec.drafters.layer import LayerShape
+from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
@@ -261,3 +262,16 @@ def test_caches_grow_with_the_text(target: HFTarget) -> None:
         absorb(drafter, target, [[500], *[[30]] * 12])
         assert drafter._cache.row_lengths == [860]
     assert_same(drafters[0].propose(greedy([7])), drafters[1].propose(greedy([7])))
+
+
+@torch.no_grad()
+def test_layers_in_groups_draft_with_packed_weights(target: HFTarget) -> None:
+    """Compiled layers know no buffers that a group shares."""
+    model = draft_model(target, "whole")
+    drafter = LayerParallelDrafter(LayerParallelConfig(depth=3, group=2), model)
+    drafter.bind(target, None)
+    batch = greedy([5, 6, 7])
+    drafter.start(batch, None)
+    first = drafter.propose(batch)
+    assert first.num_nodes > 4
+    assert_same(drafter.propose(batch), first)
