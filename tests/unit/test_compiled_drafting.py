@@ -267,7 +267,9 @@ def test_caches_grow_with_the_text(target: HFTarget) -> None:
 @torch.no_grad()
 def test_layers_in_groups_draft_with_packed_weights(target: HFTarget) -> None:
     """Compiled layers know no buffers that a group shares."""
-    model = draft_model(target, "whole")
+    model = tiny_model(head_dim=32, initializer_range=0.15, num_hidden_layers=4).bfloat16()
+    pack_linears(model)
+    make_lean(model)
     drafter = LayerParallelDrafter(LayerParallelConfig(depth=3, group=2), model)
     drafter.bind(target, None)
     batch = greedy([5, 6, 7])
