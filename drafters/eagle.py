@@ -174,7 +174,7 @@ class EagleDrafter(HeadDrafter):
         return CompiledDrafter(
             [layer], module.layer.shape.num_kv_heads, module.layer.shape.head_dim, table, norms, self._head,
             lambda length: module.layer.angle_table(length, table.dtype), module.mix, module.norm_before_residual,
-            module.vocabulary, None if self._hit_rates is None else self._hit_rates.contiguous(),
+            module.vocabulary, self._hit_rates,
         )  # fmt: skip
 
     def begin(self, batch_size: int) -> None:

@@ -169,7 +169,7 @@ def rank(
         vocabulary: ``[V']`` int64, token ids the logits are for; None where they are for all.
     """
     top = min(count, logits.shape[-1])
-    kernels = find_kernels() if logits.device.type == "cpu" and batch.seen is None and batch.greedy else None
+    kernels = find_kernels() if logits.device.type == "cpu" and batch.ranks_logits else None
     if kernels is not None and top <= MOST_TOP and logits.dtype in (torch.bfloat16, torch.float32):
         values, indices, total = kernels.top(logits.contiguous(), top)
         return values - total.unsqueeze(-1), indices if vocabulary is None else vocabulary[indices]

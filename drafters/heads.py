@@ -181,7 +181,7 @@ class HeadDrafter(Drafter):
         self._weights = weights
         self._hit_rates: Tensor | None = None
         self._calibration: Sequence[Sequence[float]] = ()
-        self._expected: dict[tuple[int, ...], list[float]] = {}
+        self._expected: list[float] = []  # accepted nodes of the best tree of each size, once they are asked for
         self._width = int(self.config.width)
 
     @abstractmethod
@@ -242,7 +242,7 @@ class HeadDrafter(Drafter):
                     pack_linears(part, pack_head)
             pack_linears(self.module)
         self._head = self.module.output or drafting_head(target, self.module.vocabulary)
-        self._calibration, self._expected = weights.hit_rates or (), {}
+        self._calibration, self._expected = weights.hit_rates or (), []
         if self.config.tree == "calibrated":
             if not weights.hit_rates:
                 raise ValueError(f"the weights of drafter {self.name!r} have no hit rates: run specdec calibrate")
@@ -252,12 +252,10 @@ class HeadDrafter(Drafter):
     def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
         if not self._calibration:
             return None
-        key = tuple(sizes)
-        if key not in self._expected:
+        if not self._expected:
             trees, most = optimal_trees(self._calibration, self.config), min(self.config.max_nodes, MOST_PLANNED)
-            tokens = [trees.best(size, self.config.depth).tokens for size in range(1, most + 1)]
-            self._expected[key] = [tokens[min(size, most) - 1] - 1.0 for size in sizes]
-        return self._expected[key]
+            self._expected = [trees.best(size, self.config.depth).tokens - 1.0 for size in range(1, most + 1)]
+        return [self._expected[min(size, len(self._expected)) - 1] for size in sizes]
 
     @property
     def max_depth(self) -> int:
@@ -303,7 +301,7 @@ class HeadDrafter(Drafter):
         max_nodes = min(self.config.max_nodes, batch.max_nodes)
         if depth < 1 or max_nodes < 2:
             return TokenTree.from_pending(batch.pending)
-        if batch.greedy and batch.seen is None:
+        if batch.ranks_logits:
             tree = self.compiled_tree(batch, depth, max_nodes)
             if tree is not None:
                 return tree

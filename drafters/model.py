@@ -139,9 +139,9 @@ class ModelDrafter(Drafter):
             self._pruned = read_pruned(str(folder))
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)
-            dtype = target.dtype  # whose embeddings and output head it shares
-            if device != target.device and isinstance(wanted := find_dtype(self.config.dtype, device), torch.dtype):
-                dtype = wanted
+            dtype = find_dtype(self.config.dtype, device)  # a mistake shows on any device
+            if device == target.device or not isinstance(dtype, torch.dtype):
+                dtype = target.dtype  # whose embeddings and output head it shares
             self._draft_with(build_pruned(self._pruned, target, device, dtype))
         if self.draft_model.vocab_size != target.vocab_size:
             raise ValueError(
@@ -216,7 +216,7 @@ class ModelDrafter(Drafter):
     def _ranked(self, batch: Batch, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""
         beams, most = self.config.beams, min(self.config.max_nodes, batch.max_nodes)
-        if self._compiled is not None and batch.greedy and batch.seen is None and beams <= MOST_TOP:
+        if self._compiled is not None and batch.ranks_logits and beams <= MOST_TOP:
             assert self._cache is not None
             if self._cache.regular:
                 start = self._enter(batch, self._compiled, self._cache)

@@ -150,6 +150,11 @@ class Batch:
         """Whether every row takes the most probable token."""
         return all(row.params.greedy for row in self.rows)
 
+    @property
+    def ranks_logits(self) -> bool:
+        """Whether logits rank candidates as they are: greedy, and without penalties."""
+        return self.greedy and self.seen is None
+
     def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """``filter_logits``, each row by its own parameters.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.architectures import tiny_model
 from specdec.decoder import SpecDecoder
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelDrafter
@@ -29,13 +28,8 @@ PROMPTS = [
 LENGTHS = [3, 24, 9, 16, 5, 12]
 
 
-def make_model(seed: int, layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+def make_model(seed: int, layers: int = 2) -> Any:
+    return tiny_model(seed=seed, num_hidden_layers=layers, vocab_size=VOCAB, eos_token_id=None, bos_token_id=None)
 
 
 @pytest.fixture(scope="module")

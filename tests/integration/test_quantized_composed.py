@@ -6,9 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.architectures import tiny_model
 from specdec.decoder import SpecDecoder
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.models import load_model
@@ -22,12 +21,10 @@ FIELDS: dict[str, Any] = {"max_new_tokens": 20}
 
 
 def make_model(seed: int, layers: int = 2) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=128, eos_token_id=None, bos_token_id=None,
+    return tiny_model(
+        seed=seed, num_hidden_layers=layers, vocab_size=VOCAB, intermediate_size=128, eos_token_id=None,
+        bos_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 class Counting(HFTarget):

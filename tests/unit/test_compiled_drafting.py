@@ -209,6 +209,8 @@ def test_a_draft_model_made_to_order_has_the_targets_dtype(target: HFTarget, tmp
     drafter.bind(target, None)
     assert drafter.draft_model.dtype == target.dtype == torch.bfloat16
     assert drafter._compiled is not None
+    with pytest.raises(ValueError, match="unknown dtype 'bf17'"):
+        ModelDrafter(ModelConfig(model=str(tmp_path), dtype="bf17")).bind(target, None)
 
 
 @torch.no_grad()
