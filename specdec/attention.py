@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from specdec.kernels import runs_triton
-from specdec.kernels.decoder_layer import PassArguments
+from specdec.kernels.decoder_layer import PassArguments, find_kernels
 from specdec.kernels.shared_prefix import PrefixLevel, shared_prefix
 from specdec.kernels.tree_attention import TreeMask, serves_rules, tree_attention
 from specdec.kv_cache import KVCache
@@ -31,14 +32,26 @@ class AttentionPass:
         cache: the KV cache written to and read from.
         depth: ``[B, M]`` int64, depth of the tree's nodes; the last n of them are computed in this pass.
         ancestors: ``[B, n, M]`` bool, what each computed node sees of the tree's nodes.
+        counts: how many of its nodes each row has, the first ones; what is computed node by node is ``[1, T]`` then,
+            the rows' nodes side by side, and only compiled layers can do it. None where all rows have n.
     """
 
-    def __init__(self, cache: KVCache, depth: Tensor, ancestors: Tensor) -> None:
+    def __init__(
+        self, cache: KVCache, depth: Tensor, ancestors: Tensor, counts: Sequence[int] | None = None
+    ) -> None:  # fmt: skip
         self.cache = cache
         num_nodes = ancestors.shape[1]
         self.offset = depth.shape[1] - num_nodes
         self.depth, self.ancestors = depth.contiguous(), ancestors.contiguous()
         self.positions = cache.lengths.unsqueeze(1) + depth[:, self.offset :]  # [B, n]
+        self.starts: Tensor | None = None
+        """``[B + 1]`` int64, where each row's nodes begin among all rows', where rows differ."""
+        self.places: Tensor | None = None
+        """``[T]`` int64, where these nodes stand in ``[B * n]``."""
+        if counts is not None:
+            self.starts = torch.tensor([0, *accumulate(counts)])
+            self.places = torch.tensor([row * num_nodes + i for row, count in enumerate(counts) for i in range(count)])
+            self.positions = self.positions.flatten()[self.places].unsqueeze(0)  # [1, T]
         self.windows: dict[int, int | None] = {}  # layer -> the window it asked for
         self._masks: dict[int | None, Tensor] = {}
         self._rules: dict[int | None, TreeMask] = {}
@@ -47,7 +60,7 @@ class AttentionPass:
         self._own_mask: TreeMask | None = None
         self.arguments: PassArguments | None = None
         """Of compiled layers; ``held`` keeps their tensors alive."""
-        self.held: tuple[Tensor, ...] = ()
+        self.held: tuple[Tensor | None, ...] = ()
         self.copies: dict[int, Tensor | None] = {}
         """Hidden states wanted of a compiled stack, by how many layers came before; it fills them in."""
 
@@ -60,6 +73,15 @@ class AttentionPass:
     def longest(self) -> int:
         """Nodes per row, n."""
         return self.ancestors.shape[1]
+
+    def spread(self, states: Tensor) -> Tensor:
+        """``[1, T, ..]`` of rows that differ as ``[B, n, ..]``; what stands where a row has no node is undefined."""
+        if self.places is None:
+            return states
+        kernels = find_kernels()
+        assert kernels is not None
+        shape = (*self.ancestors.shape[:2], states.shape[-1])
+        return kernels.put_rows(states[0], self.places, unfilled(states, shape))
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
@@ -94,6 +116,11 @@ class AttentionPass:
             keys, values = share.entries(layer)
             found.append(PrefixLevel(keys.unsqueeze(0), values.unsqueeze(0), length, ((first, end),)))
         return found
+
+
+def unfilled(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Memory for results, with anything in it."""
+    return like.new_empty(shape)
 
 
 class JoinedPass:

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec.attention import AttentionPass, JoinedPass, attend
-from specdec.kernels.decoder_layer import LANES, MOST_WIDTH, Kernels, LayerArguments, PassArguments, find_kernels
+from specdec.kernels.decoder_layer import (
+    LANES,
+    MOST_WIDTH,
+    Kernels,
+    LayerArguments,
+    PassArguments,
+    find_kernels,
+    pointer_to,
+)  # fmt: skip
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
 
@@ -256,7 +264,7 @@ class LeanStack:
         if specdec_pass is None or position_ids is None or kernels is None or not all(map(is_whole, layers)):
             kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(input_ids, *args, **kwargs)
-        states = self._stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        states = self._embedded(kernels, input_ids) if inputs_embeds is None else inputs_embeds
         if not _compiles(states.dtype, specdec_pass):
             kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(None, *args, **kwargs)
@@ -306,13 +314,25 @@ class LeanStack:
         shared = share(kernels, arguments[0], rotary, now)
         return kernels.layers(arguments, shared, states, buffers, tables or None, copies=copies)
 
+    def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
+        embed: Any = self._stack.embed_tokens
+        plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
+        heard = embed._forward_hooks or embed._forward_pre_hooks
+        if tokens is None or not plain or heard or (torch.is_grad_enabled() and embed.weight.requires_grad):
+            states: Tensor = embed(tokens)
+            return states
+        return kernels.take_rows(embed.weight, tokens.contiguous())
+
     def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
         if not self.has_table:
             cos, sin = self._stack.rotary_emb(states, position_ids=positions)
             return cos.contiguous(), sin.contiguous()
         cos, sin = self.angle_table(int(positions.max()) + 1, states.dtype)
-        return F.embedding(positions, cos), F.embedding(positions, sin)
+        kernels, positions = find_kernels(), positions.contiguous()
+        if kernels is None:
+            return F.embedding(positions, cos), F.embedding(positions, sin)
+        return kernels.take_rows(cos, positions), kernels.take_rows(sin, positions)
 
     def angle_table(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[positions, d]`` of ``length`` positions at least; with ``has_table``."""
@@ -339,12 +359,13 @@ def share(
 ) -> PassArguments:
     """What the compiled layers of a pass share, made at the first of them."""
     if specdec_pass.arguments is None:
-        batch_size, num_nodes, tree = specdec_pass.ancestors.shape
-        space = kernels.space(layer, batch_size * num_nodes)
-        tensors = (*rotary, specdec_pass.cache.lengths, specdec_pass.depth, specdec_pass.ancestors, space)
-        specdec_pass.arguments = PassArguments(
-            *(tensor.data_ptr() for tensor in tensors), batch_size, num_nodes, tree, torch.get_num_threads()
-        )
+        shape, rows = specdec_pass.ancestors.shape, specdec_pass.positions.numel()
+        tensors = (
+            *rotary, specdec_pass.cache.lengths, specdec_pass.depth, specdec_pass.ancestors, specdec_pass.starts,
+            kernels.space(layer, rows),
+        )  # fmt: skip
+        pointers = (pointer_to(tensor) for tensor in tensors)
+        specdec_pass.arguments = PassArguments(*pointers, *shape, rows, torch.get_num_threads())
         specdec_pass.held = tensors
     return specdec_pass.arguments
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, find_kernels
+from specdec.pages import WEIGHTS
 from specdec.quantized_weight import round_rows
 
 _ROUNDED = 8 * PANEL
@@ -55,11 +56,13 @@ class PanelWeight(nn.Module):
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         """The buffers ``weight``, ``scales`` and ``shifts``."""
-        return {"weight": self._panels(weight), "scales": None, "shifts": None}
+        panels = self._panels(weight)
+        return {"weight": WEIGHTS.zeros(panels.shape, panels.dtype).copy_(panels), "scales": None, "shifts": None}
 
     def _panels(self, weight: Tensor) -> Tensor:
+        """``[out / PANEL, in / step, PANEL, step]``, a view where nothing is missing from the last one."""
         padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-        return padded.view(-1, PANEL, weight.shape[1] // self.step, self.step).permute(0, 2, 1, 3).contiguous()
+        return padded.view(-1, PANEL, weight.shape[1] // self.step, self.step).permute(0, 2, 1, 3)
 
     def _rows(self) -> Tensor:
         """``weight`` as ``[out, in]``."""
@@ -96,7 +99,7 @@ class Panel8Weight(PanelWeight):
         # What stays is allocated first, and filled some panels at a time: memory that comes and goes in between would
         # leave gaps which the allocator keeps.
         count = -(-len(weight) // PANEL)
-        panels = torch.zeros(count, weight.shape[1] // self.step, PANEL, self.step, dtype=torch.int8)
+        panels = WEIGHTS.zeros((count, weight.shape[1] // self.step, PANEL, self.step), torch.int8)
         scales = torch.zeros(count * PANEL)
         shifts = torch.zeros(count * PANEL, dtype=torch.int32)
         for first in range(0, len(weight), _ROUNDED):

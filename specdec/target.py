@@ -216,7 +216,20 @@ class HFTarget:
         if tree.virtual is not None and tree.embeddings is not None:
             virtual = (tree.virtual[:, first_node:], tree.embeddings[:, first_node:])
         ancestors = tree.ancestors[:, first_node:]
+        sizes = tree.row_sizes if first_node == 0 and virtual is None and self._compiled is not None else None
+        if sizes is not None:  # what pads the rows is left out
+            now = AttentionPass(cache, tree.depth, ancestors, sizes)
+            if self._compiled is not None and self._compiled.takes(self.dtype, now):
+                out = self._run(now, tree.tokens.flatten()[now.places].unsqueeze(0), None, features, None)
+                spread = {name: now.spread(states) for name, states in out.features.items()}
+                return TargetOutput(now.spread(out.logits), spread)
         return self.run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
+
+    @property
+    def _compiled(self) -> LeanStack | None:
+        """The model's decoder layers where they run as one."""
+        forward = getattr(self.model.base_model, "forward", None)
+        return forward if isinstance(forward, LeanStack) else None
 
     def forward_beside(
         self, tree: TokenTree, cache: KVCache, chunks: Sequence[Chunk], features: Sequence[Feature] = ()
@@ -338,8 +351,8 @@ class HFTarget:
 
     def _copied(self, features: Sequence[Feature], now: AttentionPass | JoinedPass) -> dict[Feature, int]:
         """Features that a compiled stack hands out itself, and how many layers come before each; others need hooks."""
-        forward = getattr(self.model.base_model, "forward", None) if features else None
-        if not isinstance(forward, LeanStack) or not forward.takes(self.dtype, now):
+        compiled = self._compiled if features else None
+        if compiled is None or not compiled.takes(self.dtype, now):
             return {}
         places = {name: self.num_layers if name == "pre_norm" else name for name in features}
         return {name: at for name, at in places.items() if isinstance(at, int) and 0 <= at <= self.num_layers}

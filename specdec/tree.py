@@ -106,6 +106,17 @@ class TokenTree:
         """``[B]`` int64: draft nodes a verifier may accept."""
         return self.acceptable.sum(-1)
 
+    @cached_property
+    def row_sizes(self) -> list[int] | None:
+        """Nodes of each row, where padding stands at rows' ends only and there is any; else None."""
+        valid = self.valid
+        sizes: list[int] = valid.sum(1).tolist()
+        if min(sizes) == self.num_nodes:
+            return None
+        ends = torch.tensor(sizes, device=valid.device).unsqueeze(1)
+        at_end = torch.equal(valid, torch.arange(self.num_nodes, device=valid.device) < ends)
+        return sizes if at_end else None
+
     @property
     def divisible(self) -> bool:
         """Whether any first columns make a tree worth checking.

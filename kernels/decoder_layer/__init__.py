@@ -44,6 +44,7 @@ __all__ = [
     "PassArguments",
     "array_of",
     "find_kernels",
+    "pointer_to",
 ]
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -96,6 +97,8 @@ class Kernels:
             pointer,
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
+        self._take_rows = declare("take_rows", *[pointer] * 3, *[number] * 3, result=number)
+        self._put_rows = declare("put_rows", *[pointer] * 3, number, number, ctypes.c_int)
         self._top = declare("top", structure(Top), ctypes.c_int)
         self._draft_space = declare("draft_space", structure(DraftWeights), number, number, result=number)
         self._draft_entries = declare(
@@ -241,6 +244,31 @@ class Kernels:
         tokens, parents, joint = (part.flatten()[: len(pending) * count].view(-1, count) for part in chosen)
         return tokens, parents, joint
 
+    def take_rows(self, table: Tensor, indices: Tensor) -> Tensor:
+        """Rows ``[..., d]`` of a table ``[V, d]`` of any dtype, as an embedding gives them.
+
+        Args:
+            table: read.
+            indices: ``[...]`` int64.
+
+        Raises:
+            IndexError: for one that the table lacks.
+        """
+        out = table.new_empty(*indices.shape, table.shape[1])
+        pointers = (tensor.data_ptr() for tensor in (table, indices, out))
+        count, size = indices.numel(), table.shape[1] * table.element_size()
+        found = self._take_rows(*pointers, count, len(table), size)
+        if found < count:
+            raise IndexError(f"the table has {len(table)} rows, got index {int(indices.flatten()[found])}")
+        return out
+
+    def put_rows(self, rows: Tensor, places: Tensor, out: Tensor) -> Tensor:
+        """``out``, ``[..., d]`` of any dtype, with rows ``[T, d]`` put to places ``[T]`` int64 among its own."""
+        rows, size = rows.contiguous(), out.shape[-1] * out.element_size()
+        pointers = (tensor.data_ptr() for tensor in (rows, places, out))
+        self._put_rows(*pointers, len(places), size, torch.get_num_threads())
+        return out
+
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The largest of each row's logits, in one read of them.
 
@@ -315,7 +343,7 @@ class Kernels:
         heads = total // width - 2 * kv_heads
         out = qkv.new_empty(batch_size, num_nodes, heads * width)
         cos, sin = rotary
-        tensors = (qkv, cos, sin, keys, values, lengths, depth, seen, segments, out)
+        tensors = (qkv, cos, sin, keys, values, lengths, depth, seen, segments, out, None)
         self._attention(
             Attention(
                 *(pointer_to(tensor) for tensor in tensors), batch_size, num_nodes, depth.shape[1], heads, kv_heads,

@@ -23,6 +23,8 @@ typedef struct {
   const uint8_t *seen;     /* [B, n, M]: what each computed node sees; the last n of the M nodes are those computed */
   const segment *segments; /* [B, levels]: each row's shared segments, by position; or null */
   bf16 *out;               /* [B, n, H d] */
+  const int64_t *starts;   /* [B + 1], or null: row b has n_b nodes and not n, which stand from starts[b] on in qkv, cos,
+                              sin and out, [total, ..]; `seen` has room for n of each */
   long batch, nodes, tree, heads, kv_heads, width, slots, window, levels; /* window 0: none */
   float scale;
   int threads;
@@ -43,6 +45,12 @@ static inline void rotate(const bf16 *head, const bf16 *cos, const bf16 *sin, lo
   }
 }
 
+static inline long start_of(const attention_arguments *a, long row) { return a->starts ? (long)a->starts[row] : row * a->nodes; }
+
+static inline long nodes_of(const attention_arguments *a, long row) {
+  return a->starts ? (long)(a->starts[row + 1] - a->starts[row]) : a->nodes;
+}
+
 static long shared_tokens(const attention_arguments *a, long row) {
   long tokens = 0;
   for (long level = 0; level < a->levels; level++) tokens += (long)a->segments[row * a->levels + level].length;
@@ -56,9 +64,9 @@ static void write_cache(const attention_arguments *a, long row, long head) {
   bf16 *key = a->keys + ((row * a->kv_heads + head) * a->slots + slot) * d;
   bf16 *value = a->values + ((row * a->kv_heads + head) * a->slots + slot) * d;
   float rotated[MOST_WIDTH];
-  for (long node = 0; node < a->nodes; node++, key += d, value += d) {
-    const bf16 *from = a->qkv + (row * a->nodes + node) * stride + (a->heads + head) * d;
-    const bf16 *cos = a->cos + (row * a->nodes + node) * d, *sin = a->sin + (row * a->nodes + node) * d;
+  const long end = start_of(a, row) + nodes_of(a, row);
+  for (long at = start_of(a, row); at < end; at++, key += d, value += d) {
+    const bf16 *from = a->qkv + at * stride + (a->heads + head) * d, *cos = a->cos + at * d, *sin = a->sin + at * d;
     rotate(from, cos, sin, d, rotated);
     for (long i = 0; i < d; i += LANES) store(key + i, loadf(rotated + i));
     __builtin_memcpy(value, from + a->kv_heads * d, (size_t)d * sizeof(bf16));
@@ -211,7 +219,8 @@ static void attend(const void *pointer, long task) {
   const attention_arguments *a = pointer;
   long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, d = a->width, group = a->heads / a->kv_heads;
   long part = task % parts, kv = task / parts % a->kv_heads, row = task / parts / a->kv_heads;
-  long first = part * most, nodes = a->nodes - first < most ? a->nodes - first : most;
+  long first = part * most, nodes = nodes_of(a, row) - first < most ? nodes_of(a, row) - first : most;
+  if (nodes <= 0) return;
   long length = a->lengths[row], tree = a->tree, queries = nodes * group, stride = length + tree + 2 * KEYS;
   stride = (stride + LANES - 1) / LANES * LANES;
   long end = length + tree - a->nodes + first + nodes; /* nobody sees what stands behind itself */
@@ -223,7 +232,7 @@ static void attend(const void *pointer, long task) {
   if (parts == 1) write_cache(a, row, kv);
   long count = find_stretches(a, row, kv, stretches);
   for (long q = 0; q < queries; q++) {
-    long at = row * a->nodes + first + q / group, head = kv * group + q % group;
+    long at = start_of(a, row) + first + q / group, head = kv * group + q % group;
     rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, rotated);
     for (long i = 0; i < d; i += LANES) store((bf16 *)query + q * d + i, loadf(rotated + i));
   }
@@ -280,7 +289,7 @@ static void attend(const void *pointer, long task) {
               stride, behind + other * d, run);
     }
     for (long q = node * group; q < (node + 1) * group; q++) {
-      bf16 *out = a->out + ((row * a->nodes + first + node) * a->heads + kv * group + q % group) * d;
+      bf16 *out = a->out + ((start_of(a, row) + first + node) * a->heads + kv * group + q % group) * d;
       for (long i = 0; i < d; i += LANES) store(out + i, loadf(sums + q * d + i) * scores[q * stride + stride - 1]);
     }
   }

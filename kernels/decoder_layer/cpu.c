@@ -121,8 +121,9 @@ typedef struct {
   const bf16 *cos, *sin;
   const int64_t *lengths, *depth;
   const uint8_t *seen;
+  const int64_t *starts; /* as attention_arguments has it */
   char *space; /* layer_space() bytes, aligned to 64 */
-  long batch, nodes, tree;
+  long batch, nodes, tree, rows; /* rows: nodes of all rows of the batch together */
   int threads;
 } pass;
 
@@ -170,7 +171,7 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
    same. */
 static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const bf16 *residual, bf16 *out, bf16 *keys,
                           bf16 *values, long slots, const segment *segments, long levels) {
-  long rows = p->batch * p->nodes, d = l->gate_up.in_width;
+  long rows = p->rows, d = l->gate_up.in_width;
   int threads = p->threads;
   buffers b;
   place(l, rows, p->space, &b);
@@ -180,7 +181,7 @@ static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const b
   }
   multiply(&l->qkv, &b, in, 0, b.qkv, rows, threads);
   attention_arguments a = {b.qkv, p->cos, p->sin, keys, values, p->lengths, p->depth, p->seen, segments, b.attended,
-                           p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window, levels,
+                           p->starts, p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window, levels,
                            l->scale, threads, 0};
   tree_attention(&a);
   multiply(&l->out, &b, b.attended, residual, out, rows, threads);
@@ -199,11 +200,39 @@ void decoder_layers(const layer *const *layers, long count, const pass *p, const
     decoder_layer(layers[i], p, i ? out : in, i ? out : residual ? residual : in, out, keys[i], values[i], slots,
                   segments ? segments[i] : 0, levels);
     if (copies && copies[i])
-      __builtin_memcpy(copies[i], out, (size_t)(p->batch * p->nodes * layers[i]->down.out_width) * sizeof(bf16));
+      __builtin_memcpy(copies[i], out, (size_t)(p->rows * layers[i]->down.out_width) * sizeof(bf16));
   }
 }
 
 #include "drafting.h"
+
+/* Rows of a table of `known`, each of `size` bytes, one after the other; returns how many of
+   the indices it found. PyTorch starts its own threads for a few dozen rows, which then wait for more in the way of ours. */
+long take_rows(const char *table, const int64_t *indices, char *out, long count, long known, long size) {
+  for (long i = 0; i < count; i++) {
+    if (indices[i] < 0 || indices[i] >= known) return i;
+    __builtin_memcpy(out + i * size, table + indices[i] * size, (size_t)size);
+  }
+  return count;
+}
+
+typedef struct {
+  const char *rows;
+  const int64_t *places;
+  char *out;
+  long size;
+} put_arguments;
+
+static void put_row(const void *pointer, long index) {
+  const put_arguments *a = pointer;
+  __builtin_memcpy(a->out + a->places[index] * a->size, a->rows + index * a->size, (size_t)a->size);
+}
+
+/* Rows of `size` bytes to places in a table. */
+void put_rows(const char *rows, const int64_t *places, char *out, long count, long size, int threads) {
+  put_arguments a = {rows, places, out, size};
+  run(put_row, &a, count, count * size < 65536 ? 1 : threads);
+}
 
 /* ---- the cache ---- */
 

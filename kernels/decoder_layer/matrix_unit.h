@@ -52,11 +52,47 @@ static void open_unit(long rows) { shape_tiles(6, rows < TILE_ROWS ? rows : TILE
 
 static void close_unit(void) { _tile_release(); }
 
-/* One tile of rows, or two, times a panel: the sums of 32 channels, [rows][PANEL]. Asks for `stride` bytes from `ahead`
-   on at every step. */
+/* Sums of some rows of a panel, [rows][PANEL] in two tiles, that are still to be written. */
+typedef struct {
+  const product_arguments *a;
+  long panel;
+  long row, end;      /* rows that are left */
+  long first, second; /* rows where the tiles begin */
+  long split;         /* rows from here on are in the second one */
+  const float *sums;
+} unfinished;
+
+/* Writes `count` of them, where so many are left. */
+INLINE finish_rows(const int whole, unfinished *u, long count) {
+  const product_arguments *a = u->a;
+  const long channel = u->panel * PANEL, end = u->end - u->row < count ? u->end : u->row + count;
+  for (; u->row < end; u->row++) {
+    const float *line = u->sums + (u->row < u->split ? u->row - u->first : u->row - u->second + TILE_ROWS) * PANEL;
+    vec half[2] = {loadf(line), loadf(line + LANES)};
+    if (whole)
+      for (int i = 0; i < 2; i++) {
+        const long at = channel + i * LANES;
+        __m512i exact = _mm512_sub_epi32((__m512i)half[i], _mm512_loadu_si512(a->shifts + at));
+        half[i] = (vec)_mm512_cvtepi32_ps(exact) * loadf(a->scales + at) * a->sizes[u->row];
+      }
+    if (a->out_width - channel < PANEL) {
+      finish(a, u->row, channel, half[0]);
+      finish(a, u->row, channel + LANES, half[1]);
+      continue;
+    }
+    const long at = u->row * a->out_width + channel;
+    if (a->bias) half[0] += load(a->bias + channel), half[1] += load(a->bias + channel + LANES);
+    if (a->residual) half[0] += load(a->residual + at), half[1] += load(a->residual + at + LANES);
+    _mm512_storeu_si512(a->out + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)half[1], (__m512)half[0]));
+  }
+}
+
+/* One tile of rows, or two, times a panel: the sums of 32 channels, [rows][PANEL]. While the unit multiplies, the vectors
+   write what it multiplied before. Asks for `stride` bytes from `ahead` on at every step. */
 INLINE multiply_tiles(const int whole, const int pair, const product_arguments *a, long panel, long first, long second,
-                      const char *ahead, long stride, void *sums) {
-  const long width = a->in_width * (whole ? 1 : 2);
+                      const char *ahead, long stride, float *sums, unfinished *before) {
+  const long width = a->in_width * (whole ? 1 : 2), steps = width / STEP;
+  const long each = (before->end - before->row + steps - 1) / steps;
   const char *in = (const char *)a->in + first * width, *below = (const char *)a->in + second * width;
   const char *weight = (const char *)a->weight + panel * PANEL * width;
   _tile_zero(0);
@@ -82,67 +118,59 @@ INLINE multiply_tiles(const int whole, const int pair, const product_arguments *
       if (pair) _tile_dpbf16ps(2, 5, 6);
       if (pair) _tile_dpbf16ps(3, 5, 7);
     }
+    finish_rows(whole, before, each);
   }
-  char *out = sums;
-  _tile_stored(0, out, 4 * PANEL);
-  _tile_stored(1, out + 4 * LANES, 4 * PANEL);
+  _tile_stored(0, sums, 4 * PANEL);
+  _tile_stored(1, sums + LANES, 4 * PANEL);
   if (pair) {
-    _tile_stored(2, out + 4 * PANEL * TILE_ROWS, 4 * PANEL);
-    _tile_stored(3, out + 4 * PANEL * TILE_ROWS + 4 * LANES, 4 * PANEL);
+    _tile_stored(2, sums + PANEL * TILE_ROWS, 4 * PANEL);
+    _tile_stored(3, sums + PANEL * TILE_ROWS + LANES, 4 * PANEL);
   }
 }
 
-static void finish_tile(const product_arguments *a, long panel, long first, long from, long to, const float *sums) {
-  for (long row = from; row < to; row++)
-    for (long at = 0; at < PANEL; at += LANES) {
-      const float *line = sums + (row - first) * PANEL + at;
-      long channel = panel * PANEL + at;
-      if (!a->sizes) {
-        finish(a, row, channel, loadf(line));
-        continue;
-      }
-      ivec whole, shifts;
-      __builtin_memcpy(&whole, line, sizeof whole);
-      __builtin_memcpy(&shifts, a->shifts + channel, sizeof shifts);
-      vec exact = __builtin_convertvector(whole - shifts, vec) * loadf(a->scales + channel) * a->sizes[row];
-      finish(a, row, channel, exact);
-    }
-}
-
-/* All rows times a panel. The last tile of rows begins earlier where it would not be full; rows it has in common with
-   the one before are computed twice and written once. */
-INLINE multiply_panel(const int whole, const product_arguments *a, long panel, long next) {
+/* All rows times one panel after the other. The last tile of rows begins earlier where it would not be full; rows it has
+   in common with the one before are computed twice and written once. */
+INLINE multiply_panels(const int whole, panel_queue *queue, int lane) {
+  const product_arguments *a = queue->a;
   const long rows = a->rows, pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
   const long size = a->in_width * PANEL * (whole ? 1 : 2), stride = (PANEL * STEP / pairs + 63) / 64 * 64;
-  float sums[2 * TILE_ROWS * PANEL] __attribute__((aligned(64)));
-  for (long part = 0; part < pairs; part++) {
-    const char *ahead = (const char *)a->weight + next * size + part * (size / pairs);
-    long row = part * 2 * TILE_ROWS, left = rows - row, last = rows > TILE_ROWS ? rows - TILE_ROWS : 0;
-    long first = left < TILE_ROWS ? last : row, second = row + TILE_ROWS < last ? row + TILE_ROWS : last;
-    if (left > TILE_ROWS) {
-      multiply_tiles(whole, 1, a, panel, first, second, ahead, stride, sums);
-      finish_tile(a, panel, first, row, row + TILE_ROWS, sums);
-      finish_tile(a, panel, second, row + TILE_ROWS, left < 2 * TILE_ROWS ? rows : row + 2 * TILE_ROWS,
-                  sums + PANEL * TILE_ROWS);
-    } else {
-      multiply_tiles(whole, 0, a, panel, first, 0, ahead, stride, sums);
-      finish_tile(a, panel, first, row, rows, sums);
+  const long last = rows > TILE_ROWS ? rows - TILE_ROWS : 0;
+  float sums[2][2 * TILE_ROWS * PANEL] __attribute__((aligned(64)));
+  unfinished before = {.a = a};
+  int turn = 0;
+  open_unit(rows);
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;)
+    for (long part = 0; part < pairs; part++, turn = !turn) {
+      const char *ahead = (const char *)a->weight + (panel + 1) * size + part * (size / pairs);
+      const long row = part * 2 * TILE_ROWS, left = rows - row;
+      const long first = left < TILE_ROWS ? last : row, second = row + TILE_ROWS < last ? row + TILE_ROWS : last;
+      if (left > TILE_ROWS)
+        multiply_tiles(whole, 1, a, panel, first, second, ahead, stride, sums[turn], &before);
+      else
+        multiply_tiles(whole, 0, a, panel, first, 0, ahead, stride, sums[turn], &before);
+      before = (unfinished){a, panel, row, left < 2 * TILE_ROWS ? rows : row + 2 * TILE_ROWS, first, second,
+                            row + TILE_ROWS, sums[turn]};
     }
-  }
+  finish_rows(whole, &before, before.end);
+  close_unit();
 }
 
-static void unit_task(const product_arguments *a, long panel, long next) { multiply_panel(0, a, panel, next); }
+static void take_unit_panels(void *queue, int thread) {
+  panel_queue *panels = queue;
+  multiply_panels(0, panels, thread % panels->count);
+}
 
-static void unit_task8(const product_arguments *a, long panel, long next) { multiply_panel(1, a, panel, next); }
+static void take_unit_panels8(void *queue, int thread) {
+  panel_queue *panels = queue;
+  multiply_panels(1, panels, thread % panels->count);
+}
 
 #else
 
 int has_matrix_unit(void) { return 0; }
 
 static int unit_takes(const product_arguments *a) { (void)a; return 0; }
-static void open_unit(long rows) { (void)rows; }
-static void close_unit(void) {}
-#define unit_task panel_task
-#define unit_task8 panel_task8
+static void take_unit_panels(void *queue, int thread) { (void)queue, (void)thread; }
+static void take_unit_panels8(void *queue, int thread) { (void)queue, (void)thread; }
 
 #endif

@@ -40,6 +40,29 @@ static inline void finish(const product_arguments *a, long row, long first, vec 
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+#define MOST_LANES 64
+
+/* A stretch of the panels for each thread: so what a thread writes of an output lies where it wrote before, in its own
+   core's cache. Whoever is done takes from the others'. */
+typedef struct {
+  const product_arguments *a;
+  struct {
+    long next, end;
+    char apart[48]; /* a line of the cache for each */
+  } lanes[MOST_LANES];
+  int count; /* of lanes */
+} panel_queue;
+
+/* The next panel for a thread, -1 where none is left. `lane` begins as the thread's own. */
+static inline long next_panel(panel_queue *queue, int *lane) {
+  for (int tried = 0; tried < queue->count; tried++, *lane = (*lane + 1) % queue->count) {
+    long panel = __atomic_fetch_add(&queue->lanes[*lane].next, 1, __ATOMIC_RELAXED);
+    if (panel < queue->lanes[*lane].end) return panel;
+  }
+  return -1;
+}
+
 #include "matrix_unit.h"
 
 /* Whether this processor has the instructions; without them nothing below may be called. */
@@ -132,24 +155,11 @@ INLINE tile8(const int count, const product_arguments *a, long panel, long row, 
 PANELS(panel_task, tile)
 PANELS(panel_task8, tile8)
 
-typedef struct {
-  const product_arguments *a;
-  void (*task)(const product_arguments *, long panel, long next);
-  int unit;
-  long panels, next;
-} panel_queue;
-
-/* Each thread takes one panel ahead, so that it knows what to ask memory for. */
-static void take_panels(void *pointer) {
+static void take_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
-  if (queue->unit) open_unit(queue->a->rows);
-  long panel = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
-  while (panel < queue->panels) {
-    long next = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
-    queue->task(queue->a, panel, next);
-    panel = next;
-  }
-  if (queue->unit) close_unit();
+  int lane = thread % queue->count;
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;)
+    (queue->a->sizes ? panel_task8 : panel_task)(queue->a, panel, panel + 1);
 }
 
 /* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
@@ -164,9 +174,14 @@ void product(const product_arguments *a) {
     block.out = a->out + row * a->out_width;
     if (a->residual) block.residual = a->residual + row * a->out_width;
     if (a->sizes) block.sizes = a->sizes + row;
-    panel_queue queue = {&block, a->sizes ? panel_task8 : panel_task, unit_takes(a), panels, 0};
-    if (queue.unit) queue.task = a->sizes ? unit_task8 : unit_task;
-    run_all(take_panels, &queue, panels, a->threads);
+    panel_queue queue = {.a = &block, .count = a->threads < MOST_LANES ? a->threads : MOST_LANES};
+    if (queue.count < 1) queue.count = 1;
+    for (int lane = 0; lane < queue.count; lane++) {
+      queue.lanes[lane].next = panels * lane / queue.count;
+      queue.lanes[lane].end = panels * (lane + 1) / queue.count;
+    }
+    void (*take)(void *, int) = unit_takes(a) ? (a->sizes ? take_unit_panels8 : take_unit_panels) : take_panels;
+    run_all(take, &queue, panels, a->threads);
   }
 }
 

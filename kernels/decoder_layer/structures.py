@@ -45,7 +45,7 @@ class Attention(ctypes.Structure):
     """``attention_arguments``."""
 
     _fields_ = _fields(
-        "qkv cos sin keys values lengths depth seen segments out",
+        "qkv cos sin keys values lengths depth seen segments out starts",
         "batch nodes tree heads kv_heads width slots window levels",
         ("scale", ctypes.c_float), ("threads", ctypes.c_int), ("nodes_per_task", ctypes.c_long),
     )  # fmt: skip
@@ -98,7 +98,7 @@ class LayerArguments(ctypes.Structure):
 class PassArguments(ctypes.Structure):
     """``pass``: what the layers of one pass share."""
 
-    _fields_ = _fields("cos sin lengths depth seen space", "batch nodes tree", ("threads", ctypes.c_int))
+    _fields_ = _fields("cos sin lengths depth seen starts space", "batch nodes tree rows", ("threads", ctypes.c_int))
 
 
 class Top(ctypes.Structure):

@@ -14,7 +14,7 @@
 static struct {
   pthread_mutex_t lock;
   pthread_cond_t wake;
-  void (*body)(void *);
+  void (*body)(void *, int thread);
   void *shared;
   long number; /* of the latest job */
   long open;   /* the job that workers may begin, 0 for none */
@@ -50,7 +50,7 @@ static void *help(void *pointer) {
     seen = READ(number);
     if (index >= READ(wanted)) continue;
     ADD(inside, 1); /* before the look: who closes a job looks the other way round */
-    if (READ(open) == seen) pool.body(pool.shared);
+    if (READ(open) == seen) pool.body(pool.shared, (int)index + 1);
     ADD(inside, -1);
   }
   return 0;
@@ -79,13 +79,13 @@ static void hire(int wanted) {
   pthread_sigmask(SIG_SETMASK, &before, 0);
 }
 
-/* `body` in the calling thread, and in others that are free, `threads` at most: it takes work until none is left. Where
-   two callers come at a time, the second one works alone. */
-static void run_all(void (*body)(void *), void *shared, long tasks, int threads) {
+/* `body` in the calling thread, number 0, and in others that are free, `threads` at most: it takes work until none is
+   left. Where two callers come at a time, the second one works alone. */
+static void run_all(void (*body)(void *, int thread), void *shared, long tasks, int threads) {
   if (threads > tasks) threads = (int)tasks;
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
   if (threads <= 1 || __atomic_exchange_n(&pool.claimed, 1, __ATOMIC_SEQ_CST)) {
-    body(shared);
+    body(shared, 0);
     return;
   }
   if (pool.workers < threads - 1) hire(threads - 1);
@@ -100,7 +100,7 @@ static void run_all(void (*body)(void *), void *shared, long tasks, int threads)
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
   }
-  body(shared);
+  body(shared, 0);
   WRITE(open, 0);
   for (long spins = 1; READ(inside); spins++) {
     pause_a_little();
@@ -116,7 +116,8 @@ typedef struct {
   long next;
 } work;
 
-static void take_tasks(void *pointer) {
+static void take_tasks(void *pointer, int thread) {
+  (void)thread;
   work *shared = pointer;
   for (;;) {
     long index = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED);

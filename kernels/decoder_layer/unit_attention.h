@@ -223,11 +223,14 @@ typedef struct {
   int32_t *query, *turned, *tiles, *begun, *own, *seen;
 } unit_work;
 
-static void prepare(unit_work *w, const attention_arguments *a, long task) {
+/* Returns whether there is anything to do. */
+static int prepare(unit_work *w, const attention_arguments *a, long task) {
   long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, part = task % parts, d = a->width;
   w->a = a, w->d = d, w->group = a->heads / a->kv_heads;
   w->kv = task / parts % a->kv_heads, w->row = task / parts / a->kv_heads;
-  w->first = part * most, w->nodes = a->nodes - w->first < most ? a->nodes - w->first : most;
+  w->first = part * most, w->nodes = nodes_of(a, w->row) - w->first;
+  if (w->nodes <= 0) return 0;
+  if (w->nodes > most) w->nodes = most;
   w->queries = w->nodes * w->group, w->rows = (w->queries + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   w->length = a->lengths[w->row], w->earlier = a->tree - a->nodes + w->first;
   w->end = w->length + w->earlier + w->nodes;
@@ -249,6 +252,7 @@ static void prepare(unit_work *w, const attention_arguments *a, long task) {
   w->count = find_stretches(a, w->row, w->kv, w->stretches);
   const stretch *last = w->stretches + w->count - 1;
   w->behind = last->values + (w->length - last->first) * d;
+  return 1;
 }
 
 static void score_all(const unit_work *w) {
@@ -256,7 +260,7 @@ static void score_all(const unit_work *w) {
   long d = w->d;
   bf16 *query = (bf16 *)w->query;
   for (long q = 0; q < w->queries; q++) {
-    long at = w->row * a->nodes + w->first + q / w->group, head = w->kv * w->group + q % w->group;
+    long at = start_of(a, w->row) + w->first + q / w->group, head = w->kv * w->group + q % w->group;
     rotate(a->qkv + (at * (a->heads + 2 * a->kv_heads) + head) * d, a->cos + at * d, a->sin + at * d, d, w->rotated);
     for (long i = 0; i < d; i += LANES) store(query + q * d + i, loadf(w->rotated + i));
   }
@@ -327,7 +331,7 @@ static void add_own(const unit_work *w, long shared) {
 static void unit_attend(const void *pointer, long task) {
   const attention_arguments *a = pointer;
   unit_work w;
-  prepare(&w, a, task);
+  if (!prepare(&w, a, task)) return;
   shape_tiles(6, TILE_ROWS, w.group);
   score_all(&w);
   int chain = is_chain(w.sees, a->tree, w.earlier, w.nodes, w.behind, w.d);
@@ -338,7 +342,7 @@ static void unit_attend(const void *pointer, long task) {
   if (!chain) add_own(&w, shared);
   close_unit();
   for (long q = 0; q < w.queries; q++) {
-    long at = w.row * a->nodes + w.first + q / w.group, head = w.kv * w.group + q % w.group;
+    long at = start_of(a, w.row) + w.first + q / w.group, head = w.kv * w.group + q % w.group;
     bf16 *out = a->out + (at * a->heads + head) * w.d;
     for (long i = 0; i < w.d; i += LANES)
       store(out + i, loadf(w.sums + q * w.d + i) * w.scores[q * w.stride + w.stride - 1]);

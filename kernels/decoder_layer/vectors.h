@@ -16,9 +16,13 @@ typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 typedef uint16_t bf16;
 
 static inline vec load(const bf16 *from) {
+#ifdef __AVX512F__ /* GCC 12 makes two halves of the conversion below */
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
   hvec half;
   __builtin_memcpy(&half, from, sizeof half);
   return (vec)(__builtin_convertvector(half, uvec) << 16);
+#endif
 }
 
 static inline vec loadf(const float *from) {

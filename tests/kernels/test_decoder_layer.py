@@ -33,6 +33,23 @@ def near(got: Tensor, expected: Tensor, slack: float | Tensor = 0.0) -> bool:
     return bool(((got.double() - expected).abs() <= RELATIVE * expected.abs() + slack).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_a_table(kernels: Kernels, dtype: torch.dtype) -> None:
+    table, indices = torch.randn(7, 48).to(dtype), torch.tensor([[6, 0, 3], [3, 3, 1]])
+    assert torch.equal(kernels.take_rows(table, indices), table[indices])
+    for bad in (7, -1):
+        with pytest.raises(IndexError, match=f"the table has 7 rows, got index {bad}"):
+            kernels.take_rows(table, torch.tensor([2, bad, 9]))
+
+
+@pytest.mark.parametrize("width", [3, 30_000])
+def test_rows_to_places_of_a_table(kernels: Kernels, width: int) -> None:
+    rows, places, out = torch.randn(5, width), torch.tensor([0, 7, 3, 2, 5]), torch.full((2, 4, width), torch.nan)
+    assert kernels.put_rows(rows, places, out) is out
+    assert torch.equal(out.flatten(0, 1)[places], rows)
+    assert out.flatten(0, 1)[[1, 4, 6]].isnan().all()
+
+
 @pytest.mark.parametrize("width", [16, 48, 576])
 def test_rms_norm(kernels: Kernels, width: int) -> None:
     torch.manual_seed(0)

@@ -21,12 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specdec import SpecDecoder, lean
+from specdec import SpecDecoder, attention, lean
 from specdec.drafters.model import ModelDrafter
 from specdec.lean import LeanLayer, can_be_lean, make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
-from specdec.tree import TokenTree
+from specdec.tree import PADDING, TokenTree
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -145,6 +145,42 @@ def test_texts_in_a_batch_are_those_of_one_alone_for_prompts_of_a_pass(pair: tup
     together = decoder.generate(prompts, max_new_tokens=30, ignore_eos=True)
     for prompt, result in zip(prompts, together, strict=True):
         assert decoder.generate(prompt, max_new_tokens=30, ignore_eos=True).token_ids == result.token_ids
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_rows_of_different_sizes_take_only_their_own_nodes(
+    pair: tuple[HFTarget, HFTarget], heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pads the smaller trees is not computed, and what is computed is the same to the bit."""
+    target = pair[1]
+    widths: list[int] = []
+    monkeypatch.setattr(attention, "unfilled", lambda like, shape: like.new_full(shape, torch.nan))
+    layers = target.model.model.layers
+    if heard:
+        layers[1].register_forward_hook(lambda _module, _args, out: widths.append(out[..., 0].numel()))
+    torch.manual_seed(2)
+    sizes, width = (3, 9, 1, 6), 9
+    tokens = torch.randint(0, 97, (4, width))
+    parents = torch.tensor([[-1, *(int(torch.randint(0, i, ())) for i in range(1, width))] for _ in sizes])
+    padding = torch.arange(width) >= torch.tensor(sizes).unsqueeze(1)
+    tree = TokenTree(tokens, parents.masked_fill(padding, PADDING))
+    prompts = [torch.randint(0, 97, (length,)).tolist() for length in (5, 40, 64, 33)]
+    found = []
+    with torch.inference_mode():
+        for padded in (True, False):
+            cache = target.new_cache(4, 100)
+            target.extend(prompts, cache)
+            if padded:
+                out = target.run(tree.tokens, None, cache, tree.depth, tree.ancestors, (1, "pre_norm", "last"))
+            else:
+                out = target.forward(tree, cache, (1, "pre_norm", "last"))
+            cache.commit(torch.tensor([[0, 1], [0, 1], [0, 0], [0, 1]]), [2, 2, 1, 2])
+            after = target.forward(TokenTree.from_pending(tokens[:, 0]), cache).logits
+            found.append([*(part[tree.valid] for part in (out.logits, *out.features.values())), after])
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+    if heard and isinstance(target.model.model.forward, lean.LeanStack):
+        assert widths[-2] == sum(sizes), "the pass before the last one"
 
 
 def test_layers_that_are_not_known_or_not_packed_stay(monkeypatch: pytest.MonkeyPatch) -> None:
