@@ -111,14 +111,18 @@ class CompiledDrafter:
         where = self._where(cache, rows, count, rows * count, 0)
         return self._kernels.draft_entries(self._weights, where, hidden, tokens.contiguous(), depth, causal, out)
 
-    def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]) -> TokenTree:
+    def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int, int]) -> TokenTree:
         """A tree below the entries; arguments as ``Kernels.grow_draft`` has them."""
-        depth, width, branching, most_nodes = sizes
+        depth, width, branching, most_nodes, all_nodes = sizes
         branching = min(branching, self._vocab_size)
         entries = len(pending) * width
         where = self._where(cache, len(pending), width * (depth - 1), entries, entries)
         tokens, parents, joint = self._kernels.grow_draft(
-            self._weights, where, pending.contiguous(), start.contiguous(), (depth, width, branching, most_nodes)
+            self._weights,
+            where,
+            pending.contiguous(),
+            start.contiguous(),
+            (depth, width, branching, most_nodes, all_nodes),
         )
         return TokenTree(tokens, parents, confidence=joint.float().exp()).compact()
 

@@ -211,7 +211,7 @@ class EagleDrafter(HeadDrafter):
     def compiled_tree(self, batch: Batch, depth: int, max_nodes: int) -> TokenTree | None:
         if self._compiled is None:
             return None
-        sizes = (depth, self._width, self.config.branching, max_nodes)
+        sizes = (depth, self._width, self.config.branching, max_nodes, batch.total_nodes(max_nodes))
         return self._compiled.grow(self._cache, batch.pending, self._start, sizes)
 
     def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -182,14 +183,16 @@ class HybridDrafter(Drafter):
             nonlocal chosen
             if current.asked:
                 expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
-                if timed and not self._pays(part, batch, expected, max(map(len, chosen)), max_nodes):
+                # The first time it reads the prompt, once for all of the call: no single pass would pay for that.
+                known = timed and part not in self._fresh
+                if known and not self._pays(part, batch, expected, _mean_size(chosen), max_nodes):
                     return
                 current.before[part], current.expected[part] = chosen, expected
             self._catch_up(part, view)
             began = self._now()
             self._ask(part, view, merged)
             chosen = self._choose(batch, merged, max_nodes, timed)
-            self._economy.asked(part, 1000.0 * (self._now() - began), max(map(len, chosen)), part in self._fresh)
+            self._economy.asked(part, 1000.0 * (self._now() - began), _mean_size(chosen), part in self._fresh)
             self._fresh.discard(part)
             current.asked.append(part)
 
@@ -201,21 +204,29 @@ class HybridDrafter(Drafter):
     def _choose(self, batch: Batch, merged: Sequence[MergedTree], max_nodes: int, timed: bool) -> list[list[int]]:
         """Per row the nodes to check: the best that there may be, and where a clock may decide, of these what pays."""
         chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
-        if not timed:
+        most = (min(batch.mean_nodes, max_nodes) - 1) * len(chosen)  # beyond the roots
+        if not timed and sum(map(len, chosen)) - len(chosen) <= most:
             return chosen
-        joint = [0.0] * (max(map(len, chosen)) - 1)
-        for tree, nodes in zip(merged, chosen, strict=True):
-            for place, node in enumerate(nodes[1:]):
-                joint[place] += tree.nodes[node].joint
-        size = self._economy.size(joint, len(batch), _mean_length(batch))
-        return [nodes[:size] for nodes in chosen]
+        joint = sorted(
+            (
+                (tree.nodes[node].joint, -place, -row)
+                for row, (tree, nodes) in enumerate(zip(merged, chosen, strict=True))
+                for place, node in enumerate(nodes[1:])
+            ),
+            reverse=True,
+        )
+        count = most
+        if timed:
+            count = self._economy.size([chance for chance, *_ in joint[:most]], len(batch), _mean_length(batch))
+        sizes = Counter(-row for *_, row in joint[:count])
+        return [nodes[: 1 + sizes[row]] for row, nodes in enumerate(chosen)]
 
     def _order(self, timed: bool) -> list[int]:
         """Parts that read no hidden states, then the others, as named; by what they took where that counts."""
         order = sorted(self._alive, key=lambda part: bool(self.parts[part].features))
         return self._economy.order(order) if timed else order
 
-    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: int, max_nodes: int) -> bool:
+    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: float, max_nodes: int) -> bool:
         states = [self._rows[row.row_id] for row in batch.rows]
         gain = sum(
             self._economy.gain(part, value, max_nodes) * state.gains[part].factor
@@ -267,7 +278,7 @@ class HybridDrafter(Drafter):
         if current is not None:
             tokens = float(sum(map(len, verdict.tokens)))
             pass_ms, all_ms = 1000.0 * (began - current.end), 1000.0 * (self._now() - current.start)
-            self._economy.passed(tree.num_nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
+            self._economy.passed(tree.mean_nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
 
     def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:
         for index, (row, merged) in enumerate(zip(batch.rows, current.merged, strict=True)):
@@ -377,6 +388,11 @@ def _repeatable_by_tree(batch: Batch) -> bool:
 
 def _mean_length(batch: Batch) -> int:
     return sum(len(row.tokens) for row in batch.rows) // len(batch)
+
+
+def _mean_size(chosen: Sequence[Sequence[int]]) -> float:
+    """Nodes of a row on average."""
+    return sum(map(len, chosen)) / len(chosen)
 
 
 def _assemble(batch: Batch, merged: Sequence[MergedTree], chosen: Sequence[Sequence[int]]) -> TokenTree:

@@ -37,6 +37,9 @@ _CARRIED = 0.1
 _SAMPLES = 5
 """Times of a part that are remembered; the lower median counts."""
 
+_TRIED = frozenset(RUNGS) | {2 * size for size in RUNGS} | {3 * size for size in RUNGS}
+"""Numbers of nodes of a pass that are compared."""
+
 _FEW = 16
 """States that take about as long to read as one."""
 
@@ -139,26 +142,26 @@ class Economy:
         return self._tokens / self._ms if self._ms else batch / self._passes.estimate(1, batch, length)
 
     def size(self, joint: Sequence[float], batch: int, length: int) -> int:
-        """How many nodes of a tree are worth their time in the pass.
+        """How many nodes beyond the roots are worth their time in the pass.
 
         Args:
-            joint: chances of acceptance of the nodes beyond the root, falling, those of all rows added up.
+            joint: their chances of acceptance, falling, those of all rows.
             batch: rows.
             length: of the texts, tokens.
         """
-        rate, best, value, tokens = self.rate(batch, length), 1, 0.0, 0.0
+        rate, best, value, tokens = self.rate(batch, length), 0, 0.0, 0.0
         plain = self._passes.estimate(1, batch, length)
-        for nodes, chance in enumerate(joint, start=2):
+        for nodes, chance in enumerate(joint, start=1):
             tokens += chance
-            if nodes not in RUNGS and nodes != len(joint) + 1:
+            if nodes + batch not in _TRIED and nodes != len(joint):
                 continue
-            now = tokens - rate * (self._passes.estimate(nodes, batch, length) - plain)
+            now = tokens - rate * (self._passes.estimate(1 + nodes / batch, batch, length) - plain)
             if now > value:
                 best, value = nodes, now
         return best
 
     def pays(
-        self, part: int, gain: float, nodes: int, max_nodes: int, batch: int, length: int, states: int
+        self, part: int, gain: float, nodes: float, max_nodes: int, batch: int, length: int, states: int
     ) -> bool:  # fmt: skip
         """Whether to ask a part; as far as ``PROBE_SHARE`` goes it is asked in any case.
 
@@ -197,7 +200,7 @@ class Economy:
         else:
             known.lessons.append(ms)
 
-    def asked(self, part: int, ms: float, nodes: int, first: bool = False) -> None:
+    def asked(self, part: int, ms: float, nodes: float, first: bool = False) -> None:
         """Asking a part took so long, and the tree had so many nodes then; the first time of a call it may have read
         the prompt, which says at most that it takes no longer."""
         known = self._parts[part]
@@ -209,7 +212,7 @@ class Economy:
         """A part added so many accepted nodes to a row's tree, of which so many were expected without it."""
         self._parts[part].gains.see(class_of(expected), gain / room(max_nodes))
 
-    def passed(self, nodes: int, batch: int, length: int, pass_ms: float, all_ms: float, tokens: float) -> None:
+    def passed(self, nodes: float, batch: int, length: int, pass_ms: float, all_ms: float, tokens: float) -> None:
         """A pass: nodes per row, its time alone and with all drafting, and the tokens of all rows."""
         self._passes.observe(nodes, batch, length, pass_ms)
         self._tokens = _MEMORY * self._tokens + tokens

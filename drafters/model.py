@@ -220,7 +220,8 @@ class ModelDrafter(Drafter):
             assert self._cache is not None
             if self._cache.regular:
                 start = self._enter(batch, self._compiled, self._cache)
-                return self._compiled.grow(self._cache, batch.pending, start, (depth, beams, beams, most))
+                sizes = (depth, beams, beams, most, batch.total_nodes(most))
+                return self._compiled.grow(self._cache, batch.pending, start, sizes)
         level_logits = self._levels(batch)
 
         def expand(tree: TokenTree, first: int, level: int) -> tuple[Tensor, Tensor]:

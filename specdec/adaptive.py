@@ -2,8 +2,8 @@
 
 Three parts decide the next tree's size:
 
-- *what a larger tree is worth*: columns of a tree stand in order of promise, so a pass also says what the verdict on
-  any smaller tree would have been. Per row and size, a running mean of accepted nodes gives tau(n);
+- *what a larger tree is worth*: nodes of a tree stand in order of promise, so a pass also says what the verdict on any
+  smaller tree would have been. Per row and size, a running mean of accepted nodes gives tau(n);
 - *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
 - *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
   not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
@@ -131,7 +131,7 @@ class _Draft(NamedTuple):
     """A pass that speculated, or what learning from plain ones cost (0 tokens, 0 nodes)."""
 
     tokens: float
-    nodes: int
+    nodes: float  # per row
     batch: int
     length: int
     ms: float
@@ -149,7 +149,7 @@ class AdaptiveTrees:
         self._times, self._hopes = times, hopes
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
-        self._widest = RUNGS[-1]  # of these
+        self._widest: float = RUNGS[-1]  # of these
         self._whole = False  # trees come whole or not at all
         self._asked = 1  # the last budget
         self._trial_over: int | None = None  # the size that would have been chosen, while a larger one is tried
@@ -254,7 +254,7 @@ class AdaptiveTrees:
             if self._asked > 1:
                 self._learn(rows, tree, verdict)
             return
-        drafting, nodes = ms["draft"], tree.num_nodes
+        drafting, nodes = ms["draft"], tree.mean_nodes
         self._passes += 1
         self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
         if self._asked == 1:
@@ -274,11 +274,12 @@ class AdaptiveTrees:
             self._open = []
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
-        width = tree.num_nodes
+        width = tree.mean_nodes
         self._whole = self._whole or not tree.divisible
         if width == 1:
             return  # nothing to draft, which says nothing of what is drafted elsewhere
-        cut = tree.divisible and width >= self._asked
+        most = int(tree.standing.masked_fill(~tree.valid, 0).max()) + 1
+        cut = tree.divisible and most >= self._asked
         if cut and self._width:
             self._width += (1 - _MEMORY) * max(width - self._width, 0.0)
             self._widest = max(self._widest, width)
@@ -287,9 +288,10 @@ class AdaptiveTrees:
             self._widest = width if self._widest == RUNGS[-1] else max(self._widest, width)
         if not bool(tree.acceptable.any()):
             return  # only nodes that make later drafts possible
-        for row, path, count in zip(rows, verdict.path.tolist(), verdict.num_accepted, strict=True):
+        standing = tree.standing.gather(1, verdict.path).tolist()
+        for row, accepted, count in zip(rows, standing, verdict.num_accepted, strict=True):
             known = self._asked if cut else RUNGS[-1]
-            self._acceptance(row).see(path[1 : count + 1], known)
+            self._acceptance(row).see(accepted[1 : count + 1], known)
         if self._trial_over is not None:
             offers = self._offers(rows)
             found = self._best(offers, list(offers)) > self._trial_over

@@ -127,6 +127,8 @@ class Batch:
         self.siblings: SiblingSampling = siblings
         self.max_nodes = 1 << 30
         """Most nodes the next trees are used for; what is beyond is cut, making fewer saves time."""
+        self.mean_nodes = 1 << 30
+        """Most nodes of the next trees on average over the rows, where it is known which are the most promising."""
         self.cache: KVCache | None = None
         """The target's, which holds every token of each row but the last; what a drafter writes behind the committed
         tokens, the next pass overwrites. None before the first pass."""
@@ -134,6 +136,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def total_nodes(self, max_nodes: int) -> int:
+        """Nodes of the next trees of all rows together that are of use, where a row's has ``max_nodes`` at most."""
+        return len(self) * min(self.mean_nodes, max_nodes)
 
     @property
     def params(self) -> SamplingParams:

@@ -161,6 +161,7 @@ class SpecDecoder:
         self._adaptive = adaptive and not isinstance(drafter, NoneDrafter)
         self._times = None if latency is None else PassTimes(latency, learn=False)
         self._shape: ModelShape | None = None
+        self._held: int | None = None  # bytes of the drafter's weights
         self._calls = 0
         self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
@@ -365,7 +366,9 @@ class SpecDecoder:
             new_tokens=max(row.max_len - row.prompt_len for row in rows),
         )
         shape = self._model_shape()
-        held, budget = drafter_weights(self.drafter, self.target), self._memory_budget
+        if self._held is None:
+            self._held = drafter_weights(self.drafter, self.target)
+        held, budget = self._held, self._memory_budget
         if budget is None:
             free = free_bytes(self.target.device)
             budget = None if free is None else free + shape.weights + held  # these are there already

@@ -29,6 +29,9 @@ from specdec.verifiers.base import Verdict, Verifier
 
 T = TypeVar("T")
 
+_UNEVEN = 4
+"""Times the mean of a batch's rows that a row's tree may have of nodes."""
+
 
 @dataclass
 class KeptPrefix:
@@ -246,8 +249,7 @@ class Generation:
         """One pass over one tree per row."""
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
-        room = NO_LIMIT if self._grows else cache.room
-        budget = self._policy.budget(rows, min(self._most_nodes, room))
+        budget = self._policy.budget(rows, self._most_of_a_row(NO_LIMIT))
         with clock.phase("draft"):
             tree = self._draft(budget)
         with clock.phase("target"):
@@ -267,23 +269,31 @@ class Generation:
         self._policy.observe(rows, tree, verdict, None if chunks else milliseconds)
         return pieces
 
+    def _most_of_a_row(self, budget: int) -> int:
+        """Nodes that a row may have where rows have ``budget`` on average."""
+        cache, size = self._batch.cache, len(self._batch)
+        room = NO_LIMIT if self._grows or cache is None else cache.room
+        return min(budget * min(size, _UNEVEN), self._most_nodes, room)
+
     def _draft(self, budget: int) -> TokenTree:
         """Trees of at most ``budget`` columns; plain decoding's where that is 1 or the drafter fails."""
         root = TokenTree.from_pending(self._batch.pending)
         if isinstance(self.drafter, NoneDrafter):
             return root
         if budget > 1:
-            self._batch.max_nodes = budget
-            return self._guarded(self._propose) or root
+            return self._guarded(lambda: self._propose(budget)) or root
         reason = self._policy.reason if self._most_nodes > 1 else "memory leaves no room for drafts"
         for counted in self._counted(self._batch.rows):
             counted.plain_reason = reason
         return root
 
-    def _propose(self) -> TokenTree:
-        """The drafter's tree, checked and cut to what can still be emitted and is to be checked."""
+    def _propose(self, budget: int) -> TokenTree:
+        """The drafter's tree, checked and cut to what can still be emitted and is to be checked: ``budget`` nodes per
+        row at most, of which some rows may have more where others have less.
+        """
         batch = self._batch
         self._missed.hand_over(self._observe)
+        batch.max_nodes, batch.mean_nodes = self._most_of_a_row(budget), budget
         tree = self.drafter.propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
@@ -291,7 +301,7 @@ class Generation:
         deepest = batch.max_depth
         if self.target.kv_bits is not None:
             deepest = deepest.clamp(max=WINDOW)
-        tree = tree.limit_depth(deepest).first(batch.max_nodes)
+        tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:

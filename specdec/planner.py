@@ -81,7 +81,7 @@ class PassTimes:
         self._factors: dict[int, deque[float]] = {}  # by rung of the pass's rows: time over the curve's
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
 
-    def observe(self, nodes: int, batch: int, length: int, ms: float) -> None:
+    def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
         """A pass over ``nodes`` nodes per row took so long."""
         if self._learn:
             factor = ms / self._curve.at(nodes, batch, length)
@@ -122,7 +122,7 @@ class PassTimes:
         return (1 - share) * _low_median(self._factors[low]) + share * _low_median(self._factors[high])
 
 
-def _rung(rows: int) -> int:
+def _rung(rows: float) -> int:
     return RUNGS[min(bisect_left(RUNGS, rows), len(RUNGS) - 1)]
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,15 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
 def available(group: str) -> dict[str, str]:
     """Names of a group and where each is found, built-ins first; a plugin cannot replace a built-in."""
     found = dict(_BUILT_IN[group])
-    for point in entry_points(group=group):
-        found.setdefault(point.name, point.value)
+    for name, place in _installed(group):
+        found.setdefault(name, place)
     return found
+
+
+@cache
+def _installed(group: str) -> tuple[tuple[str, str], ...]:
+    """Names and places that installed packages add; looking through all of them takes longer than a pass."""
+    return tuple((point.name, point.value) for point in entry_points(group=group))
 
 
 def drafter_names() -> dict[str, str]:

@@ -126,6 +126,38 @@ class TokenTree:
         """
         return self.virtual is None and self.siblings == "deterministic"
 
+    @property
+    def mean_nodes(self) -> float:
+        """Nodes of a row on average: what a pass has to compute."""
+        return float(self.valid.sum()) / self.batch_size
+
+    @cached_property
+    def standing(self) -> Tensor:
+        """``[B, N]`` int64: a node is one of the most promising as soon as there are more nodes per row than this.
+
+        Its column, or where there are several rows and it is known how likely each node is, its place among the nodes
+        of all rows, counted per row: what some rows do not make use of, others may. A parent never stands behind its
+        child.
+        """
+        size, count = self.parents.shape
+        columns = torch.arange(count, device=self.parents.device).expand(size, -1)
+        if size == 1 or self.confidence is None:
+            return columns
+        likely = self.confidence.unsqueeze(1).expand(-1, count, -1)
+        chance = likely.masked_fill(~self.ancestors, torch.inf).amin(-1).masked_fill(~self.valid, -torch.inf)
+        chance[:, 0] = torch.inf
+        # Column by column, so that of equals a parent stands before its child.
+        order = chance.T.flatten().sort(descending=True, stable=True).indices
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return place.view(count, size).T // size
+
+    def most_promising(self, count: int) -> TokenTree:
+        """The tree of ``count`` nodes per row at most, on average; the tree itself where it is not divisible."""
+        if not self.divisible or (count >= self.num_nodes and self.batch_size * count >= int(self.valid.sum())):
+            return self
+        return self._keep_nodes(self.valid & (self.standing < count))
+
     def first(self, count: int) -> TokenTree:
         """The tree of the first ``count`` columns; the tree itself where it has no more or is not divisible."""
         if count >= self.num_nodes or not self.divisible:

@@ -218,7 +218,12 @@ class Kernels:
         return out
 
     def grow_draft(
-        self, weights: DraftWeights, cache: DraftCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int]
+        self,
+        weights: DraftWeights,
+        cache: DraftCache,
+        pending: Tensor,
+        start: Tensor,
+        sizes: tuple[int, int, int, int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A tree of the most probable paths, all of it in one call.
 
@@ -227,7 +232,8 @@ class Kernels:
             cache: of its entries; width * (depth - 1) slots behind the committed ones are free.
             pending: ``[B]`` int64, roots.
             start: ``[B, d]`` states of the roots, which their children are drafted from.
-            sizes: depth, nodes expanded per depth (width), children of a node, at most ``MOST_TOP``, most nodes.
+            sizes: depth, most nodes expanded per depth (width), children of a node, at most ``MOST_TOP``, most nodes of
+                a row, and of all rows together: what has no child among the best of so many is not expanded.
 
         Returns:
             ``[B, N]`` int64 tokens and parents, -1 the root's and -2 of padding, and float64 joint log-confidence of

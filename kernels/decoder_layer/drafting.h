@@ -129,6 +129,7 @@ typedef struct {
   const int64_t *pending; /* [B] roots */
   const bf16 *start;      /* [B, d] states they are drafted from */
   long depth, width, branching, most_nodes;
+  long all_nodes; /* that are chosen of all rows' together */
   int64_t *tokens, *parents; /* [B, most_nodes] of the chosen nodes, the best first */
   double *joint;             /* [B, most_nodes] their log-confidence */
 } growth;
@@ -201,12 +202,18 @@ static void choose(const draft_weights *h, const draft_cache *cache, const candi
   }
 }
 
-/* Whether a child of the frontier could be among the chosen nodes: as confidence falls along a path, not where so many
-   candidates are better than the best of it. */
-static int is_promising(const candidates *c, long end, long most_nodes) {
-  long better = 0;
-  for (long i = 0; i < end; i++) better += c->joint[i] > c->joint[c->frontier[0]];
-  return better < most_nodes;
+/* How many of a row's frontier could have a child among the chosen nodes: as confidence falls along a path, not those that
+   enough candidates are better than, of the row or of all rows. */
+static long count_promising(const candidates *rows, long batch, long row, long nodes, long end, const growth *g) {
+  for (long node = 0; node < nodes; node++) {
+    const double chance = rows[row].joint[rows[row].frontier[node]];
+    long better = 0, all = 0;
+    for (long i = 0; i < end; i++) better += rows[row].joint[i] > chance;
+    for (long other = 0; other < batch && all < g->all_nodes; other++)
+      for (long i = 0; i < end; i++) all += rows[other].joint[i] > chance;
+    if (better >= g->most_nodes || all >= g->all_nodes) return node;
+  }
+  return nodes;
 }
 
 static void write_best(const growth *g, const candidates *c, long row, long end, long count) {
@@ -264,13 +271,14 @@ long grow_draft(const draft_weights *h, const draft_cache *cache, const growth *
     for (long row = 0; row < batch; row++) end = add_children(h, g, &b, rows + row, row, nodes, level, new);
     if (level == g->depth) break;
     const long before = nodes;
-    int promising = 0;
-    nodes = end - new < g->width ? end - new : g->width;
-    for (long row = 0; row < batch; row++) {
-      pick_best(rows[row].joint, new, end, nodes, rows[row].frontier);
-      promising |= is_promising(rows + row, end, g->most_nodes);
+    const long widest = end - new < g->width ? end - new : g->width;
+    for (long row = 0; row < batch; row++) pick_best(rows[row].joint, new, end, widest, rows[row].frontier);
+    nodes = 0;
+    for (long row = 0; row < batch && nodes < widest; row++) {
+      const long promising = count_promising(rows, batch, row, widest, end, g);
+      if (promising > nodes) nodes = promising;
     }
-    if (!promising) break;
+    if (!nodes) break;
     choose(h, cache, rows, &b, states, &l, nodes, before, columns, level, known, first);
     first = known;
     known += nodes;

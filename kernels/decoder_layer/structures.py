@@ -126,7 +126,7 @@ class DraftCache(ctypes.Structure):
 class Growth(ctypes.Structure):
     """``growth``: how far a tree grows, and what becomes of it."""
 
-    _fields_ = _fields("pending start", "depth width branching most_nodes") + _fields("tokens parents joint")
+    _fields_ = _fields("pending start", "depth width branching most_nodes all_nodes") + _fields("tokens parents joint")
 
 
 class Move(ctypes.Structure):

@@ -66,9 +66,9 @@ def test_nodes_stay_while_they_are_worth_their_time_in_the_pass() -> None:
     flat, steep = LatencyCurve.simple({1: 10.0, 64: 10.1}), LatencyCurve.simple({1: 10.0, 2: 20.0, 64: 640.0})
     chances = [0.5, 0.3, 0.1]
 
-    assert Economy(2, flat).size(chances, 1, 0) == 4
-    assert Economy(2, steep).size(chances, 1, 0) == 1
-    assert Economy(2, COSTS).size([0.9, 0.01, 0.01, 0.01], 1, 0) == 2
+    assert Economy(2, flat).size(chances, 1, 0) == 3
+    assert Economy(2, steep).size(chances, 1, 0) == 0
+    assert Economy(2, COSTS).size([0.9, 0.01, 0.01, 0.01], 1, 0) == 1
 
 
 def test_states_waiting_to_be_read_count_against_a_part() -> None:
