@@ -31,11 +31,14 @@ _ROOM = {2: 0.5, 4: 0.75, 8: 0.9}
 _MEMORY = 0.97
 """Weight of a pass relative to the next one."""
 
-_CARRIED = 0.1
-"""Weight of all passes of earlier calls relative to those of the next."""
+_PLAIN = 3.0
+"""Passes of plain decoding that a text is taken to begin with."""
 
 _SAMPLES = 5
 """Times of a part that are remembered; the lower median counts."""
+
+_PRIOR = 3.0
+"""Nodes that are taken to have come as expected before anything was seen: an unlucky start says little of a text."""
 
 _TRIED = frozenset(RUNGS) | {2 * size for size in RUNGS} | {3 * size for size in RUNGS}
 """Numbers of nodes of a pass that are compared."""
@@ -68,7 +71,7 @@ class Ratio:
     @property
     def factor(self) -> float:
         """1 before anything was seen."""
-        return max(self._got + 1.0, 0.1) / (self._expected + 1.0)
+        return max(self._got + _PRIOR, 0.1) / (self._expected + _PRIOR)
 
 
 class Gains:
@@ -126,8 +129,8 @@ class Economy:
         self._probes_ms = 0.0  # that may be spent on parts that are not expected to pay
 
     def begin(self) -> None:
-        """Another call, and another text: what passes of the last one made of their time says little of it."""
-        self._tokens, self._ms = _CARRIED * self._tokens, _CARRIED * self._ms
+        """Another call, and another text: what passes of the last one made of their time says nothing of it."""
+        self._tokens = self._ms = 0.0
 
     def order(self, parts: Sequence[int]) -> list[int]:
         """The parts, the cheapest first; those never asked keep their place at the front."""
@@ -138,8 +141,11 @@ class Economy:
         return self._parts[part].gains.at(class_of(expected)) * room(max_nodes)
 
     def rate(self, batch: int, length: int) -> float:
-        """Tokens that a millisecond is worth: of late, and before that of plain decoding."""
-        return self._tokens / self._ms if self._ms else batch / self._passes.estimate(1, batch, length)
+        """Tokens that a millisecond is worth: of late, and before that of plain decoding, as much as a few passes."""
+        plain = self._passes.estimate(1, batch, length)
+        if not self._passes.known:  # and no time in milliseconds either
+            return batch / plain
+        return (self._tokens + _PLAIN * batch) / (self._ms + _PLAIN * plain)
 
     def size(self, joint: Sequence[float], batch: int, length: int) -> int:
         """How many nodes beyond the roots are worth their time in the pass.

@@ -27,14 +27,17 @@ from specdec.verifiers.base import Verdict
 NO_LIMIT = 1 << 30
 """A budget no tree reaches."""
 
-SHARE = 0.015
+SHARE = 0.01
 """Of the time of plain decoding, what may be lost in trying."""
 
-CREDIT = 1.5
+CREDIT = 2.5
 """Plain passes' time that may be lost before anything was gained."""
 
 _MEMORY = 0.9
 """Weight of a pass relative to the next one."""
+
+_PRIOR = 3.0
+"""Passes that what is expected of a text weighs as much as: an unlucky start says little of the rest."""
 
 _FADING = 0.98
 """The same for what was seen before a pass that drafted nothing: texts change."""
@@ -90,8 +93,8 @@ class Acceptance:
     def __init__(self, hopes: Sequence[float] | None = None) -> None:
         hopes = hopes or [_HOPE_PER_DOUBLING * math.log2(size) for size in RUNGS]
         # Of the accepted nodes that a size has and the next smaller one has not.
-        self._sums = [0.0, *(more - less for less, more in pairwise(hopes))]
-        self._weights = [1.0] * len(RUNGS)
+        self._sums = [0.0, *(_PRIOR * (more - less) for less, more in pairwise(hopes))]
+        self._weights = [_PRIOR] * len(RUNGS)
 
     def see(self, columns: Sequence[int], known: int) -> None:
         """A tree's accepted columns, and up to which size it says what would have been accepted.
