@@ -333,6 +333,11 @@ class HybridDrafter(Drafter):
             self._finish()
         return self._clock()
 
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        """What the best part is expected to have accepted: the others only add to it."""
+        calibrated = [known for part in self.parts if (known := part.expected_accepted(sizes)) is not None]
+        return [max(values) for values in zip(*calibrated, strict=True)] if calibrated else None
+
     def survivor(self) -> Drafter | None:
         return self if self._alive else None
 

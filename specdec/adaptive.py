@@ -33,11 +33,14 @@ SHARE = 0.01
 CREDIT = 2.5
 """Plain passes' time that may be lost before anything was gained."""
 
+UNMEASURED = 1.5
+"""The same while it is a guess what a plain pass takes."""
+
 _MEMORY = 0.9
 """Weight of a pass relative to the next one."""
 
-_PRIOR = 3.0
-"""Passes that what is expected of a text weighs as much as: an unlucky start says little of the rest."""
+_CALIBRATED = 3.0
+"""Passes that a calibration weighs as much as, where a mere hope weighs as one: an unlucky start says little."""
 
 _FADING = 0.98
 """The same for what was seen before a pass that drafted nothing: texts change."""
@@ -87,14 +90,15 @@ class Acceptance:
     """Expected accepted nodes of one row by size of the tree.
 
     Args:
-        hopes: what to expect of each of ``RUNGS`` before anything was seen; it weighs as much as one pass.
+        hopes: what to expect of each of ``RUNGS`` before anything was seen, by calibration.
     """
 
     def __init__(self, hopes: Sequence[float] | None = None) -> None:
+        weight = 1.0 if hopes is None else _CALIBRATED
         hopes = hopes or [_HOPE_PER_DOUBLING * math.log2(size) for size in RUNGS]
         # Of the accepted nodes that a size has and the next smaller one has not.
-        self._sums = [0.0, *(_PRIOR * (more - less) for less, more in pairwise(hopes))]
-        self._weights = [_PRIOR] * len(RUNGS)
+        self._sums = [0.0, *(weight * (more - less) for less, more in pairwise(hopes))]
+        self._weights = [weight] * len(RUNGS)
 
     def see(self, columns: Sequence[int], known: int) -> None:
         """A tree's accepted columns, and up to which size it says what would have been accepted.
@@ -234,7 +238,8 @@ class AdaptiveTrees:
     @property
     def balance(self) -> float:
         """What may still be lost, in plain passes."""
-        return self._gained + sum(map(self._gain, self._open)) + CREDIT + SHARE * self._passes
+        credit = CREDIT if self._comparable else UNMEASURED
+        return self._gained + sum(map(self._gain, self._open)) + credit + SHARE * self._passes
 
     def _gain(self, draft: _Draft) -> float:
         """Plain passes' time saved by a pass, by what such passes take as a rule: single times are too noisy."""

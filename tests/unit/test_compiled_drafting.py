@@ -107,6 +107,21 @@ def test_compiled_trees_are_those_grown_step_by_step(target: HFTarget, form: str
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mean", [2, 3, 5, 9])
+def test_what_a_batch_has_no_use_for_is_not_expanded_and_changes_nothing(target: HFTarget, mean: int) -> None:
+    """Of rows that share their nodes, the most promising of them are the same as of trees grown for each alone."""
+    pieces = [[9, 4, 6, 1]]
+    found = []
+    for mean_nodes in (1 << 30, mean):
+        drafter = make_drafter(target, "ours", EagleConfig(depth=5, width=4, branching=8, max_nodes=24))
+        absorb(drafter, target, pieces)
+        batch = greedy(*([3, 5 + row] for row in range(4)))
+        batch.mean_nodes = mean_nodes
+        found.append(drafter.propose(batch).most_promising(mean))
+    assert found[0].mean_nodes == pytest.approx(mean)
+    assert_same(*found)
+
+
 def test_long_texts_are_read_in_chunks(target: HFTarget) -> None:
     drafters = make_drafter(target, "ours", EagleConfig()), in_steps(make_drafter(target, "ours", EagleConfig()))
     for drafter in drafters:

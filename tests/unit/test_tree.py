@@ -288,3 +288,48 @@ def test_moving_to_a_device_keeps_every_part() -> None:
     meta = tree.to("meta")
     parts = (meta.tokens, meta.parents, meta.virtual, meta.embeddings, meta.draft_log_probs)
     assert all(part is not None and part.is_meta for part in parts)
+
+
+def test_the_most_promising_nodes_are_those_of_all_rows() -> None:
+    """Two chains and a star: of six nodes beside the roots the three likeliest, wherever they are."""
+    parents = torch.tensor([[ROOT, 0, 1, 2], [ROOT, 0, 0, PADDING], [ROOT, 0, 1, 2]])
+    chances = torch.tensor([[1.0, 0.9, 0.8, 0.7], [1.0, 0.6, 0.1, 0.0], [1.0, 0.2, 0.15, 0.01]])
+    tree = TokenTree(torch.arange(12).view(3, 4), parents, confidence=chances)
+    small = tree.most_promising(2)
+    assert small.parents.tolist() == [[ROOT, 0, 1, 2], [ROOT, *[PADDING] * 3], [ROOT, *[PADDING] * 3]]
+    assert small.tokens[0].tolist() == [0, 1, 2, 3]
+    assert small.mean_nodes == 2.0
+    assert tree.most_promising(3).parents.tolist() == [
+        [ROOT, 0, 1, 2],
+        [ROOT, 0, 0, PADDING],
+        [ROOT, 0, PADDING, PADDING],
+    ]
+    assert tree.most_promising(4) is tree
+    assert tree.mean_nodes == pytest.approx(11 / 3)
+
+
+@given(trees(), st.integers(1, 10), st.integers(0, 99))
+def test_how_nodes_stand_leaves_trees_whole(tree: TokenTree, count: int, seed: int) -> None:
+    confidence = torch.rand(tree.tokens.shape, generator=torch.Generator().manual_seed(seed))
+    tree = TokenTree(
+        tree.tokens, tree.parents, confidence=confidence
+    )  # of children that seem likelier than parents too
+    kept = tree.most_promising(count)
+    kept.validate(VOCAB)
+    assert kept.parents[:, 0].tolist() == [ROOT] * tree.batch_size
+    assert int(kept.valid.sum()) == min(int(tree.valid.sum()), count * tree.batch_size) or tree.batch_size == 1
+    if tree.batch_size == 1:
+        assert torch.equal(tree.standing, torch.arange(tree.num_nodes).unsqueeze(0))
+    before, after = nodes_of(tree), nodes_of(kept)
+    for all_nodes, some in zip(before, after, strict=True):
+        assert set(some) <= set(all_nodes)
+        assert [node for node in all_nodes if node in set(some)] == some
+
+
+def test_sizes_of_rows_are_known_where_padding_stands_at_their_ends() -> None:
+    def sizes(*parents: list[int]) -> list[int] | None:
+        return TokenTree(torch.zeros(len(parents), len(parents[0]), dtype=torch.int64), torch.tensor(parents)).row_sizes
+
+    assert sizes([ROOT, 0, 1], [ROOT, PADDING, PADDING]) == [3, 1]
+    assert sizes([ROOT, 0, 1], [ROOT, 0, 0]) is None, "nothing is padded"
+    assert sizes([ROOT, 0, 1], [ROOT, PADDING, 0]) is None
