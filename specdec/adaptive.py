@@ -51,6 +51,12 @@ _HOPE_PER_DOUBLING = 0.6
 _FIRST_GAP, _LONGEST_GAP = 4, 64
 """Passes between trials of larger trees; doubled after each that changed nothing."""
 
+_STEP = 4
+"""Times the nodes that are best that a trial has at most."""
+
+_TRIED = 16
+"""Nodes that a trial may have in any case, of all rows together."""
+
 _UNCHECKED = 8
 """Passes that may speculate before one plain pass is run to compare with."""
 
@@ -191,9 +197,10 @@ class AdaptiveTrees:
             self._gap = self._wait = _FIRST_GAP
         if best == sizes[-1] > 1 or (best > 1 and self._whole):
             return best
-        if self._wait == 0 and sizes[-1] > best:
+        larger = [size for size in sizes if best < size <= max(_STEP * best, _TRIED // self._size)]
+        if self._wait == 0 and larger:
             self._trial_over = best
-            return sizes[-1]
+            return larger[-1]
         self._wait = max(self._wait - 1, 0)
         if best == 1:
             self.reason = self._why_not = self._explain(offer, sizes)

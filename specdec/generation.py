@@ -349,8 +349,7 @@ class Generation:
         """Drop ended rows; the cache keeps the last one's, for ``_keep``."""
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]
         if len(running) < len(self._batch):
-            if isinstance(self.drafter, NoneDrafter):
-                running = without_gaps(running)
+            running = without_gaps(running)
             self._guarded(lambda: self.drafter.keep(self._batch, running))
             self._missed.keep(running)
             self._batch.keep(running)
