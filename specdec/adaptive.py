@@ -60,6 +60,9 @@ _TRIED = 16
 _UNCHECKED = 8
 """Passes that may speculate before one plain pass is run to compare with."""
 
+_RECHECKED = 24
+"""The same once there was one, of several rows: there drafts gain little, and what a plain pass takes changes."""
+
 
 class TreePolicy(Protocol):
     """Says how large trees may be. The loop asks before each pass and tells afterwards.
@@ -169,6 +172,7 @@ class AdaptiveTrees:
         self._speculates = True
         self._gap = self._wait = _FIRST_GAP
         self._passes = self._drafts = 0
+        self._unchecked = 0  # passes that speculated since a plain one
         self._gained = 0.0  # in plain passes, as far as settled
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
@@ -186,7 +190,8 @@ class AdaptiveTrees:
         return self._asked
 
     def _decide(self, rows: Sequence[Row]) -> int:
-        if self._drafts >= _UNCHECKED and not self._comparable:
+        if self._unchecked >= (_RECHECKED if self._comparable else _UNCHECKED):
+            self._unchecked = 0
             self.reason = "one plain pass, to compare with"
             return 1
         offer = self._offers(rows)
@@ -284,6 +289,8 @@ class AdaptiveTrees:
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
             self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting))
             self._learn(rows, tree, verdict)
+        checks = self._times.learns and (self._size > 1 or not self._comparable)
+        self._unchecked = self._unchecked + 1 if checks and self._asked > 1 else 0
         if self._comparable:
             self._gained += sum(map(self._gain, self._open))
             self._open = []

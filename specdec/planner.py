@@ -87,6 +87,11 @@ class PassTimes:
             factor = ms / self._curve.at(nodes, batch, length)
             self._factors.setdefault(_rung(nodes * batch), deque(maxlen=_SAMPLES)).append(factor)
 
+    @property
+    def learns(self) -> bool:
+        """Whether passes correct the curve."""
+        return self._learn
+
     def observe_draft(self, ms: float, at_most: bool = False) -> None:
         """Drafting a tree took so long; with ``at_most`` other work was part of it."""
         if not at_most or (self._drafts and ms < self.draft_ms):
