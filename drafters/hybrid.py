@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from time import perf_counter
 from typing import Any, Literal
 
@@ -227,11 +228,11 @@ class HybridDrafter(Drafter):
         return self._economy.order(order) if timed else order
 
     def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: float, max_nodes: int) -> bool:
-        states = [self._rows[row.row_id] for row in batch.rows]
-        gain = sum(
-            self._economy.gain(part, value, max_nodes) * state.gains[part].factor
-            for value, state in zip(expected, states, strict=True)
-        )
+        factors = [self._rows[row.row_id].gains[part].factor for row in batch.rows]
+        if batch.trying:  # after an unlucky stretch: it may be as good here as in other texts
+            factors = [max(factor, 1.0) for factor in factors]
+        gains = (self._economy.gain(part, value, max_nodes) for value in expected)
+        gain = sum(map(mul, gains, factors))
         return self._economy.pays(part, gain, nodes, max_nodes, len(batch), _mean_length(batch), self._unread(part))
 
     def _catch_up(self, part: int, view: Batch) -> None:

@@ -73,6 +73,10 @@ class TreePolicy(Protocol):
 
     reason: str | None
 
+    @property
+    def trying(self) -> bool:
+        """Whether the last budget is a trial, to see whether drafts would pay after all."""
+
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         """Nodes per row of the next pass, root included, ``most`` at most; 1 is plain decoding: no drafter is asked."""
 
@@ -87,6 +91,10 @@ class FixedTrees:
     """Trees as the drafter makes them."""
 
     reason: str | None = None
+
+    @property
+    def trying(self) -> bool:
+        return False
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         return most
@@ -177,6 +185,10 @@ class AdaptiveTrees:
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
         self.reason: str | None = None
+
+    @property
+    def trying(self) -> bool:
+        return self._trial_over == 1
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)

@@ -129,6 +129,8 @@ class Batch:
         """Most nodes the next trees are used for; what is beyond is cut, making fewer saves time."""
         self.mean_nodes = 1 << 30
         """Most nodes of the next trees on average over the rows, where it is known which are the most promising."""
+        self.trying = False
+        """Whether the next trees are a trial: what they are worth is to be found out, so nothing is to be spared."""
         self.cache: KVCache | None = None
         """The target's, which holds every token of each row but the last; what a drafter writes behind the committed
         tokens, the next pass overwrites. None before the first pass."""

@@ -294,6 +294,7 @@ class Generation:
         batch = self._batch
         self._missed.hand_over(self._observe)
         batch.max_nodes, batch.mean_nodes = self._most_of_a_row(budget), budget
+        batch.trying = self._policy.trying
         tree = self.drafter.propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):

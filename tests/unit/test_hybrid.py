@@ -207,3 +207,26 @@ def test_a_hybrid_expects_what_its_best_part_does() -> None:
     copying = Copying(Clock(), {})
     assert HybridDrafter([copying, Calibrated(Clock(), {})]).expected_accepted((1, 4)) == [0.5, 2.0]
     assert HybridDrafter([copying, Reading(Clock(), {})]).expected_accepted((1, 4)) is None
+
+
+def test_a_trial_asks_a_part_that_was_good_elsewhere() -> None:
+    """Where it is to be found out whether drafts pay after all, this text's bad luck does not count."""
+    clock: Clock = Clock()
+    texts: dict[int, Text] = {}
+    reading = Reading(clock, texts, skill=1.0)
+    seen: dict[bool, list[int]] = {True: [], False: []}
+
+    class Watched(HybridDrafter):
+        def propose(self, batch: Batch) -> TokenTree:
+            before = reading.asked
+            tree = super().propose(batch)
+            seen[batch.trying].append(reading.asked - before)
+            return tree
+
+    drafter = Watched([Copying(clock, texts), reading], clock=clock)
+    decode(drafter, clock, texts, [Text(seed, 0.1) for seed in range(3)])
+    reading.skill = 0.0
+    seen = {True: [], False: []}
+    decode(drafter, clock, texts, [Text(3, 0.0)])
+    assert sum(seen[True]) >= 0.5 * len(seen[True]) > 0
+    assert sum(seen[False]) < 0.5 * len(seen[False])

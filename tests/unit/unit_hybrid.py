@@ -182,7 +182,8 @@ def decode(
             budget = policy.budget(rows) if adaptive else 24
             start, tree = clock.ms, TokenTree.from_pending(batch.pending)
             if budget > 1:
-                batch.max_nodes = budget
+                batch.max_nodes = batch.mean_nodes = budget
+                batch.trying = adaptive and policy.trying
                 missed.hand_over(lambda *seen, batch=batch: drafter.observe(batch, *seen))
                 tree = drafter.propose(batch).limit_depth(batch.max_depth).first(budget)
             drafting = clock.ms - start
