@@ -11,12 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
+from unit_rows import make_batch
 
 from integration.architectures import tiny_model
 from specdec import SpecDecoder
-from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
+from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter, _check_agreement
 
 PROMPTS = [[5, 6, 7, 8, 9], [30, 31]]
 
@@ -45,6 +47,8 @@ def work(rank: int, world: int, folder: str) -> None:
     os.environ["WORLD_SIZE"] = str(world)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
     torch.save(generate("auto"), f"{folder}/{world}-{rank}.pt")
+    with pytest.raises(RuntimeError, match="the processes draft for different states"):
+        _check_agreement(make_batch([[3, 2, rank + 1]], 50))  # would mix up their results
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -48,6 +48,7 @@ class OnAndOff:
     """A policy that speculates in bursts."""
 
     reason = "planted"
+    trying = False
 
     def __init__(self) -> None:
         self.step = 0

@@ -250,7 +250,14 @@ def test_other_layers_are_refused_by_name() -> None:
 def test_processes_that_share_the_attentions_draft_the_same_to_the_bit() -> None:
     """Two and four gloo ranks against one process, in float32."""
     script = Path(__file__).parents[1] / "integration" / "layer_ranks.py"
-    path = os.pathsep.join([str(script.parents[1]), str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(script.parents[1]),
+            str(script.parents[1] / "unit"),
+            str(script.parents[2]),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     done = subprocess.run(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

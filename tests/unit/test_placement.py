@@ -10,7 +10,7 @@ import pytest
 import torch
 from integration.architectures import generate_alone, tiny_model
 
-from specdec import SpecDecoder
+from specdec import SpecDecoder, placement
 from specdec.drafters import model as model_module
 from specdec.drafters.model import USUAL_DEPTH, ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers
@@ -74,6 +74,32 @@ def test_links_that_are_none_are_refused(values: dict[str, float]) -> None:
 
 def test_within_a_device_nothing_crosses() -> None:
     assert measure_link(torch.device("cpu"), torch.device("cpu")) == Link(0.0, float("inf"))
+
+
+def test_a_link_is_measured_there_and_back_by_a_small_and_a_large_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated link: 3 ms each way and 1 MiB a millisecond; the first copy of a size, and one stall, are slow."""
+    now, moves = [0.0], [0]
+
+    nothing = torch.zeros(())
+
+    class Moved:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def to(self, _: torch.device) -> Any:
+            moves[0] += 1
+            slow = 50.0 if moves[0] in (1, 9, 17) else 0.0
+            now[0] += 0.003 + 8 * self.count / (1 << 20) / 1000.0 + slow / 1000.0
+            return self
+
+        def __getitem__(self, _: int) -> torch.Tensor:
+            return nothing
+
+    monkeypatch.setattr(placement.torch, "zeros", lambda count, **_: Moved(count))
+    monkeypatch.setattr(placement, "perf_counter", lambda: now[0])
+    link = measure_link(torch.device("cpu"), torch.device("meta"))
+    assert link.latency_ms == pytest.approx(3.0, rel=1e-3)
+    assert link.bytes_per_ms == pytest.approx(1 << 20, rel=1e-3)
 
 
 def test_the_drafter_plans_its_depth_by_the_profiles_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
