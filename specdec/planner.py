@@ -79,13 +79,18 @@ class PassTimes:
         self._curve = curve
         self._learn = learn
         self._factors: dict[int, deque[float]] = {}  # by rung of the pass's rows: time over the curve's
+        self._usual: dict[int, float] = {}  # their medians: asked for many times per pass
+        self._rungs: list[int] = []
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
 
     def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
         """A pass over ``nodes`` nodes per row took so long."""
         if self._learn:
-            factor = ms / self._curve.at(nodes, batch, length)
-            self._factors.setdefault(_rung(nodes * batch), deque(maxlen=_SAMPLES)).append(factor)
+            factor, rung = ms / self._curve.at(nodes, batch, length), _rung(nodes * batch)
+            seen = self._factors.setdefault(rung, deque(maxlen=_SAMPLES))
+            seen.append(factor)
+            self._usual[rung] = _low_median(seen)
+            self._rungs = sorted(self._factors)
 
     @property
     def learns(self) -> bool:
@@ -116,15 +121,15 @@ class PassTimes:
         return self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
 
     def _factor(self, rows: float) -> float:
-        rungs = sorted(self._factors)
+        rungs = self._rungs
         if not rungs:
             return 1.0
         right = bisect_left(rungs, rows)
         if right == len(rungs) or right == 0 or rungs[right] == rows:
-            return _low_median(self._factors[rungs[min(right, len(rungs) - 1)]])
+            return self._usual[rungs[min(right, len(rungs) - 1)]]
         low, high = rungs[right - 1], rungs[right]
         share = math.log(rows / low) / math.log(high / low)
-        return (1 - share) * _low_median(self._factors[low]) + share * _low_median(self._factors[high])
+        return (1 - share) * self._usual[low] + share * self._usual[high]
 
 
 def _rung(rows: float) -> int:
