@@ -317,7 +317,7 @@ class HeadDrafter(Drafter):
             num_nodes = tree.num_nodes - first
             return confidence.expand(-1, num_nodes, -1), tokens.expand(-1, num_nodes, -1)
 
-        return grow(batch.pending, depth, self._width, max_nodes, expand)
+        return grow(batch.pending, depth, self._width, min(max_nodes, batch.mean_nodes), expand)
 
     def compiled_tree(self, batch: Batch, depth: int, max_nodes: int) -> TokenTree | None:
         """The tree of rows whose logits rank their children as they are, by a kernel; None without one."""

@@ -67,7 +67,7 @@ class _Round:
 
     Attributes:
         merged: per row.
-        max_nodes: of a tree.
+        max_nodes: of a tree, on average over the rows.
         before: per asked part beyond the first, per row: the nodes chosen without it.
         expected: the same, accepted nodes expected of these.
     """
@@ -113,6 +113,7 @@ class HybridDrafter(Drafter):
                 )
         self._clock = clock
         self._finish: Callable[[], None] | None = None
+        self._uneven = True  # rows of a batch take only the nodes they have
         self._calibrations: dict[tuple[bool, bool], Calibration] = {}
         self._economy = Economy(len(self.parts), CAUTIOUS_CPU)
         self._begin([])
@@ -130,6 +131,7 @@ class HybridDrafter(Drafter):
         for part in self.parts:
             part.bind(target, tokenizer)
         self.features = tuple(dict.fromkeys(name for part in self.parts for name in part.features))
+        self._uneven = target.takes_uneven
         self.takes_rows = all(part.takes_rows for part in self.parts if part.features)
         if target.device.type == "cuda":
             self._finish = torch.cuda.synchronize  # what is queued would be counted where its result is first read
@@ -176,7 +178,8 @@ class HybridDrafter(Drafter):
         way = (batch.greedy, batch.coupled)
         calibration = self._calibrations.setdefault(way, Calibration(len(self.parts)))
         merged = [MergedTree(row.pending, calibration, self._rows[row.row_id].odds) for row in batch.rows]
-        self._round = current = _Round(self._now(), merged, max_nodes)
+        usual = min(batch.mean_nodes, max_nodes)  # of a row
+        self._round = current = _Round(self._now(), merged, usual)
         chosen = [[0] for _ in batch.rows]
         timed = self.config.ask == "paying" and not _repeatable_by_tree(batch)
 
@@ -186,14 +189,14 @@ class HybridDrafter(Drafter):
                 expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
                 # The first time it reads the prompt, once for all of the call: no single pass would pay for that.
                 known = timed and part not in self._fresh
-                if known and not self._pays(part, batch, expected, _mean_size(chosen), max_nodes):
+                if known and not self._pays(part, batch, expected, self._size(chosen), usual):
                     return
                 current.before[part], current.expected[part] = chosen, expected
             self._catch_up(part, view)
             began = self._now()
             self._ask(part, view, merged)
             chosen = self._choose(batch, merged, max_nodes, timed)
-            self._economy.asked(part, 1000.0 * (self._now() - began), _mean_size(chosen), part in self._fresh)
+            self._economy.asked(part, 1000.0 * (self._now() - began), self._size(chosen), part in self._fresh)
             self._fresh.discard(part)
             current.asked.append(part)
 
@@ -221,6 +224,10 @@ class HybridDrafter(Drafter):
             count = self._economy.size([chance for chance, *_ in joint[:most]], len(batch), _mean_length(batch))
         sizes = Counter(-row for *_, row in joint[:count])
         return [nodes[: 1 + sizes[row]] for row, nodes in enumerate(chosen)]
+
+    def _size(self, chosen: Sequence[Sequence[int]]) -> float:
+        """Nodes of a row that a pass computes."""
+        return sum(map(len, chosen)) / len(chosen) if self._uneven else max(map(len, chosen))
 
     def _order(self, timed: bool) -> list[int]:
         """Parts that read no hidden states, then the others, as named; by what they took where that counts."""
@@ -279,7 +286,8 @@ class HybridDrafter(Drafter):
         if current is not None:
             tokens = float(sum(map(len, verdict.tokens)))
             pass_ms, all_ms = 1000.0 * (began - current.end), 1000.0 * (self._now() - current.start)
-            self._economy.passed(tree.mean_nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
+            nodes = tree.mean_nodes if self._uneven else tree.num_nodes
+            self._economy.passed(nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
 
     def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:
         for index, (row, merged) in enumerate(zip(batch.rows, current.merged, strict=True)):
@@ -394,11 +402,6 @@ def _repeatable_by_tree(batch: Batch) -> bool:
 
 def _mean_length(batch: Batch) -> int:
     return sum(len(row.tokens) for row in batch.rows) // len(batch)
-
-
-def _mean_size(chosen: Sequence[Sequence[int]]) -> float:
-    """Nodes of a row on average."""
-    return sum(map(len, chosen)) / len(chosen)
 
 
 def _assemble(batch: Batch, merged: Sequence[MergedTree], chosen: Sequence[Sequence[int]]) -> TokenTree:

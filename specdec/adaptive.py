@@ -78,7 +78,10 @@ class TreePolicy(Protocol):
         """Whether the last budget is a trial, to see whether drafts would pay after all."""
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
-        """Nodes per row of the next pass, root included, ``most`` at most; 1 is plain decoding: no drafter is asked."""
+        """Nodes per row of the next pass on average, roots included; 1 is plain decoding: no drafter is asked.
+
+        ``most`` is what a single row may have.
+        """
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         """A pass was run over ``tree`` for the rows last asked about.
@@ -118,7 +121,7 @@ class Acceptance:
         self._weights = [weight] * len(RUNGS)
 
     def see(self, columns: Sequence[int], known: int) -> None:
-        """A tree's accepted columns, and up to which size it says what would have been accepted.
+        """How a tree's accepted nodes stand, and up to which size it says what would have been accepted.
 
         Of larger sizes it is assumed that they had as much more, or less, than expected.
         """
@@ -167,10 +170,11 @@ class AdaptiveTrees:
     Args:
         times: what passes cost; kept by the decoder from call to call.
         hopes: accepted nodes to expect of trees of each of ``RUNGS`` before anything was seen, as calibrated.
+        uneven: whether rows of a batch take only the nodes they have; else each takes as many as the largest.
     """
 
-    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None) -> None:
-        self._times, self._hopes = times, hopes
+    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None, uneven: bool = True) -> None:
+        self._times, self._hopes, self._uneven = times, hopes, uneven
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest: float = RUNGS[-1]  # of these
@@ -286,7 +290,7 @@ class AdaptiveTrees:
             if self._asked > 1:
                 self._learn(rows, tree, verdict)
             return
-        drafting, nodes = ms["draft"], tree.mean_nodes
+        drafting, nodes = ms["draft"], self._width_of(tree)
         self._passes += 1
         self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
         if self._asked == 1:
@@ -307,8 +311,12 @@ class AdaptiveTrees:
             self._gained += sum(map(self._gain, self._open))
             self._open = []
 
+    def _width_of(self, tree: TokenTree) -> float:
+        """Nodes per row that a pass computes."""
+        return tree.mean_nodes if self._uneven else tree.num_nodes
+
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
-        width = tree.mean_nodes
+        width = self._width_of(tree)
         self._whole = self._whole or not tree.divisible
         if width == 1:
             return  # nothing to draft, which says nothing of what is drafted elsewhere

@@ -383,7 +383,7 @@ class SpecDecoder:
         if self._times is None:
             cautious = CAUTIOUS_CPU if self.target.device.type == "cpu" else CAUTIOUS_GPU
             self._times = PassTimes(load_curve(LatencyKey.of(self.target)) or cautious)
-        return AdaptiveTrees(self._times, self.drafter.expected_accepted(RUNGS))
+        return AdaptiveTrees(self._times, self.drafter.expected_accepted(RUNGS), self.target.takes_uneven)
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
         """Rows with their noise.

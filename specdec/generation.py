@@ -273,10 +273,11 @@ class Generation:
         """Nodes that a row may have where rows have ``budget`` on average."""
         cache, size = self._batch.cache, len(self._batch)
         room = NO_LIMIT if self._grows or cache is None else cache.room
-        return min(budget * min(size, _UNEVEN), self._most_nodes, room)
+        uneven = self.target.takes_uneven and not self._filling  # prompts ride along with rows of one size
+        return min(budget * min(size, _UNEVEN if uneven else 1), self._most_nodes, room)
 
     def _draft(self, budget: int) -> TokenTree:
-        """Trees of at most ``budget`` columns; plain decoding's where that is 1 or the drafter fails."""
+        """Trees of ``budget`` nodes per row at most, on average; roots where that is 1 or the drafter fails."""
         root = TokenTree.from_pending(self._batch.pending)
         if isinstance(self.drafter, NoneDrafter):
             return root

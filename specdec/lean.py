@@ -246,9 +246,13 @@ class LeanStack:
         self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
         """Angles of these kinds depend on the position alone, those of others on how long the text is."""
 
+    def compiles(self, dtype: torch.dtype) -> bool:
+        """Whether there are compiled layers for passes of this dtype."""
+        return dtype == torch.bfloat16 and find_kernels() is not None and all(map(is_whole, self._stack.layers))
+
     def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
         """Whether a pass runs through compiled layers, which also fill ``copies``."""
-        return find_kernels() is not None and all(map(is_whole, self._stack.layers)) and _compiles(dtype, now)
+        return self.compiles(dtype) and _compiles(dtype, now)
 
     def __call__(
         self,
@@ -317,7 +321,7 @@ class LeanStack:
     def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
         embed: Any = self._stack.embed_tokens
         plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
-        heard = embed._forward_hooks or embed._forward_pre_hooks
+        heard = embed._forward_hooks or embed._forward_pre_hooks or "forward" in vars(embed)
         if tokens is None or not plain or heard or (torch.is_grad_enabled() and embed.weight.requires_grad):
             states: Tensor = embed(tokens)
             return states

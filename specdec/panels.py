@@ -60,8 +60,9 @@ class PanelWeight(nn.Module):
         return {"weight": WEIGHTS.zeros(panels.shape, panels.dtype).copy_(panels), "scales": None, "shifts": None}
 
     def _panels(self, weight: Tensor) -> Tensor:
-        """``[out / PANEL, in / step, PANEL, step]``, a view where nothing is missing from the last one."""
-        padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+        """``[out / PANEL, in / step, PANEL, step]``: a view where the last panel is full."""
+        missing = -len(weight) % PANEL
+        padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
         return padded.view(-1, PANEL, weight.shape[1] // self.step, self.step).permute(0, 2, 1, 3)
 
     def _rows(self) -> Tensor:

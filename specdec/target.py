@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from specdec.attention import AttentionPass, AttentionSwitch, JoinedPass
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import QuantizedKVCache
-from specdec.lean import LeanStack, rows_are_independent
+from specdec.lean import MOST_NODES, LeanStack, rows_are_independent
 from specdec.tree import TokenTree
 
 Feature = str | int
@@ -216,14 +216,22 @@ class HFTarget:
         if tree.virtual is not None and tree.embeddings is not None:
             virtual = (tree.virtual[:, first_node:], tree.embeddings[:, first_node:])
         ancestors = tree.ancestors[:, first_node:]
-        sizes = tree.row_sizes if first_node == 0 and virtual is None and self._compiled is not None else None
-        if sizes is not None:  # what pads the rows is left out
-            now = AttentionPass(cache, tree.depth, ancestors, sizes)
-            if self._compiled is not None and self._compiled.takes(self.dtype, now):
+        if first_node == 0 and virtual is None and tree.batch_size > 1 and self.takes_uneven and cache.regular:
+            sizes = tree.row_sizes if tree.num_nodes <= MOST_NODES else None
+            if sizes is not None:  # what pads the rows is left out
+                now = AttentionPass(cache, tree.depth, ancestors, sizes)
                 out = self._run(now, tree.tokens.flatten()[now.places].unsqueeze(0), None, features, None)
                 spread = {name: now.spread(states) for name, states in out.features.items()}
                 return TargetOutput(now.spread(out.logits), spread)
         return self.run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
+
+    @property
+    def takes_uneven(self) -> bool:
+        """Whether ``forward`` computes the nodes that rows have alone, where their trees differ in size; else it
+        computes as many of each as the largest has. Passes in which prompts ride along always do.
+        """
+        compiled = self._compiled
+        return compiled is not None and compiled.compiles(self.dtype) and self.kv_bits is None
 
     @property
     def _compiled(self) -> LeanStack | None:

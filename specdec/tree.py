@@ -128,7 +128,7 @@ class TokenTree:
 
     @property
     def mean_nodes(self) -> float:
-        """Nodes of a row on average: what a pass has to compute."""
+        """Nodes of a row on average, padding not counted."""
         return float(self.valid.sum()) / self.batch_size
 
     @cached_property
@@ -154,7 +154,7 @@ class TokenTree:
 
     def most_promising(self, count: int) -> TokenTree:
         """The tree of ``count`` nodes per row at most, on average; the tree itself where it is not divisible."""
-        if not self.divisible or (count >= self.num_nodes and self.batch_size * count >= int(self.valid.sum())):
+        if count >= self.num_nodes or not self.divisible:
             return self
         return self._keep_nodes(self.valid & (self.standing < count))
 

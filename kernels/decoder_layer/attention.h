@@ -45,7 +45,9 @@ static inline void rotate(const bf16 *head, const bf16 *cos, const bf16 *sin, lo
   }
 }
 
-static inline long start_of(const attention_arguments *a, long row) { return a->starts ? (long)a->starts[row] : row * a->nodes; }
+static inline long start_of(const attention_arguments *a, long row) {
+  return a->starts ? (long)a->starts[row] : row * a->nodes;
+}
 
 static inline long nodes_of(const attention_arguments *a, long row) {
   return a->starts ? (long)(a->starts[row + 1] - a->starts[row]) : a->nodes;

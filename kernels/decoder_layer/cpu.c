@@ -181,8 +181,8 @@ static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const b
   }
   multiply(&l->qkv, &b, in, 0, b.qkv, rows, threads);
   attention_arguments a = {b.qkv, p->cos, p->sin, keys, values, p->lengths, p->depth, p->seen, segments, b.attended,
-                           p->starts, p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window, levels,
-                           l->scale, threads, 0};
+                           p->starts, p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window,
+                           levels, l->scale, threads, 0};
   tree_attention(&a);
   multiply(&l->out, &b, b.attended, residual, out, rows, threads);
   rms_norm(out, l->mlp_norm, b.normed, rows, d, l->mlp_eps, threads);
@@ -206,8 +206,8 @@ void decoder_layers(const layer *const *layers, long count, const pass *p, const
 
 #include "drafting.h"
 
-/* Rows of a table of `known`, each of `size` bytes, one after the other; returns how many of
-   the indices it found. PyTorch starts its own threads for a few dozen rows, which then wait for more in the way of ours. */
+/* Rows of a table of `known`, each of `size` bytes, one after the other; returns how many of the indices it found.
+   PyTorch starts its own threads for a few dozen rows, which then wait for more in the way of ours. */
 long take_rows(const char *table, const int64_t *indices, char *out, long count, long known, long size) {
   for (long i = 0; i < count; i++) {
     if (indices[i] < 0 || indices[i] >= known) return i;

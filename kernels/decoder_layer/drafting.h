@@ -202,16 +202,19 @@ static void choose(const draft_weights *h, const draft_cache *cache, const candi
   }
 }
 
-/* How many of a row's frontier could have a child among the chosen nodes: as confidence falls along a path, not those that
-   enough candidates are better than, of the row or of all rows. */
+/* How many of a row's frontier could have a child among the chosen nodes: as confidence falls along a path, not those
+   that enough candidates are better than, of the row or of all rows. */
 static long count_promising(const candidates *rows, long batch, long row, long nodes, long end, const growth *g) {
   for (long node = 0; node < nodes; node++) {
     const double chance = rows[row].joint[rows[row].frontier[node]];
-    long better = 0, all = 0;
-    for (long i = 0; i < end; i++) better += rows[row].joint[i] > chance;
-    for (long other = 0; other < batch && all < g->all_nodes; other++)
-      for (long i = 0; i < end; i++) all += rows[other].joint[i] > chance;
-    if (better >= g->most_nodes || all >= g->all_nodes) return node;
+    long mine = 0, all = 0;
+    for (long other = 0; other < batch; other++) {
+      long better = 0;
+      for (long i = 0; i < end; i++) better += rows[other].joint[i] > chance;
+      if (other == row) mine = better;
+      all += better < g->most_nodes ? better : g->most_nodes;
+    }
+    if (mine >= g->most_nodes || all >= g->all_nodes) return node;
   }
   return nodes;
 }

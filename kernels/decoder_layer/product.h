@@ -50,7 +50,7 @@ typedef struct {
   struct {
     long next, end;
     char apart[48]; /* a line of the cache for each */
-  } lanes[MOST_LANES];
+  } lanes[MOST_LANES] __attribute__((aligned(64)));
   int count; /* of lanes */
 } panel_queue;
 

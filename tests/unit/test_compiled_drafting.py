@@ -122,6 +122,7 @@ def test_what_a_batch_has_no_use_for_is_not_expanded_and_changes_nothing(target:
     assert_same(*found)
 
 
+@torch.no_grad()
 def test_long_texts_are_read_in_chunks(target: HFTarget) -> None:
     drafters = make_drafter(target, "ours", EagleConfig()), in_steps(make_drafter(target, "ours", EagleConfig()))
     for drafter in drafters:

@@ -225,4 +225,5 @@ class _Target:
     """What drafters here need to know of one."""
 
     vocab_size = VOCAB
+    takes_uneven = True
     device: Any = torch.device("cpu")
