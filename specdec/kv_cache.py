@@ -9,12 +9,8 @@ from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
 from specdec.layer_buffers import LayerBuffers
-from specdec.pages import Pages
 from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
-
-_CHUNK = 16 << 20
-"""Bytes of memory that the buffers of some layers share."""
 
 
 class KVCache(SlotOrder):
@@ -45,7 +41,6 @@ class KVCache(SlotOrder):
         self._own: Tensor | None = None  # lengths, where rows share something
         self._set_shares([()] * batch_size)
         self.layers: dict[int, LayerBuffers] = {}
-        self._pages = Pages(_CHUNK)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._host_lengths = [0] * batch_size
 
@@ -222,8 +217,7 @@ class KVCache(SlotOrder):
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros, not empty: a masked slot has weight 0, and 0 * NaN would still poison the row.
         batch_size, num_heads, _, width = like.shape
-        shape = batch_size, num_heads, self.slots, width
-        return self._pages.zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
+        return like.new_zeros(batch_size, num_heads, self.slots, width)
 
     def bind(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """See that a layer has its buffers, for keys and values such as these ``[.., H_kv, n, d]``."""

@@ -1,4 +1,4 @@
-"""Memory in large pages, for what every pass reads from beginning to end: weights, and a new cache's keys and values.
+"""Memory in large pages, for weights that every pass reads from beginning to end.
 
 A processor looks up where a page lies before it reads it. Of pages of 4 KB a pass over a model of 270 MB has 66,000 to
 look up, each a walk through tables in memory, under a hypervisor through two; of pages of 2 MB it has 130. Linux gives

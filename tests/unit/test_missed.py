@@ -47,6 +47,7 @@ class Bursts:
     """Two passes with drafts after every nine without."""
 
     reason = "planted"
+    trying = False
 
     def __init__(self) -> None:
         self.step = 0
