@@ -143,6 +143,12 @@ class PPDDrafter(Drafter):
 
         self.plan = choose_budget(self._latency, plan) if self._latency else plan(self.config.max_nodes)
 
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        """What the plan promises; its trees come whole or not at all."""
+        if self.plan is None:
+            return None
+        return [self.plan.tau - 1.0 if size >= self.plan.budget else 0.0 for size in sizes]
+
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._states = [0] * len(batch)  # prompt tokens there were below each row's last accepted node
         self._logits: Tensor | None = None  # [B, k, V] at them

@@ -245,6 +245,7 @@ def test_fewer_prompt_tokens_than_trained_and_a_budget_from_latency() -> None:
     assert drafter.plan is not None
     assert drafter.plan.budget == 12
     assert len(drafter.plan.trees) == 3
+    assert drafter.expected_accepted((1, 11, 12, 64)) == [0.0, 0.0, *[drafter.plan.tau - 1.0] * 2]
     decoder = SpecDecoder(target, drafter, on_drafter_error="raise", adaptive=False)
     plain = SpecDecoder(target, "none").generate(PROMPTS, max_new_tokens=12)
     assert [r.token_ids for r in decoder.generate(PROMPTS, max_new_tokens=12)] == [r.token_ids for r in plain]
