@@ -55,9 +55,8 @@ class Drafter(ABC):
         Nodes deeper than ``batch.max_depth`` and columns from ``batch.max_nodes`` on are cut by the caller, and then
         what rows have beyond ``batch.mean_nodes`` on average, the nodes of least ``confidence`` first, or the last
         columns of each row where there is none; drafting fewer saves time. So the most promising nodes should stand
-        first. Children of a node must be chosen as
-        ``batch.siblings`` says, or deterministically. Only where ``batch.coupled`` is set may the choice depend on the
-        rows' Gumbel noise.
+        first. Children of a node must be chosen as ``batch.siblings`` says, or deterministically. Only where
+        ``batch.coupled`` is set may the choice depend on the rows' Gumbel noise.
 
         It is not called before every pass: where drafts do not pay, tokens are decoded without them.
         """

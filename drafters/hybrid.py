@@ -208,7 +208,7 @@ class HybridDrafter(Drafter):
     def _choose(self, batch: Batch, merged: Sequence[MergedTree], max_nodes: int, timed: bool) -> list[list[int]]:
         """Per row the nodes to check: the best that there may be, and where a clock may decide, of these what pays."""
         chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
-        most = (min(batch.mean_nodes, max_nodes) - 1) * len(chosen)  # beyond the roots
+        most = batch.total_nodes(max_nodes) - len(chosen)  # beyond the roots
         if not timed and sum(map(len, chosen)) - len(chosen) <= most:
             return chosen
         joint = sorted(
@@ -286,7 +286,7 @@ class HybridDrafter(Drafter):
         if current is not None:
             tokens = float(sum(map(len, verdict.tokens)))
             pass_ms, all_ms = 1000.0 * (began - current.end), 1000.0 * (self._now() - current.start)
-            nodes = tree.mean_nodes if self._uneven else tree.num_nodes
+            nodes = tree.computed_nodes(self._uneven)
             self._economy.passed(nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
 
     def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:

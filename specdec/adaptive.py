@@ -290,7 +290,7 @@ class AdaptiveTrees:
             if self._asked > 1:
                 self._learn(rows, tree, verdict)
             return
-        drafting, nodes = ms["draft"], self._width_of(tree)
+        drafting, nodes = ms["draft"], tree.computed_nodes(self._uneven)
         self._passes += 1
         self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
         if self._asked == 1:
@@ -311,12 +311,8 @@ class AdaptiveTrees:
             self._gained += sum(map(self._gain, self._open))
             self._open = []
 
-    def _width_of(self, tree: TokenTree) -> float:
-        """Nodes per row that a pass computes."""
-        return tree.mean_nodes if self._uneven else tree.num_nodes
-
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
-        width = self._width_of(tree)
+        width = tree.computed_nodes(self._uneven)
         self._whole = self._whole or not tree.divisible
         if width == 1:
             return  # nothing to draft, which says nothing of what is drafted elsewhere

@@ -36,9 +36,7 @@ class AttentionPass:
             the rows' nodes side by side, and only compiled layers can do it. None where all rows have n.
     """
 
-    def __init__(
-        self, cache: KVCache, depth: Tensor, ancestors: Tensor, counts: Sequence[int] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, cache: KVCache, depth: Tensor, ancestors: Tensor, counts: Sequence[int] | None = None) -> None:
         self.cache = cache
         num_nodes = ancestors.shape[1]
         self.offset = depth.shape[1] - num_nodes

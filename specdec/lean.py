@@ -28,7 +28,7 @@ from specdec.kernels.decoder_layer import (
     PassArguments,
     find_kernels,
     pointer_to,
-)  # fmt: skip
+)
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
 

@@ -131,6 +131,10 @@ class TokenTree:
         """Nodes of a row on average, padding not counted."""
         return float(self.valid.sum()) / self.batch_size
 
+    def computed_nodes(self, uneven: bool) -> float:
+        """Nodes per row that a pass computes, with ``uneven`` only those that rows have (``HFTarget.takes_uneven``)."""
+        return self.mean_nodes if uneven else float(self.num_nodes)
+
     @cached_property
     def standing(self) -> Tensor:
         """``[B, N]`` int64: a node is one of the most promising as soon as there are more nodes per row than this.
