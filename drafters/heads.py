@@ -19,7 +19,7 @@ from specdec.drafters.layer import DraftLayer
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
 from specdec.optimal_tree import OptimalTrees
 from specdec.packing import PackedLinear, can_pack, pack_linears, pack_weight
-from specdec.panels import Panel8Weight, panels_run
+from specdec.panels import W8A8PanelWeight, panels_run
 from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
@@ -124,7 +124,7 @@ def pack_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
     The module's own layers are not: they read raw states, of which a few channels are hundreds of times the others, and
     activations in 8 bit would lose the rest.
     """
-    return Panel8Weight(weight, bias) if Panel8Weight.fits(weight) and panels_run() else pack_weight(weight, bias)
+    return W8A8PanelWeight(weight, bias) if W8A8PanelWeight.fits(weight) and panels_run() else pack_weight(weight, bias)
 
 
 def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:

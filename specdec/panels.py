@@ -85,16 +85,14 @@ class PanelWeight(nn.Module):
         return self._rows().contiguous()
 
 
-class Panel8Weight(PanelWeight):
-    """The same in int8 with a scale per output channel, for activations in 8 bit with a scale per row."""
+class Int8PanelWeight(PanelWeight):
+    """The same in int8 with a scale per output channel; activations stay as they are.
+
+    ``weight`` is in the order and the form that ``product.h`` widens: a sign and seven bits.
+    """
 
     scales: Tensor
-    shifts: Tensor
-    step = 4
-
-    @classmethod
-    def fits(cls, weight: Tensor) -> bool:
-        return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
+    inputs_in_8_bit = False
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         # What stays is allocated first, and filled some panels at a time: memory that comes and goes in between would
@@ -102,15 +100,48 @@ class Panel8Weight(PanelWeight):
         count = -(-len(weight) // PANEL)
         panels = WEIGHTS.zeros((count, weight.shape[1] // self.step, PANEL, self.step), torch.int8)
         scales = torch.zeros(count * PANEL)
-        shifts = torch.zeros(count * PANEL, dtype=torch.int32)
+        shifts = torch.zeros(count * PANEL, dtype=torch.int32) if self.inputs_in_8_bit else None
         for first in range(0, len(weight), _ROUNDED):
             whole, sizes = round_rows(weight[first : first + _ROUNDED])
             rows = slice(first, first + len(whole))
-            scales[rows], shifts[rows] = sizes, 128 * whole.sum(-1, dtype=torch.int32)
-            made = self._panels(whole)
+            scales[rows] = sizes
+            if shifts is not None:
+                shifts[rows] = 128 * whole.sum(-1, dtype=torch.int32)
+            made = self._stored(self._panels(whole))
             panels[first // PANEL : first // PANEL + len(made)] = made
         return {"weight": panels, "scales": scales, "shifts": shifts}
 
+    @staticmethod
+    def _stored(panels: Tensor) -> Tensor:
+        """Panels as they lie in memory: 64 numbers in a line, those of the halves' four eights by turns."""
+        lines = panels.reshape(-1, 2, 4, 8).transpose(1, 2).reshape(panels.shape)
+        return torch.where(lines < 0, (-lines) | -128, lines)
+
+    def _codes(self) -> Tensor:
+        """``[out, in]`` int8."""
+        lines = self.weight.view(-1, 4, 2, 8).transpose(1, 2).reshape(self.weight.shape)
+        panels = torch.where(lines < 0, -(lines & 127), lines)
+        return panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[: self.out_features]
+
     def dense(self) -> Tensor:
-        rows = self._rows().float() * self.scales[: self.out_features].unsqueeze(1)
+        rows = self._codes().float() * self.scales[: self.out_features].unsqueeze(1)
         return rows.to(torch.bfloat16)
+
+
+class W8A8PanelWeight(Int8PanelWeight):
+    """The same for activations in 8 bit, with a scale per row."""
+
+    shifts: Tensor
+    step = 4
+    inputs_in_8_bit = True
+
+    @classmethod
+    def fits(cls, weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
+
+    @staticmethod
+    def _stored(panels: Tensor) -> Tensor:
+        return panels
+
+    def _codes(self) -> Tensor:
+        return self._rows()

@@ -1,7 +1,7 @@
 """Targets whose linear layers compute with 8- or 4-bit weights, made at load from a model's own weights.
 
-On a CPU they run by PyTorch's own kernels, packed as ``specdec.packing`` packs 16-bit ones; elsewhere torchao does it,
-and NF4 is bitsandbytes' everywhere. Every layer on the CPU computes a row without regard to its neighbours, so a pass
+On a CPU they run by kernels of ours or PyTorch's, packed as ``specdec.packing`` packs 16-bit ones; elsewhere torchao
+does it, and NF4 is bitsandbytes' everywhere. Every layer on the CPU computes a row without regard to its neighbours, so a pass
 over a tree says what a pass over one node says: speculation gives the quantized model's own text.
 
 ``int8``   weights with a scale per output channel; activations stay as they are.
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
-from specdec.panels import Panel8Weight, panels_run
+from specdec.panels import Int8PanelWeight, W8A8PanelWeight, panels_run
 from specdec.precisions import STORED
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
@@ -83,9 +83,15 @@ class W8A8Weight(QuantizedWeight):
         return out.mul_(scale).to(inputs.dtype)
 
 
+def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Our own kernels where they run, else PyTorch's."""
+    kind = Int8PanelWeight if Int8PanelWeight.fits(weight) and panels_run() else Int8Weight
+    return kind(weight, bias)
+
+
 def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Our own kernels where they run, else oneDNN's."""
-    kind = Panel8Weight if Panel8Weight.fits(weight) and panels_run() else W8A8Weight
+    """The same, else oneDNN's."""
+    kind = W8A8PanelWeight if W8A8PanelWeight.fits(weight) and panels_run() else W8A8Weight
     return kind(weight, bias)
 
 
@@ -109,20 +115,20 @@ class Int4Weight(QuantizedWeight):
 def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where the shape leaves no whole groups."""
     fits = weight.shape[1] % GROUP == 0 and weight.shape[0] % _OUTPUTS == 0
-    return Int4Weight(weight, bias) if fits else Int8Weight(weight, bias)
+    return Int4Weight(weight, bias) if fits else _int8(weight, bias)
 
 
 def _int4_in_large_groups(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Rounded by each group's range, without calibration; int8 where no group size divides the inputs."""
     sizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
     if not sizes:
-        return Int8Weight(weight, bias)
+        return _int8(weight, bias)
     return StoredInt4(from_dense(weight, max(sizes), zero_points=False), bias, weight.dtype)
 
 
 def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where codes would leave part of a byte."""
-    return (Fp6Weight if Fp6Weight.fits(weight) else Int8Weight)(weight, bias)
+    return Fp6Weight(weight, bias) if Fp6Weight.fits(weight) else _int8(weight, bias)
 
 
 def _on_the_spot(model: nn.Module, pack: WeightFactory) -> None:
@@ -221,7 +227,7 @@ class Scheme:
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(Int8Weight, _with_torchao("Int8WeightOnlyConfig")),
+    "int8": Scheme(_int8, _with_torchao("Int8WeightOnlyConfig")),
     "w8a8": Scheme(_w8a8, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
     "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
     "int4-g128": Scheme(_int4_in_large_groups, lambda model: _on_the_spot(model, _int4_in_large_groups)),
@@ -250,7 +256,7 @@ def usable_on_cpu() -> list[str]:
 def is_quantized(model: Any) -> bool:
     """Whether a quantizer of transformers' or of ours made the model what it is."""
     found = getattr(model, "hf_quantizer", None) is not None
-    return found or any(isinstance(module, QuantizedWeight | Panel8Weight) for module in model.modules())
+    return found or any(isinstance(module, QuantizedWeight | Int8PanelWeight) for module in model.modules())
 
 
 def quantize_linears(model: nn.Module, name: str) -> None:

@@ -146,12 +146,12 @@ class Kernels:
 
         Args:
             inputs: ``[rows, in]``.
-            weight: in 8 bit, inputs are quantized row by row.
+            weight: where it has shifts, inputs are quantized row by row.
             residual: ``[rows, out]``.
         """
         rows, width = inputs.shape
         out = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
-        read, sizes = (inputs, None) if weight.scales is None else self.quantize_rows(inputs)
+        read, sizes = (inputs, None) if weight.shifts is None else self.quantize_rows(inputs)
         tensors = (read, weight.weight, weight.scales, weight.shifts, sizes, weight.bias, residual, out)
         pointers = (pointer_to(tensor) for tensor in tensors)
         self._product(Product(*pointers, rows, width, weight.out_features, torch.get_num_threads()))

@@ -105,7 +105,7 @@ void quantize_rows(const bf16 *in, uint8_t *out, float *scales, long rows, long 
 typedef struct {
   const void *weight;
   const float *scales;   /* null: weights are bfloat16 */
-  const int32_t *shifts;
+  const int32_t *shifts; /* null: inputs are bfloat16 */
   const bf16 *bias;
   long in_width, out_width;
 } linear;
@@ -159,7 +159,7 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
                      int threads) {
   product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, rows, l->in_width,
                          l->out_width, threads};
-  if (l->scales) {
+  if (l->shifts) {
     quantize_rows(in, b->bytes, b->sizes, rows, l->in_width, threads);
     a.in = b->bytes;
     a.sizes = b->sizes;

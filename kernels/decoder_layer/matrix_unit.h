@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #define TILE_ROWS 16
+#define MOST_KEPT 2048 /* input channels of a panel that is widened as a whole */
 #define STEP 64 /* bytes of a row of inputs: 32 bfloat16, or 64 in 8 bit */
 
 typedef struct {
@@ -34,7 +35,7 @@ int has_matrix_unit(void) {
 }
 
 static int unit_takes(const product_arguments *a) {
-  return has_matrix_unit() && a->in_width * (a->sizes ? 1 : 2) % STEP == 0;
+  return has_matrix_unit() && a->in_width * input_bytes(kind_of(a)) % STEP == 0;
 }
 
 /* All tiles are 64 bytes wide; the first `count` have `first` rows, the others `second`. */
@@ -63,18 +64,13 @@ typedef struct {
 } unfinished;
 
 /* Writes `count` of them, where so many are left. */
-INLINE finish_rows(const int whole, unfinished *u, long count) {
+INLINE finish_rows(const numbers kind, unfinished *u, long count) {
   const product_arguments *a = u->a;
   const long channel = u->panel * PANEL, end = u->end - u->row < count ? u->end : u->row + count;
   for (; u->row < end; u->row++) {
     const float *line = u->sums + (u->row < u->split ? u->row - u->first : u->row - u->second + TILE_ROWS) * PANEL;
     vec half[2] = {loadf(line), loadf(line + LANES)};
-    if (whole)
-      for (int i = 0; i < 2; i++) {
-        const long at = channel + i * LANES;
-        __m512i exact = _mm512_sub_epi32((__m512i)half[i], _mm512_loadu_si512(a->shifts + at));
-        half[i] = (vec)_mm512_cvtepi32_ps(exact) * loadf(a->scales + at) * a->sizes[u->row];
-      }
+    for (int i = 0; i < 2; i++) half[i] = scaled(kind, a, u->row, channel + i * LANES, half[i]);
     if (a->out_width - channel < PANEL) {
       finish(a, u->row, channel, half[0]);
       finish(a, u->row, channel + LANES, half[1]);
@@ -87,38 +83,68 @@ INLINE finish_rows(const int whole, unfinished *u, long count) {
   }
 }
 
+/* Asks for `lines` lines of the memory from `from` on, up to `end`; returns where it stopped. */
+static inline __attribute__((always_inline)) const char *ask(const char *from, const char *end, long lines) {
+  for (; lines > 0 && from < end; lines--, from += 64) __builtin_prefetch(from, 0, 2);
+  return from;
+}
+
+/* Weights in 8 bit, [count][PANEL][2], to bfloat16. */
+INLINE widen_weights(const char *weight, bf16 *out, const long count) {
+#pragma GCC unroll 4
+  for (long pair = 0; pair < count; pair++, weight += 2 * PANEL, out += 2 * PANEL) {
+    two_vectors wide = widened(weight);
+    _mm512_store_si512(out, wide.left);
+    _mm512_store_si512(out + PANEL, wide.right);
+  }
+}
+
 /* One tile of rows, or two, times a panel: the sums of 32 channels, [rows][PANEL]. While the unit multiplies, the vectors
-   write what it multiplied before. Asks for `stride` bytes from `ahead` on at every step. */
-INLINE multiply_tiles(const int whole, const int pair, const product_arguments *a, long panel, long first, long second,
-                      const char *ahead, long stride, float *sums, unfinished *before) {
-  const long width = a->in_width * (whole ? 1 : 2), steps = width / STEP;
-  const long each = (before->end - before->row + steps - 1) / steps;
+   write what it multiplied before. Every step asks for `stride` bytes from `ahead` on, a quarter at a time: a core keeps
+   track of a few lines on their way, and more at once would have the tiles wait. `widens`: weights are in 8 bit, and
+   become bfloat16 step by step. */
+INLINE multiply_tiles(const numbers kind, const int widens, const int pair, const product_arguments *a, const char *weight,
+                      long first, long second, const char *ahead, long stride, float *sums, unfinished *before) {
+  const long width = a->in_width * input_bytes(kind), steps = width / STEP, step = PANEL * STEP / (widens ? 2 : 1);
+  const long each = (before->end - before->row + steps - 1) / steps, lines = (stride + 255) / 256;
   const char *in = (const char *)a->in + first * width, *below = (const char *)a->in + second * width;
-  const char *weight = (const char *)a->weight + panel * PANEL * width;
+  bf16 wide[2][TILE_ROWS * 2 * PANEL] __attribute__((aligned(64))); /* this step's, and the last one's */
   _tile_zero(0);
   _tile_zero(1);
   if (pair) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (long k = 0; k < width; k += STEP, weight += PANEL * STEP, ahead += stride) {
-    for (long at = 0; at < stride; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+  for (long k = 0; k < width; k += STEP, weight += step, ahead += stride) {
+    const char *now = weight, *asked = ahead, *end = ahead + stride;
+    if (widens) {
+      bf16 *tiles = wide[k / STEP & 1];
+      widen_weights(weight, tiles, TILE_ROWS);
+      now = (const char *)tiles;
+    }
     _tile_loadd(4, in + k, width);
-    _tile_loadd(6, weight, 4 * PANEL);
-    _tile_loadd(7, weight + 2 * PANEL, 4 * PANEL);
+    _tile_loadd(6, now, 4 * PANEL);
     if (pair) _tile_loadd(5, below + k, width);
-    if (whole) {
+    asked = ask(asked, end, lines);
+    if (kind == BOTH_IN_8_BIT) {
       _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(1, 4, 7);
       if (pair) _tile_dpbusd(2, 5, 6);
-      if (pair) _tile_dpbusd(3, 5, 7);
     } else {
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
       if (pair) _tile_dpbf16ps(2, 5, 6);
+    }
+    asked = ask(asked, end, lines);
+    _tile_loadd(7, now + 2 * PANEL, 4 * PANEL);
+    asked = ask(asked, end, lines);
+    if (kind == BOTH_IN_8_BIT) {
+      _tile_dpbusd(1, 4, 7);
+      if (pair) _tile_dpbusd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(1, 4, 7);
       if (pair) _tile_dpbf16ps(3, 5, 7);
     }
-    finish_rows(whole, before, each);
+    ask(asked, end, lines);
+    finish_rows(kind, before, each);
   }
   _tile_stored(0, sums, 4 * PANEL);
   _tile_stored(1, sums + LANES, 4 * PANEL);
@@ -130,39 +156,56 @@ INLINE multiply_tiles(const int whole, const int pair, const product_arguments *
 
 /* All rows times one panel after the other. The last tile of rows begins earlier where it would not be full; rows it has
    in common with the one before are computed twice and written once. */
-INLINE multiply_panels(const int whole, panel_queue *queue, int lane) {
+INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
   const product_arguments *a = queue->a;
   const long rows = a->rows, pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-  const long size = a->in_width * PANEL * (whole ? 1 : 2), stride = (PANEL * STEP / pairs + 63) / 64 * 64;
+  const long size = a->in_width * PANEL * weight_bytes(kind), steps = a->in_width * input_bytes(kind) / STEP;
+  const long stride = (size / steps / pairs + 63) / 64 * 64;
   const long last = rows > TILE_ROWS ? rows - TILE_ROWS : 0;
   float sums[2][2 * TILE_ROWS * PANEL] __attribute__((aligned(64)));
+  /* Of weights in 8 bit that several pairs of tiles read. */
+  const int keeps = kind == WEIGHTS_IN_8_BIT && pairs > 1 && a->in_width <= MOST_KEPT;
+  bf16 kept[keeps ? MOST_KEPT * PANEL : 1] __attribute__((aligned(64)));
   unfinished before = {.a = a};
   int turn = 0;
   open_unit(rows);
-  for (long panel; (panel = next_panel(queue, &lane)) >= 0;)
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;) {
+    const char *weight = (const char *)a->weight + panel * size, *next = weight + size;
+    if (keeps) {
+      widen_weights(weight, kept, a->in_width / 2);
+      weight = (const char *)kept;
+    }
     for (long part = 0; part < pairs; part++, turn = !turn) {
-      const char *ahead = (const char *)a->weight + (panel + 1) * size + part * (size / pairs);
+      const char *ahead = next + part * (size / pairs);
       const long row = part * 2 * TILE_ROWS, left = rows - row;
       const long first = left < TILE_ROWS ? last : row, second = row + TILE_ROWS < last ? row + TILE_ROWS : last;
-      if (left > TILE_ROWS)
-        multiply_tiles(whole, 1, a, panel, first, second, ahead, stride, sums[turn], &before);
+#define TILES(widens, pair) \
+  multiply_tiles(kind, widens, pair, a, weight, first, second, ahead, stride, sums[turn], &before)
+      if (kind == WEIGHTS_IN_8_BIT && !keeps && left > TILE_ROWS)
+        TILES(1, 1);
+      else if (kind == WEIGHTS_IN_8_BIT && !keeps)
+        TILES(1, 0);
+      else if (left > TILE_ROWS)
+        TILES(0, 1);
       else
-        multiply_tiles(whole, 0, a, panel, first, 0, ahead, stride, sums[turn], &before);
+        TILES(0, 0);
+#undef TILES
       before = (unfinished){a, panel, row, left < 2 * TILE_ROWS ? rows : row + 2 * TILE_ROWS, first, second,
                             row + TILE_ROWS, sums[turn]};
     }
-  finish_rows(whole, &before, before.end);
+  }
+  finish_rows(kind, &before, before.end);
   close_unit();
 }
 
-static void take_unit_panels(void *queue, int thread) {
-  panel_queue *panels = queue;
-  multiply_panels(0, panels, thread % panels->count);
-}
-
-static void take_unit_panels8(void *queue, int thread) {
-  panel_queue *panels = queue;
-  multiply_panels(1, panels, thread % panels->count);
+static void take_unit_panels(void *pointer, int thread) {
+  panel_queue *queue = pointer;
+  const int lane = thread % queue->count;
+  switch (kind_of(queue->a)) {
+    case IN_16_BIT: multiply_panels(IN_16_BIT, queue, lane); break;
+    case WEIGHTS_IN_8_BIT: multiply_panels(WEIGHTS_IN_8_BIT, queue, lane); break;
+    case BOTH_IN_8_BIT: multiply_panels(BOTH_IN_8_BIT, queue, lane); break;
+  }
 }
 
 #else
@@ -171,6 +214,5 @@ int has_matrix_unit(void) { return 0; }
 
 static int unit_takes(const product_arguments *a) { (void)a; return 0; }
 static void take_unit_panels(void *queue, int thread) { (void)queue, (void)thread; }
-static void take_unit_panels8(void *queue, int thread) { (void)queue, (void)thread; }
 
 #endif

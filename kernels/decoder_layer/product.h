@@ -10,16 +10,27 @@
 
 typedef struct {
   const void *in;        /* [rows, in_width] bfloat16, or bytes around 128 */
-  const void *weight;    /* [panels][in_width / 2 or 4][PANEL][2 or 4] bfloat16 or int8 */
-  const float *scales;   /* int8: [panels * PANEL] of the output channels */
-  const int32_t *shifts; /* int8: [panels * PANEL] 128 times the sum of a channel's weights */
-  const float *sizes;    /* int8: [rows] scales of the inputs */
+  const void *weight;    /* [panels][in_width / 2][PANEL][2] bfloat16 or 8 bit; with bytes [..][in_width / 4][PANEL][4] int8 */
+  const float *scales;   /* weights in 8 bit: [panels * PANEL] of the output channels; else null */
+  const int32_t *shifts; /* bytes: [panels * PANEL] 128 times the sum of a channel's weights; else null */
+  const float *sizes;    /* bytes: [rows] scales of the inputs; else null */
   const bf16 *bias;      /* [out_width], or null */
   const bf16 *residual;  /* [rows, out_width], or null */
   bf16 *out;             /* [rows, out_width] */
   long rows, in_width, out_width;
   int threads;
 } product_arguments;
+
+/* What is multiplied: bfloat16; it with weights in 8 bit, which are exact in it; int8 with bytes. */
+typedef enum { IN_16_BIT, WEIGHTS_IN_8_BIT, BOTH_IN_8_BIT } numbers;
+
+static inline numbers kind_of(const product_arguments *a) {
+  return !a->scales ? IN_16_BIT : a->shifts ? BOTH_IN_8_BIT : WEIGHTS_IN_8_BIT;
+}
+
+static inline long input_bytes(numbers kind) { return kind == BOTH_IN_8_BIT ? 1 : 2; }
+
+static inline long weight_bytes(numbers kind) { return kind == IN_16_BIT ? 2 : 1; }
 
 static inline void finish(const product_arguments *a, long row, long first, vec value) {
   long left = a->out_width - first;
@@ -63,23 +74,93 @@ static inline long next_panel(panel_queue *queue, int *lane) {
   return -1;
 }
 
+/* Weights in 8 bit beside bfloat16 are a sign and seven bits, in an order in which the vectors below come out in theirs:
+   of 64 in a line, [2][4][8], eights of the first half alternate with those of the second. */
+typedef struct {
+  __m512i left, right; /* 32 bfloat16 each */
+} two_vectors;
+
+#ifdef __AVX512VBMI__
+
+/* The upper and the lower bytes of 0 to 127 in bfloat16. */
+static const uint8_t upper_bytes[128] __attribute__((aligned(64))) = {
+#define UPPER(n) ((n) == 0 ? 0 : (n) < 2 ? 0x3f : (n) < 8 ? 0x40 : (n) < 32 ? 0x41 : 0x42)
+#define LOWER(n) \
+  ((n) == 0 ? 0 : (n) < 2 ? 0x80 : (n) < 4 ? ((n) - 2) << 6 : (n) < 8 ? 0x80 | ((n) - 4) << 5 : (n) < 16 ? ((n) - 8) << 4 \
+   : (n) < 32 ? 0x80 | ((n) - 16) << 3 : (n) < 64 ? ((n) - 32) << 2 : 0x80 | ((n) - 64) << 1)
+#define EIGHT(of, n) of(n), of((n) + 1), of((n) + 2), of((n) + 3), of((n) + 4), of((n) + 5), of((n) + 6), of((n) + 7)
+#define ALL(of) \
+  EIGHT(of, 0), EIGHT(of, 8), EIGHT(of, 16), EIGHT(of, 24), EIGHT(of, 32), EIGHT(of, 40), EIGHT(of, 48), EIGHT(of, 56), \
+      EIGHT(of, 64), EIGHT(of, 72), EIGHT(of, 80), EIGHT(of, 88), EIGHT(of, 96), EIGHT(of, 104), EIGHT(of, 112), \
+      EIGHT(of, 120)
+    ALL(UPPER)};
+static const uint8_t lower_bytes[128] __attribute__((aligned(64))) = {ALL(LOWER)};
+#undef UPPER
+#undef LOWER
+#undef EIGHT
+#undef ALL
+
+/* A line of weights in 8 bit to bfloat16. */
+static inline __attribute__((always_inline)) two_vectors widened(const char *from) {
+  const __m512i line = _mm512_loadu_si512(from), sign = _mm512_set1_epi8((char)0x80);
+  __m512i upper = _mm512_permutex2var_epi8(_mm512_load_si512(upper_bytes), line, _mm512_load_si512(upper_bytes + 64));
+  __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(lower_bytes), line, _mm512_load_si512(lower_bytes + 64));
+  upper = _mm512_ternarylogic_epi32(upper, line, sign, 0xf8); /* upper | (line & sign) */
+  return (two_vectors){_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)};
+}
+
+#else
+
+static inline __attribute__((always_inline)) __m512 widened_part(__m128i bytes) {
+  const __m512i whole = _mm512_cvtepi8_epi32(bytes);
+  const __m512i size = (__m512i)_mm512_cvtepi32_ps(_mm512_and_si512(whole, _mm512_set1_epi32(0x7f)));
+  return (__m512)_mm512_or_si512(size, _mm512_and_si512(whole, _mm512_set1_epi32((int)0x80000000)));
+}
+
+static inline __attribute__((always_inline)) two_vectors widened(const char *from) {
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i line = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from));
+  __m512 part[4] = {
+      widened_part(_mm512_extracti32x4_epi32(line, 0)), widened_part(_mm512_extracti32x4_epi32(line, 1)),
+      widened_part(_mm512_extracti32x4_epi32(line, 2)), widened_part(_mm512_extracti32x4_epi32(line, 3))};
+  return (two_vectors){(__m512i)_mm512_cvtne2ps_pbh(part[1], part[0]), (__m512i)_mm512_cvtne2ps_pbh(part[3], part[2])};
+}
+
+#endif
+
+/* A row's sums of 16 channels, those of integers in their bits, as they are without scales. */
+static inline __attribute__((always_inline)) vec scaled(const numbers kind, const product_arguments *a, long row,
+                                                        long channel, vec sums) {
+  if (kind == IN_16_BIT) return sums;
+  if (kind == WEIGHTS_IN_8_BIT) return sums * loadf(a->scales + channel);
+  __m512i exact = _mm512_sub_epi32((__m512i)sums, _mm512_loadu_si512(a->shifts + channel));
+  return (vec)_mm512_cvtepi32_ps(exact) * loadf(a->scales + channel) * a->sizes[row];
+}
+
 #include "matrix_unit.h"
 
 /* Whether this processor has the instructions; without them nothing below may be called. */
 int has_products(void) { return 1; }
 
-/* `count` rows from `row` on times one panel. A step reads 128 bytes of weights, and asks for as many from `ahead` on,
-   `stride` further every step. */
-INLINE tile(const int count, const product_arguments *a, long panel, long row, const char *ahead, long stride) {
-  const long width = a->in_width;
-  const bf16 *in = (const bf16 *)a->in + row * width, *weight = (const bf16 *)a->weight + panel * PANEL * width;
+/* `count` rows from `row` on times one panel. A step reads the weights of 64 numbers, and asks for as many bytes from
+   `ahead` on, `stride` further every step. */
+INLINE tile(const numbers kind, const int count, const product_arguments *a, long panel, long row, const char *ahead,
+            long stride) {
+  const long width = a->in_width, size = weight_bytes(kind);
+  const bf16 *in = (const bf16 *)a->in + row * width;
+  const char *weight = (const char *)a->weight + panel * PANEL * width * size;
   __m512 sums[MOST_ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (long k = 0; k < width; k += 2, weight += 2 * PANEL, ahead += stride) {
-    __m512bh left = (__m512bh)_mm512_loadu_si512(weight), right = (__m512bh)_mm512_loadu_si512(weight + PANEL);
+  for (long k = 0; k < width; k += 2, weight += 2 * PANEL * size, ahead += stride) {
+    __m512bh left, right;
+    if (kind == WEIGHTS_IN_8_BIT) {
+      two_vectors wide = widened(weight);
+      left = (__m512bh)wide.left, right = (__m512bh)wide.right;
+    } else
+      left = (__m512bh)_mm512_loadu_si512(weight), right = (__m512bh)_mm512_loadu_si512(weight + 2 * PANEL);
     __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + 64, 0, 2);
+    if (kind == IN_16_BIT) __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) {
       int32_t pair;
@@ -90,10 +171,11 @@ INLINE tile(const int count, const product_arguments *a, long panel, long row, c
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < count; r++) {
-    finish(a, row + r, panel * PANEL, (vec)sums[r][0]);
-    finish(a, row + r, panel * PANEL + LANES, (vec)sums[r][1]);
-  }
+  for (int r = 0; r < count; r++)
+    for (int half = 0; half < 2; half++) {
+      const long first = panel * PANEL + half * LANES;
+      finish(a, row + r, first, scaled(kind, a, row + r, first, (vec)sums[r][half]));
+    }
 }
 
 /* The intrinsic makes GCC copy every sum to and fro. */
@@ -102,7 +184,7 @@ static inline __attribute__((always_inline)) __m512i dot8(__m512i sums, __m512i 
   return sums;
 }
 
-INLINE tile8(const int count, const product_arguments *a, long panel, long row, const char *ahead, long stride) {
+INLINE byte_tile(const int count, const product_arguments *a, long panel, long row, const char *ahead, long stride) {
   const long width = a->in_width;
   const uint8_t *in = (const uint8_t *)a->in + row * width;
   const int8_t *weight = (const int8_t *)a->weight + panel * PANEL * width;
@@ -125,48 +207,53 @@ INLINE tile8(const int count, const product_arguments *a, long panel, long row, 
 #pragma GCC unroll 12
   for (int r = 0; r < count; r++)
     for (int half = 0; half < 2; half++) {
-      long first = panel * PANEL + half * LANES;
-      __m512i whole = _mm512_sub_epi32(sums[r][half], _mm512_loadu_si512(a->shifts + first));
-      vec exact = (vec)_mm512_cvtepi32_ps(whole) * loadf(a->scales + first) * a->sizes[row + r];
-      finish(a, row + r, first, exact);
+      const long first = panel * PANEL + half * LANES;
+      finish(a, row + r, first, scaled(BOTH_IN_8_BIT, a, row + r, first, (vec)sums[r][half]));
     }
 }
 
-#define ROWS(count, name) \
-  case count: \
-    name(count, a, panel, row, ahead, stride); \
-    break;
-#define PANELS(task, name) \
-  static void task(const product_arguments *a, long panel, long next) { \
-    const long size = a->in_width * PANEL * (a->sizes ? 1 : 2); \
-    const long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, stride = 128 / parts; \
-    long row = 0; \
-    for (long part = 0; part < parts; part++) { \
-      const long count = (a->rows - row + parts - part - 1) / (parts - part); \
-      const char *ahead = (const char *)a->weight + next * size + part * (size / parts); \
-      switch (count) { \
-        ROWS(1, name) ROWS(2, name) ROWS(3, name) ROWS(4, name) ROWS(5, name) ROWS(6, name) \
-        ROWS(7, name) ROWS(8, name) ROWS(9, name) ROWS(10, name) ROWS(11, name) ROWS(12, name) \
-      } \
-      row += count; \
-    } \
-  }
+INLINE rows_of_panel(const numbers kind, const int count, const product_arguments *a, long panel, long row,
+                     const char *ahead, long stride) {
+  if (kind == BOTH_IN_8_BIT)
+    byte_tile(count, a, panel, row, ahead, stride);
+  else
+    tile(kind, count, a, panel, row, ahead, stride);
+}
 
-PANELS(panel_task, tile)
-PANELS(panel_task8, tile8)
+#define ROWS(count) \
+  case count: \
+    rows_of_panel(kind, count, a, panel, row, ahead, stride); \
+    break;
+
+INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel) {
+  const long size = a->in_width * PANEL * weight_bytes(kind);
+  const long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, stride = (kind == WEIGHTS_IN_8_BIT ? 64 : 128) / parts;
+  long row = 0;
+  for (long part = 0; part < parts; part++) {
+    const long count = (a->rows - row + parts - part - 1) / (parts - part);
+    const char *ahead = (const char *)a->weight + (panel + 1) * size + part * (size / parts);
+    switch (count) {
+      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+    }
+    row += count;
+  }
+}
 
 static void take_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
   int lane = thread % queue->count;
-  for (long panel; (panel = next_panel(queue, &lane)) >= 0;)
-    (queue->a->sizes ? panel_task8 : panel_task)(queue->a, panel, panel + 1);
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;) switch (kind_of(queue->a)) {
+      case IN_16_BIT: multiply_panel(IN_16_BIT, queue->a, panel); break;
+      case WEIGHTS_IN_8_BIT: multiply_panel(WEIGHTS_IN_8_BIT, queue->a, panel); break;
+      case BOTH_IN_8_BIT: multiply_panel(BOTH_IN_8_BIT, queue->a, panel); break;
+    }
 }
 
 /* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
 #define BLOCK_ROWS 256
 
 void product(const product_arguments *a) {
-  const long panels = (a->out_width + PANEL - 1) / PANEL, size = a->sizes ? 1 : (long)sizeof(bf16);
+  const long panels = (a->out_width + PANEL - 1) / PANEL, size = input_bytes(kind_of(a));
   for (long row = 0; row < a->rows; row += BLOCK_ROWS) {
     product_arguments block = *a;
     block.rows = a->rows - row < BLOCK_ROWS ? a->rows - row : BLOCK_ROWS;
@@ -180,8 +267,7 @@ void product(const product_arguments *a) {
       queue.lanes[lane].next = panels * lane / queue.count;
       queue.lanes[lane].end = panels * (lane + 1) / queue.count;
     }
-    void (*take)(void *, int) = unit_takes(a) ? (a->sizes ? take_unit_panels8 : take_unit_panels) : take_panels;
-    run_all(take, &queue, panels, a->threads);
+    run_all(unit_takes(a) ? take_unit_panels : take_panels, &queue, panels, a->threads);
   }
 }
 

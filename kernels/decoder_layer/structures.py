@@ -12,9 +12,11 @@ class Panels(Protocol):
     """A weight as ``Kernels.product`` reads it.
 
     Attributes:
-        weight: ``[panels, in / k, PANEL, k]``, bfloat16 with k = 2 or int8 with k = 4; channels beyond the last are 0.
+        weight: ``[panels, in / k, PANEL, k]``, bfloat16 or int8, k = 2, or 4 where inputs are in 8 bit as well; channels
+            beyond the last are 0.
         scales: ``[panels * PANEL]`` float32, of int8 output channels; None for bfloat16.
-        shifts: ``[panels * PANEL]`` int32, 128 times the sum of each int8 channel's weights.
+        shifts: ``[panels * PANEL]`` int32, 128 times the sum of each channel's weights, where inputs are in 8 bit; else
+            None.
         bias: ``[out]`` bfloat16.
         in_features: input channels.
         out_features: output channels.

@@ -11,7 +11,7 @@ from torch import nn
 
 from specdec.kernels.decoder_layer import find_kernels
 from specdec.packing import FusedPart, PackedLinear, PackedWeight, can_pack, pack_linears
-from specdec.panels import Panel8Weight, PanelWeight, panels_run
+from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
 
 
 class Block(nn.Module):
@@ -114,7 +114,7 @@ def test_float32_is_left_alone() -> None:
     assert not can_pack(nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("kind", [PackedWeight, PanelWeight, Panel8Weight])
+@pytest.mark.parametrize("kind", [PackedWeight, PanelWeight, Int8PanelWeight, W8A8PanelWeight])
 @pytest.mark.parametrize("shape", [(576, 1536), (100, 48)])
 def test_sums_of_one_row_are_those_among_many(
     shape: tuple[int, int], kind: Callable[[torch.Tensor, torch.Tensor], Any]
@@ -150,11 +150,18 @@ def test_panels_give_the_product_in_float64(shape: tuple[int, int], rows: int) -
     # Half an ulp of rounding, and float32 sums over the width, whose roundings add up to width * 2 ** -24 of all terms.
     for got, expected in ((panels(inputs), exact), (panels.add_to(residual, inputs), exact + residual.double())):
         assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + shape[1] * 2.0**-23 * size).all()
-    coarse = Panel8Weight(weight, bias)
+    light = Int8PanelWeight(weight, bias)
+    scales = light.scales[: shape[0]].double()
+    exact = inputs.double() @ light._codes().double().T * scales + bias.double()
+    size = inputs.double().abs() @ light._codes().double().abs().T * scales + bias.double().abs() + residual.double().abs()
+    for got, expected in ((light(inputs), exact), (light.add_to(residual, inputs), exact + residual.double())):
+        assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + shape[1] * 2.0**-23 * size).all()
+    coarse = W8A8PanelWeight(weight, bias)
+    assert torch.equal(light.dense(), coarse.dense())
     kernels = find_kernels()
     assert kernels is not None
     bytes_, sizes = kernels.quantize_rows(inputs)  # tested by themselves
-    whole = (bytes_.double() - 128) @ coarse._rows().double().T
+    whole = (bytes_.double() - 128) @ coarse._codes().double().T
     exact = whole * coarse.scales[: shape[0]].double() * sizes.double().unsqueeze(1) + bias.double()
     slack = 2.0**-22 * (exact.abs() + bias.double().abs() + residual.double().abs())
     for got, expected in ((coarse(inputs), exact), (coarse.add_to(residual, inputs), exact + residual.double())):
@@ -169,7 +176,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
     inputs = torch.ones(3, 32).bfloat16()
     inputs[1, 7] = torch.nan
-    for kind in (PanelWeight, Panel8Weight):
+    for kind in (PanelWeight, Int8PanelWeight, W8A8PanelWeight):
         out = kind(torch.ones(32, 32).bfloat16(), None)(inputs)
         assert out.isnan().all(1).tolist() == [False, True, False]
         assert not out[[0, 2]].isnan().any()
