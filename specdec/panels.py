@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, find_kernels
+from specdec.kernels.decoder_layer import LANES, PANEL, Kernels, Numbers, find_kernels
 from specdec.pages import WEIGHTS
 from specdec.quantized_weight import round_rows
 
@@ -25,7 +25,7 @@ def panels_run() -> bool:
 
 
 class PanelWeight(nn.Module):
-    """A bfloat16 weight in panels of output channels.
+    """A bfloat16 weight in panels of output channels; the layouts are ``product.h``'s.
 
     Args:
         weight: ``[out, in]``, bfloat16 on the CPU; ``in`` is even.
@@ -36,15 +36,21 @@ class PanelWeight(nn.Module):
     bias: Tensor | None
     scales: Tensor | None
     shifts: Tensor | None
+    kind = Numbers.IN_16_BIT
     step = 2
     """Input channels that lie beside each other."""
+    group = 0
+    has_zero_points = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("bias", None if bias is None else bias.detach().clone().contiguous(), persistent=False)
-        for name, value in self.laid_out(weight.detach()).items():
+        self._hold(self.laid_out(weight.detach()), bias)
+
+    def _hold(self, buffers: dict[str, Tensor | None], bias: Tensor | None) -> None:
+        for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone().contiguous(), persistent=False)
         kernels = find_kernels()
         assert kernels is not None
         self._kernels: Kernels = kernels
@@ -88,11 +94,11 @@ class PanelWeight(nn.Module):
 class Int8PanelWeight(PanelWeight):
     """The same in int8 with a scale per output channel; activations stay as they are.
 
-    ``weight`` is in the order and the form that ``product.h`` widens: a sign and seven bits.
+    The product is that of the codes in bfloat16, times the scales.
     """
 
     scales: Tensor
-    inputs_in_8_bit = False
+    kind = Numbers.WEIGHTS_IN_8_BIT
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         # What stays is allocated first, and filled some panels at a time: memory that comes and goes in between would
@@ -100,7 +106,7 @@ class Int8PanelWeight(PanelWeight):
         count = -(-len(weight) // PANEL)
         panels = WEIGHTS.zeros((count, weight.shape[1] // self.step, PANEL, self.step), torch.int8)
         scales = torch.zeros(count * PANEL)
-        shifts = torch.zeros(count * PANEL, dtype=torch.int32) if self.inputs_in_8_bit else None
+        shifts = torch.zeros(count * PANEL, dtype=torch.int32) if self.kind is Numbers.BOTH_IN_8_BIT else None
         for first in range(0, len(weight), _ROUNDED):
             whole, sizes = round_rows(weight[first : first + _ROUNDED])
             rows = slice(first, first + len(whole))
@@ -132,8 +138,8 @@ class W8A8PanelWeight(Int8PanelWeight):
     """The same for activations in 8 bit, with a scale per row."""
 
     shifts: Tensor
+    kind = Numbers.BOTH_IN_8_BIT
     step = 4
-    inputs_in_8_bit = True
 
     @classmethod
     def fits(cls, weight: Tensor) -> bool:

@@ -30,14 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.kernels.decoder_layer import Numbers
 from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.packing import WeightFactory, pack_linears
-from specdec.panels import Int8PanelWeight, W8A8PanelWeight, panels_run
+from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
 from specdec.precisions import STORED
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
-from specdec.stored_weights import StoredInt4
+from specdec.stored_weights import run_int4
 
 GROUP = 32
 """Input channels that share a scale in ``int4``."""
@@ -114,8 +115,11 @@ class Int4Weight(QuantizedWeight):
 
 def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where the shape leaves no whole groups."""
-    fits = weight.shape[1] % GROUP == 0 and weight.shape[0] % _OUTPUTS == 0
-    return Int4Weight(weight, bias) if fits else _int8(weight, bias)
+    if weight.shape[1] % GROUP:
+        return _int8(weight, bias)
+    if weight.dtype == torch.bfloat16 and panels_run():
+        return run_int4(from_dense(weight, GROUP, zero_points=False), bias, weight.dtype)
+    return Int4Weight(weight, bias) if weight.shape[0] % _OUTPUTS == 0 else _int8(weight, bias)
 
 
 def _int4_in_large_groups(weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -123,7 +127,7 @@ def _int4_in_large_groups(weight: Tensor, bias: Tensor | None) -> nn.Module:
     sizes = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
     if not sizes:
         return _int8(weight, bias)
-    return StoredInt4(from_dense(weight, max(sizes), zero_points=False), bias, weight.dtype)
+    return run_int4(from_dense(weight, max(sizes), zero_points=False), bias, weight.dtype)
 
 
 def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -255,8 +259,13 @@ def usable_on_cpu() -> list[str]:
 
 def is_quantized(model: Any) -> bool:
     """Whether a quantizer of transformers' or of ours made the model what it is."""
-    found = getattr(model, "hf_quantizer", None) is not None
-    return found or any(isinstance(module, QuantizedWeight | Int8PanelWeight) for module in model.modules())
+    if getattr(model, "hf_quantizer", None) is not None:
+        return True
+    return any(
+        isinstance(module, QuantizedWeight)
+        or (isinstance(module, PanelWeight) and module.kind is not Numbers.IN_16_BIT)
+        for module in model.modules()
+    )
 
 
 def quantize_linears(model: nn.Module, name: str) -> None:

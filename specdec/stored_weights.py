@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, cpu, w4a16
 from specdec.lean import make_lean
 from specdec.packing import SIBLINGS, FusedLinear, FusedPart, PackedLinear
+from specdec.panels import panels_run
 from specdec.quantized_weight import DecodedWeight, QuantizedWeight
 
 Q8_0_GROUP = 32
@@ -134,11 +136,23 @@ def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.d
     return count
 
 
+def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """A module that multiplies inputs of a dtype by the weight: by our own CPU kernels where they run."""
+    own = dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
+    return Group4PanelWeight(stored, bias) if own and Group4PanelWeight.takes(stored) else StoredInt4(stored, bias, dtype)
+
+
+def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The same."""
+    own = dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
+    return Group8PanelWeight(stored.codes, stored.scales, bias) if own else StoredInt8(stored, bias, dtype)
+
+
 def _maker(stored: StoredWeight, dtype: torch.dtype) -> Any:
     """A weight factory that takes the bias and has the weight."""
     if isinstance(stored, Int4Weight):
-        return lambda _, bias: StoredInt4(stored, bias, dtype)
-    return lambda _, bias: StoredInt8(stored, bias, dtype)
+        return lambda _, bias: run_int4(stored, bias, dtype)
+    return lambda _, bias: run_int8(stored, bias, dtype)
 
 
 def _stacked(weights: Sequence[StoredWeight]) -> StoredWeight | None:

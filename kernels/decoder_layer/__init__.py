@@ -21,6 +21,7 @@ from specdec.kernels.decoder_layer.structures import (
     LayerArguments,
     Linear,
     Move,
+    Numbers,
     Panels,
     PassArguments,
     Product,
@@ -40,6 +41,7 @@ __all__ = [
     "Kernels",
     "LayerArguments",
     "Linear",
+    "Numbers",
     "Panels",
     "PassArguments",
     "array_of",
@@ -146,15 +148,16 @@ class Kernels:
 
         Args:
             inputs: ``[rows, in]``.
-            weight: where it has shifts, inputs are quantized row by row.
+            weight: where both are in 8 bit, inputs are quantized row by row.
             residual: ``[rows, out]``.
         """
         rows, width = inputs.shape
         out = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
-        read, sizes = (inputs, None) if weight.shifts is None else self.quantize_rows(inputs)
-        tensors = (read, weight.weight, weight.scales, weight.shifts, sizes, weight.bias, residual, out)
+        read, inputs_scales = (inputs, None) if weight.kind != Numbers.BOTH_IN_8_BIT else self.quantize_rows(inputs)
+        tensors = (read, weight.weight, weight.scales, weight.shifts, inputs_scales, weight.bias, residual, out)
         pointers = (pointer_to(tensor) for tensor in tensors)
-        self._product(Product(*pointers, rows, width, weight.out_features, torch.get_num_threads()))
+        sizes = (rows, width, weight.out_features, weight.group, weight.kind, weight.has_zero_points)
+        self._product(Product(*pointers, *sizes, torch.get_num_threads()))
         return out
 
     def space(self, layer: LayerArguments, rows: int) -> Tensor:

@@ -102,12 +102,13 @@ void quantize_rows(const bf16 *in, uint8_t *out, float *scales, long rows, long 
 
 /* ---- a whole layer of Llama's kind ---- */
 
+/* A weight; as product_arguments has it. */
 typedef struct {
-  const void *weight;
-  const float *scales;   /* null: weights are bfloat16 */
-  const int32_t *shifts; /* null: inputs are bfloat16 */
+  const void *weight, *scales;
+  const int32_t *shifts;
   const bf16 *bias;
-  long in_width, out_width;
+  long in_width, out_width, group;
+  int kind, zero_points;
 } linear;
 
 typedef struct {
@@ -158,8 +159,8 @@ long layer_space(const layer *l, long rows) {
 static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf16 *residual, bf16 *out, long rows,
                      int threads) {
   product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, rows, l->in_width,
-                         l->out_width, threads};
-  if (l->shifts) {
+                         l->out_width, l->group, l->kind, l->zero_points, threads};
+  if (l->kind == BOTH_IN_8_BIT) {
     quantize_rows(in, b->bytes, b->sizes, rows, l->in_width, threads);
     a.in = b->bytes;
     a.sizes = b->sizes;

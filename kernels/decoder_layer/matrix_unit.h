@@ -35,7 +35,7 @@ int has_matrix_unit(void) {
 }
 
 static int unit_takes(const product_arguments *a) {
-  return has_matrix_unit() && a->in_width * input_bytes(kind_of(a)) % STEP == 0;
+  return has_matrix_unit() && a->in_width * input_bytes((numbers)a->kind) % STEP == 0;
 }
 
 /* All tiles are 64 bytes wide; the first `count` have `first` rows, the others `second`. */
@@ -45,6 +45,7 @@ static void shape_tiles(int count, long first, long second) {
     shapes.bytes[tile] = 64;
     shapes.rows[tile] = (uint8_t)(tile < count ? first : second);
   }
+  __asm__ volatile("" : : "r"(&shapes) : "memory"); /* GCC's intrinsic says that it reads the first bytes alone */
   _tile_loadconfig(&shapes);
 }
 
@@ -89,26 +90,18 @@ static inline __attribute__((always_inline)) const char *ask(const char *from, c
   return from;
 }
 
-/* Weights in 8 bit, [count][PANEL][2], to bfloat16. */
-INLINE widen_weights(const char *weight, bf16 *out, const long count) {
-#pragma GCC unroll 4
-  for (long pair = 0; pair < count; pair++, weight += 2 * PANEL, out += 2 * PANEL) {
-    two_vectors wide = widened(weight);
-    _mm512_store_si512(out, wide.left);
-    _mm512_store_si512(out + PANEL, wide.right);
-  }
-}
-
 /* One tile of rows, or two, times a panel: the sums of 32 channels, [rows][PANEL]. While the unit multiplies, the vectors
    write what it multiplied before. Every step asks for `stride` bytes from `ahead` on, a quarter at a time: a core keeps
-   track of a few lines on their way, and more at once would have the tiles wait. `widens`: weights are in 8 bit, and
-   become bfloat16 step by step. */
+   track of a few lines on their way, and more at once would have the tiles wait. `widens`: weights become
+   bfloat16 step by step. */
 INLINE multiply_tiles(const numbers kind, const int widens, const int pair, const product_arguments *a, const char *weight,
-                      long first, long second, const char *ahead, long stride, float *sums, unfinished *before) {
-  const long width = a->in_width * input_bytes(kind), steps = width / STEP, step = PANEL * STEP / (widens ? 2 : 1);
+                      long panel, long first, long second, const char *ahead, long stride, float *sums,
+                      unfinished *before) {
+  const long width = a->in_width * input_bytes(kind), steps = width / STEP;
+  const long step = widens ? channel_bytes(kind, WIDENED) * PANEL : PANEL * STEP;
   const long each = (before->end - before->row + steps - 1) / steps, lines = (stride + 255) / 256;
   const char *in = (const char *)a->in + first * width, *below = (const char *)a->in + second * width;
-  bf16 wide[2][TILE_ROWS * 2 * PANEL] __attribute__((aligned(64))); /* this step's, and the last one's */
+  bf16 wide[2][WIDENED * PANEL] __attribute__((aligned(64))); /* this step's, and the last one's */
   _tile_zero(0);
   _tile_zero(1);
   if (pair) {
@@ -119,7 +112,7 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
     const char *now = weight, *asked = ahead, *end = ahead + stride;
     if (widens) {
       bf16 *tiles = wide[k / STEP & 1];
-      widen_weights(weight, tiles, TILE_ROWS);
+      widen_weights(kind, a, weight, panel, k / 2, tiles);
       now = (const char *)tiles;
     }
     _tile_loadd(4, in + k, width);
@@ -159,12 +152,12 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
 INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
   const product_arguments *a = queue->a;
   const long rows = a->rows, pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-  const long size = a->in_width * PANEL * weight_bytes(kind), steps = a->in_width * input_bytes(kind) / STEP;
+  const long size = PANEL * channel_bytes(kind, a->in_width), steps = a->in_width * input_bytes(kind) / STEP;
   const long stride = (size / steps / pairs + 63) / 64 * 64;
   const long last = rows > TILE_ROWS ? rows - TILE_ROWS : 0;
   float sums[2][2 * TILE_ROWS * PANEL] __attribute__((aligned(64)));
-  /* Of weights in 8 bit that several pairs of tiles read. */
-  const int keeps = kind == WEIGHTS_IN_8_BIT && pairs > 1 && a->in_width <= MOST_KEPT;
+  const int narrow = kind != IN_16_BIT && kind != BOTH_IN_8_BIT;
+  const int keeps = narrow && pairs > 1 && a->in_width <= MOST_KEPT; /* widened once for several pairs of tiles */
   bf16 kept[keeps ? MOST_KEPT * PANEL : 1] __attribute__((aligned(64)));
   unfinished before = {.a = a};
   int turn = 0;
@@ -172,7 +165,8 @@ INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
   for (long panel; (panel = next_panel(queue, &lane)) >= 0;) {
     const char *weight = (const char *)a->weight + panel * size, *next = weight + size;
     if (keeps) {
-      widen_weights(weight, kept, a->in_width / 2);
+      for (long k = 0; k < a->in_width; k += WIDENED)
+        widen_weights(kind, a, weight + channel_bytes(kind, k) * PANEL, panel, k, kept + k * PANEL);
       weight = (const char *)kept;
     }
     for (long part = 0; part < pairs; part++, turn = !turn) {
@@ -180,10 +174,10 @@ INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
       const long row = part * 2 * TILE_ROWS, left = rows - row;
       const long first = left < TILE_ROWS ? last : row, second = row + TILE_ROWS < last ? row + TILE_ROWS : last;
 #define TILES(widens, pair) \
-  multiply_tiles(kind, widens, pair, a, weight, first, second, ahead, stride, sums[turn], &before)
-      if (kind == WEIGHTS_IN_8_BIT && !keeps && left > TILE_ROWS)
+  multiply_tiles(kind, widens, pair, a, weight, panel, first, second, ahead, stride, sums[turn], &before)
+      if (narrow && !keeps && left > TILE_ROWS)
         TILES(1, 1);
-      else if (kind == WEIGHTS_IN_8_BIT && !keeps)
+      else if (narrow && !keeps)
         TILES(1, 0);
       else if (left > TILE_ROWS)
         TILES(0, 1);
@@ -201,11 +195,14 @@ INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
 static void take_unit_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
   const int lane = thread % queue->count;
-  switch (kind_of(queue->a)) {
-    case IN_16_BIT: multiply_panels(IN_16_BIT, queue, lane); break;
-    case WEIGHTS_IN_8_BIT: multiply_panels(WEIGHTS_IN_8_BIT, queue, lane); break;
-    case BOTH_IN_8_BIT: multiply_panels(BOTH_IN_8_BIT, queue, lane); break;
+#define KIND(kind) \
+  case kind: \
+    multiply_panels(kind, queue, lane); \
+    break;
+  switch (queue->a->kind) {
+    KIND(IN_16_BIT) KIND(WEIGHTS_IN_8_BIT) KIND(BOTH_IN_8_BIT) KIND(GROUPS_IN_8_BIT) KIND(GROUPS_IN_4_BIT)
   }
+#undef KIND
 }
 
 #else

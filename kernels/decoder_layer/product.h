@@ -8,29 +8,38 @@
 #define PANEL 32
 #define MOST_ROWS 12
 
+/* What is multiplied, and how weights lie in a panel. In 8 bit they are exact in bfloat16; those of groups become the
+   bfloat16 nearest to scale * code + minimum. */
+typedef enum {
+  IN_16_BIT,        /* bfloat16: [in / 2][PANEL][2] */
+  WEIGHTS_IN_8_BIT, /* a sign and seven bits, a scale per output channel; see `widened` */
+  BOTH_IN_8_BIT,    /* int8 times bytes: [in / 4][PANEL][4] */
+  GROUPS_IN_8_BIT,  /* int8, a scale per group of inputs: [in / 2][PANEL][2] */
+  GROUPS_IN_4_BIT,  /* a scale and an offset per group: [in / 32][PANEL / 8][2][8][2] times 32 bits, see `widen_codes` */
+} numbers;
+
 typedef struct {
   const void *in;        /* [rows, in_width] bfloat16, or bytes around 128 */
-  const void *weight;    /* [panels][in_width / 2][PANEL][2] bfloat16 or 8 bit; with bytes [..][in_width / 4][PANEL][4] int8 */
-  const float *scales;   /* weights in 8 bit: [panels * PANEL] of the output channels; else null */
-  const int32_t *shifts; /* bytes: [panels * PANEL] 128 times the sum of a channel's weights; else null */
-  const float *sizes;    /* bytes: [rows] scales of the inputs; else null */
+  const void *weight;    /* [panels][..] */
+  const void *scales;    /* weights in 8 bit: [panels * PANEL] float; groups in 8 bit: [panels][groups][PANEL] float16, in 4
+                            bit [panels][groups][2][PANEL], scales and offsets */
+  const int32_t *shifts; /* both in 8 bit: [panels * PANEL] 128 times the sum of a channel's weights */
+  const float *sizes;    /* both in 8 bit: [rows] scales of the inputs */
   const bf16 *bias;      /* [out_width], or null */
   const bf16 *residual;  /* [rows, out_width], or null */
   bf16 *out;             /* [rows, out_width] */
-  long rows, in_width, out_width;
+  long rows, in_width, out_width, group; /* group: inputs of one, a multiple of 32 */
+  int kind;              /* numbers */
+  int zero_points;       /* offsets are these, scale * (code - offset); else minima */
   int threads;
 } product_arguments;
 
-/* What is multiplied: bfloat16; it with weights in 8 bit, which are exact in it; int8 with bytes. */
-typedef enum { IN_16_BIT, WEIGHTS_IN_8_BIT, BOTH_IN_8_BIT } numbers;
-
-static inline numbers kind_of(const product_arguments *a) {
-  return !a->scales ? IN_16_BIT : a->shifts ? BOTH_IN_8_BIT : WEIGHTS_IN_8_BIT;
-}
-
 static inline long input_bytes(numbers kind) { return kind == BOTH_IN_8_BIT ? 1 : 2; }
 
-static inline long weight_bytes(numbers kind) { return kind == IN_16_BIT ? 2 : 1; }
+/* Of the weights of one output channel. */
+static inline long channel_bytes(numbers kind, long in_width) {
+  return kind == IN_16_BIT ? 2 * in_width : kind == GROUPS_IN_4_BIT ? in_width / 2 : in_width;
+}
 
 static inline void finish(const product_arguments *a, long row, long first, vec value) {
   long left = a->out_width - first;
@@ -74,8 +83,8 @@ static inline long next_panel(panel_queue *queue, int *lane) {
   return -1;
 }
 
-/* Weights in 8 bit beside bfloat16 are a sign and seven bits, in an order in which the vectors below come out in theirs:
-   of 64 in a line, [2][4][8], eights of the first half alternate with those of the second. */
+/* Weights in 8 bit beside bfloat16 lie in an order in which the vectors below come out in theirs: of 64 in a line,
+   [2][4][8], eights of the first half alternate with those of the second. */
 typedef struct {
   __m512i left, right; /* 32 bfloat16 each */
 } two_vectors;
@@ -128,13 +137,90 @@ static inline __attribute__((always_inline)) two_vectors widened(const char *fro
 
 #endif
 
-/* A row's sums of 16 channels, those of integers in their bits, as they are without scales. */
+#define WIDENED 32 /* inputs whose weights are widened at a time */
+
+/* The factors of 16 channels, each for the two inputs of a pair: of the first eight channels, and of the others. */
+typedef struct {
+  __m512 first, second;
+} pair_factors;
+
+static inline __attribute__((always_inline)) pair_factors for_pairs(__m512 factors) {
+  const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return (pair_factors){_mm512_permutexvar_ps(first, factors),
+                        _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(8)), factors)};
+}
+
+static inline __attribute__((always_inline)) __m512 load_half(const uint16_t *from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+
+/* Codes of 4 bits of 32 inputs to bfloat16, [16 pairs][PANEL][2]. Of every eight channels there are two lines, for eight
+   pairs each; a channel's two inputs are neighbours, and the pairs lie in their 32 bits from the lowest on. */
+INLINE widen_codes(const product_arguments *a, const char *weight, const uint16_t *factors, bf16 *out) {
+  const __m512 digits = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int half = 0; half < 2; half++, weight += 256, out += PANEL) {
+    const __m512 each = load_half(factors + half * LANES);
+    __m512 least = load_half(factors + PANEL + half * LANES);
+    if (a->zero_points) least = -(each * least);
+    const pair_factors scale = for_pairs(each), offset = for_pairs(least);
+    for (int eight = 0; eight < 2; eight++) {
+      const __m512i first = _mm512_loadu_si512(weight + eight * 64), second = _mm512_loadu_si512(weight + 128 + eight * 64);
+#pragma GCC unroll 8
+      for (int pair = 0; pair < 8; pair++) {
+        __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4 * (unsigned)pair), digits);
+        __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4 * (unsigned)pair), digits);
+        low = _mm512_fmadd_ps(low, scale.first, offset.first);
+        high = _mm512_fmadd_ps(high, scale.second, offset.second);
+        _mm512_store_si512(out + (8 * eight + pair) * 2 * PANEL, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+    }
+  }
+}
+
+/* int8 of 32 inputs, likewise. */
+INLINE widen_bytes(const char *weight, const uint16_t *factors, bf16 *out) {
+  for (int half = 0; half < 2; half++, weight += PANEL, out += PANEL) {
+    const pair_factors scale = for_pairs(load_half(factors + half * LANES));
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 16; pair++) {
+      const __m128i *line = (const __m128i *)(weight + pair * 2 * PANEL);
+      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(line)));
+      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(line + 1)));
+      _mm512_store_si512(out + pair * 2 * PANEL, (__m512i)_mm512_cvtne2ps_pbh(high * scale.second, low * scale.first));
+    }
+  }
+}
+
+/* A panel's factors of the group that an input is in. */
+static inline const uint16_t *factors_at(const numbers kind, const product_arguments *a, long panel, long input) {
+  if (kind != GROUPS_IN_8_BIT && kind != GROUPS_IN_4_BIT) return 0;
+  const long each = kind == GROUPS_IN_4_BIT ? 2 * PANEL : PANEL;
+  return (const uint16_t *)a->scales + (panel * (a->in_width / a->group) + input / a->group) * each;
+}
+
+/* Weights of 32 inputs to bfloat16, [16 pairs][PANEL][2]. */
+INLINE widen_weights(const numbers kind, const product_arguments *a, const char *weight, long panel, long input,
+                     bf16 *out) {
+  if (kind == GROUPS_IN_4_BIT)
+    widen_codes(a, weight, factors_at(kind, a, panel, input), out);
+  else if (kind == GROUPS_IN_8_BIT)
+    widen_bytes(weight, factors_at(kind, a, panel, input), out);
+  else
+#pragma GCC unroll 4
+    for (int pair = 0; pair < WIDENED / 2; pair++, weight += 2 * PANEL, out += 2 * PANEL) {
+      two_vectors wide = widened(weight);
+      _mm512_store_si512(out, wide.left);
+      _mm512_store_si512(out + PANEL, wide.right);
+    }
+}
+
+/* A row's sums of 16 channels, those of integers in their bits, as they are without scales of a whole channel. */
 static inline __attribute__((always_inline)) vec scaled(const numbers kind, const product_arguments *a, long row,
                                                         long channel, vec sums) {
-  if (kind == IN_16_BIT) return sums;
-  if (kind == WEIGHTS_IN_8_BIT) return sums * loadf(a->scales + channel);
+  if (kind == WEIGHTS_IN_8_BIT) return sums * loadf((const float *)a->scales + channel);
+  if (kind != BOTH_IN_8_BIT) return sums;
   __m512i exact = _mm512_sub_epi32((__m512i)sums, _mm512_loadu_si512(a->shifts + channel));
-  return (vec)_mm512_cvtepi32_ps(exact) * loadf(a->scales + channel) * a->sizes[row];
+  return (vec)_mm512_cvtepi32_ps(exact) * loadf((const float *)a->scales + channel) * a->sizes[row];
 }
 
 #include "matrix_unit.h"
@@ -142,23 +228,30 @@ static inline __attribute__((always_inline)) vec scaled(const numbers kind, cons
 /* Whether this processor has the instructions; without them nothing below may be called. */
 int has_products(void) { return 1; }
 
-/* `count` rows from `row` on times one panel. A step reads the weights of 64 numbers, and asks for as many bytes from
-   `ahead` on, `stride` further every step. */
+/* `count` rows from `row` on times one panel. Every pair of inputs asks for up to 128 bytes from `ahead` on, `stride`
+   further each time. */
 INLINE tile(const numbers kind, const int count, const product_arguments *a, long panel, long row, const char *ahead,
             long stride) {
-  const long width = a->in_width, size = weight_bytes(kind);
+  const long width = a->in_width, size = channel_bytes(kind, width), line = channel_bytes(kind, 2) * PANEL;
+  const int groups = kind == GROUPS_IN_8_BIT || kind == GROUPS_IN_4_BIT;
   const bf16 *in = (const bf16 *)a->in + row * width;
-  const char *weight = (const char *)a->weight + panel * PANEL * width * size;
+  const char *weight = (const char *)a->weight + panel * PANEL * size;
+  bf16 wide[WIDENED * PANEL] __attribute__((aligned(64)));
   __m512 sums[MOST_ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (long k = 0; k < width; k += 2, weight += 2 * PANEL * size, ahead += stride) {
+  for (long k = 0; k < width; k += 2, weight += line, ahead += stride) {
+    const bf16 *now = (const bf16 *)weight;
+    if (groups) {
+      if (k % WIDENED == 0) widen_weights(kind, a, weight, panel, k, wide);
+      now = wide + k % WIDENED * PANEL;
+    }
     __m512bh left, right;
     if (kind == WEIGHTS_IN_8_BIT) {
-      two_vectors wide = widened(weight);
-      left = (__m512bh)wide.left, right = (__m512bh)wide.right;
+      two_vectors both = widened(weight);
+      left = (__m512bh)both.left, right = (__m512bh)both.right;
     } else
-      left = (__m512bh)_mm512_loadu_si512(weight), right = (__m512bh)_mm512_loadu_si512(weight + 2 * PANEL);
+      left = (__m512bh)_mm512_loadu_si512(now), right = (__m512bh)_mm512_loadu_si512(now + PANEL);
     __builtin_prefetch(ahead, 0, 2);
     if (kind == IN_16_BIT) __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 12
@@ -226,8 +319,8 @@ INLINE rows_of_panel(const numbers kind, const int count, const product_argument
     break;
 
 INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel) {
-  const long size = a->in_width * PANEL * weight_bytes(kind);
-  const long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, stride = (kind == WEIGHTS_IN_8_BIT ? 64 : 128) / parts;
+  const long size = PANEL * channel_bytes(kind, a->in_width), pairs = a->in_width / (kind == BOTH_IN_8_BIT ? 4 : 2);
+  const long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, stride = size / pairs / parts;
   long row = 0;
   for (long part = 0; part < parts; part++) {
     const long count = (a->rows - row + parts - part - 1) / (parts - part);
@@ -242,18 +335,21 @@ INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel
 static void take_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
   int lane = thread % queue->count;
-  for (long panel; (panel = next_panel(queue, &lane)) >= 0;) switch (kind_of(queue->a)) {
-      case IN_16_BIT: multiply_panel(IN_16_BIT, queue->a, panel); break;
-      case WEIGHTS_IN_8_BIT: multiply_panel(WEIGHTS_IN_8_BIT, queue->a, panel); break;
-      case BOTH_IN_8_BIT: multiply_panel(BOTH_IN_8_BIT, queue->a, panel); break;
+#define KIND(kind) \
+  case kind: \
+    multiply_panel(kind, queue->a, panel); \
+    break;
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;) switch (queue->a->kind) {
+      KIND(IN_16_BIT) KIND(WEIGHTS_IN_8_BIT) KIND(BOTH_IN_8_BIT) KIND(GROUPS_IN_8_BIT) KIND(GROUPS_IN_4_BIT)
     }
+#undef KIND
 }
 
 /* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
 #define BLOCK_ROWS 256
 
 void product(const product_arguments *a) {
-  const long panels = (a->out_width + PANEL - 1) / PANEL, size = input_bytes(kind_of(a));
+  const long panels = (a->out_width + PANEL - 1) / PANEL, size = input_bytes((numbers)a->kind);
   for (long row = 0; row < a->rows; row += BLOCK_ROWS) {
     product_arguments block = *a;
     block.rows = a->rows - row < BLOCK_ROWS ? a->rows - row : BLOCK_ROWS;

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from typing import Any, Protocol
 
 from torch import Tensor
 
 
+class Numbers(IntEnum):
+    """What a product multiplies: ``numbers``."""
+
+    IN_16_BIT = 0
+    WEIGHTS_IN_8_BIT = 1
+    BOTH_IN_8_BIT = 2
+    GROUPS_IN_8_BIT = 3
+    GROUPS_IN_4_BIT = 4
+
+
 class Panels(Protocol):
-    """A weight as ``Kernels.product`` reads it.
+    """A weight as ``Kernels.product`` reads it; layouts are ``product.h``'s.
 
     Attributes:
-        weight: ``[panels, in / k, PANEL, k]``, bfloat16 or int8, k = 2, or 4 where inputs are in 8 bit as well; channels
-            beyond the last are 0.
-        scales: ``[panels * PANEL]`` float32, of int8 output channels; None for bfloat16.
+        kind: what it is made of.
+        weight: panels of ``PANEL`` output channels; channels beyond the last are 0.
+        scales: of output channels or groups; None in 16 bit.
         shifts: ``[panels * PANEL]`` int32, 128 times the sum of each channel's weights, where inputs are in 8 bit; else
             None.
         bias: ``[out]`` bfloat16.
         in_features: input channels.
         out_features: output channels.
+        group: inputs of a group; 0 without groups.
+        has_zero_points: whether offsets of groups are zero points; else they are minima.
     """
 
+    kind: Numbers
     weight: Tensor
     scales: Tensor | None
     shifts: Tensor | None
     bias: Tensor | None
     in_features: int
     out_features: int
+    group: int
+    has_zero_points: bool
 
 
 def pointer_to(tensor: Tensor | None) -> int | None:
@@ -57,19 +73,24 @@ class Product(ctypes.Structure):
     """``product_arguments``."""
 
     _fields_ = _fields(
-        "inputs weight scales shifts sizes bias residual out", "rows in_width out_width", ("threads", ctypes.c_int)
-    )
+        "inputs weight scales shifts sizes bias residual out", "rows in_width out_width group",
+        *((name, ctypes.c_int) for name in ("kind", "zero_points", "threads")),
+    )  # fmt: skip
 
 
 class Linear(ctypes.Structure):
     """``linear``: a weight and its sizes."""
 
-    _fields_ = _fields("weight scales shifts bias", "in_width out_width")
+    _fields_ = _fields(
+        "weight scales shifts bias", "in_width out_width group",
+        *((name, ctypes.c_int) for name in ("kind", "zero_points")),
+    )  # fmt: skip
 
     @classmethod
     def of(cls, panels: Panels) -> Linear:
         tensors = (panels.weight, panels.scales, panels.shifts, panels.bias)
-        return cls(*(pointer_to(tensor) for tensor in tensors), panels.in_features, panels.out_features)
+        sizes = (panels.in_features, panels.out_features, panels.group)
+        return cls(*(pointer_to(tensor) for tensor in tensors), *sizes, panels.kind, panels.has_zero_points)
 
 
 class LayerArguments(ctypes.Structure):

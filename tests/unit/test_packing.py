@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
 from specdec.kernels.decoder_layer import find_kernels
+from specdec.kernels.w4a16 import Int4Weight, from_dense
 from specdec.packing import FusedPart, PackedLinear, PackedWeight, can_pack, pack_linears
 from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
+from specdec.stored_weights import Int8Blocks, StoredInt4, run_int4
 
 
 class Block(nn.Module):
@@ -180,3 +183,34 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         out = kind(torch.ones(32, 32).bfloat16(), None)(inputs)
         assert out.isnan().all(1).tolist() == [False, True, False]
         assert not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13, 16, 40, 70])
+@pytest.mark.parametrize("outputs", [64, 33])
+@pytest.mark.parametrize(("inputs", "group", "zero_points"), [(96, 32, False), (128, 64, True), (2304, 128, False)])
+def test_groups_of_codes_give_what_their_dense_weight_gives_in_bfloat16(
+    inputs: int, group: int, zero_points: bool, outputs: int, rows: int
+) -> None:
+    """To the bit: the kernels make the same bfloat16 numbers of them, and add in the same order."""
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    torch.manual_seed(0)
+    bias, states = torch.randn(outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    stored = from_dense(torch.randn(outputs, inputs), group, zero_points)
+    codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    scales = torch.rand(outputs, inputs // 32).half()
+    weights = [
+        (Group4PanelWeight(stored, bias), stored.dequantize(torch.bfloat16)),
+        (Group8PanelWeight(codes, scales, bias), Int8Blocks(codes, scales).dequantize(torch.bfloat16)),
+    ]
+    for panels, dense in weights:
+        assert torch.equal(panels.dense(), dense)
+        assert torch.equal(panels(states), PanelWeight(dense, bias)(states))
+
+
+def test_factors_that_float16_lacks_are_left_to_other_kernels() -> None:
+    stored = from_dense(torch.randn(16, 64), 32, zero_points=False)
+    wide = Int4Weight(stored.codes, stored.scales.float() * 1e6, stored.offsets.float())
+    assert Group4PanelWeight.takes(stored)
+    assert not Group4PanelWeight.takes(wide)
+    assert isinstance(run_int4(wide, None, torch.bfloat16), StoredInt4)
