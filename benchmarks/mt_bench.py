@@ -67,6 +67,12 @@ class _Unit:
     def key(self) -> tuple[int, tuple[int, ...], int]:
         return self.repeat, tuple(question.question_id for question in self.questions), self.turn
 
+    @property
+    def category(self) -> str:
+        """Of the questions, "mixed" where they differ."""
+        found = {question.category for question in self.questions}
+        return found.pop() if len(found) == 1 else "mixed"
+
     def order(self, labels: Sequence[str]) -> list[str]:
         """The labels, rotated by one from question to question."""
         start = (self.repeat + self.index) % len(labels)
@@ -163,7 +169,8 @@ class _Bench:
         return result
 
     def _units(self) -> Iterator[_Unit]:
-        groups = group_questions(self._questions.questions, self._settings.batch_size)
+        settings = self._settings
+        groups = group_questions(self._questions.questions, settings.queue or settings.batch_size, not settings.queue)
         for repeat in range(self._settings.repeat):
             for index, group in enumerate(groups):
                 for turn in range(1, self._settings.turns + 1):
@@ -204,7 +211,12 @@ class _Bench:
 
     def _make_decoders(self) -> dict[str, SpecDecoder]:
         """New decoders, warmed up: drafters remember earlier texts, and no repeat may know another's."""
-        decoders = {PLAIN: SpecDecoder(self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise")}
+        rows = self._settings.batch_size
+        decoders = {
+            PLAIN: SpecDecoder(
+                self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise", max_rows=rows
+            )
+        }
         for spec in self._settings.drafters:
             decoders[spec.label] = SpecDecoder(
                 self._target,
@@ -213,12 +225,13 @@ class _Bench:
                 tokenizer=self._tokenizer,
                 adaptive=self._settings.adaptive,
                 on_drafter_error="raise",
+                max_rows=rows,
             )
         prompt = encode_prompt(WARM_UP, self._tokenizer, self._target.vocab_size)
         params = replace(self._settings.params, max_new_tokens=min(WARM_UP_TOKENS, self._settings.max_new_tokens))
         for label, decoder in decoders.items():
             with _failing_at(f"drafter {label!r}, warm-up"):
-                decoder.generate([prompt] * self._settings.batch_size, params)
+                decoder.generate([prompt] * rows, params)
         return decoders
 
     def _run_unit(self, unit: _Unit, decoders: Mapping[str, SpecDecoder]) -> list[Run]:
@@ -341,25 +354,24 @@ def _failing_at(where: str) -> Iterator[None]:
 
 def _make_run(unit: _Unit, label: str, output: _Output, equal: bool | None, difference: Difference | None) -> Run:
     results, stats = output.results, output.stats
-    steps = max(result.stats.passes for result in results)
     read = sum(result.stats.passes * (result.prompt_len + len(result.token_ids) / 2) for result in results)
     tokens = json.dumps([result.token_ids for result in results]).encode()
     return Run(
         repeat=unit.repeat,
         question_id=unit.questions[0].question_id,
         question_ids=unit.key[1],
-        category=unit.questions[0].category,
+        category=unit.category,
         turn=unit.turn,
         drafter=label,
         prompt_tokens=sum(result.prompt_len for result in results),
         emitted=stats.emitted,
         passes=stats.passes,
-        steps=steps,
+        steps=stats.steps,
         drafted=stats.drafted,
         accepted=stats.accepted,
         accepted_per_pass=dict(stats.accepted_per_pass),
         offered_depth=dict(stats.offered_depth),
-        context_tokens=read / steps,
+        context_tokens=read / stats.steps,
         milliseconds=dict(stats.milliseconds),
         first_token_ms=output.first_token_ms,
         wall_ms=output.wall_ms,

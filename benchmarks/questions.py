@@ -169,16 +169,17 @@ def _parse_line(raw: bytes) -> Question:
     return Question(question_id, category, tuple(turns))
 
 
-def group_questions(questions: Sequence[Question], batch_size: int) -> list[tuple[Question, ...]]:
-    """Batches of at most ``batch_size`` questions of one category, in the order of their first questions."""
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+def group_questions(questions: Sequence[Question], size: int, by_category: bool = True) -> list[tuple[Question, ...]]:
+    """Groups of at most ``size`` questions in the order of their first ones, of one category each or of any."""
+    if size < 1:
+        raise ValueError(f"groups must have at least 1 question, got {size}")
     groups: list[list[Question]] = []
     open_groups: dict[str, list[Question]] = {}
     for question in questions:
-        group = open_groups.get(question.category)
-        if group is None or len(group) == batch_size:
-            group = open_groups[question.category] = []
+        kind = question.category if by_category else ""
+        group = open_groups.get(kind)
+        if group is None or len(group) == size:
+            group = open_groups[kind] = []
             groups.append(group)
         group.append(question)
     return [tuple(group) for group in groups]

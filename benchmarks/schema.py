@@ -39,13 +39,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Run:
-    """One call: a turn of one question, or of a batch of questions of one category, by one drafter.
+    """One call: a turn of one question, or of several decoded together, by one drafter.
 
     Attributes:
         repeat: number of the repeat, from 0.
         question_id: the first question of the call.
         question_ids: all of them.
-        category: their category.
+        category: their category, "mixed" where they differ.
         turn: from 1.
         drafter: label; "none" is plain decoding.
         prompt_tokens: of all rows together, as are ``emitted``, ``passes``, ``drafted`` and ``accepted``.

@@ -33,7 +33,9 @@ class Settings:
         turns: 1 or 2 messages of each question, where it has as many.
         max_new_tokens: most tokens per turn.
         temperature: 0 is greedy.
-        batch_size: questions of one category decoded together; their times are shared and make one run.
+        batch_size: questions decoded together; their times are shared and make one run.
+        queue: questions of a call, of all categories, where they are more than are decoded together: the others take
+            the places of rows that end. 0 for calls of ``batch_size`` questions of one category.
         repeat: how often everything runs, each time with new drafters.
         seed: of sampling and of the bootstrap.
         verifier: acceptance policy of the drafters; plain decoding always has the automatic one.
@@ -49,6 +51,7 @@ class Settings:
     max_new_tokens: int = 128
     temperature: float = 0.0
     batch_size: int = 1
+    queue: int = 0
     repeat: int = 1
     seed: int = 0
     verifier: str = "auto"
@@ -61,6 +64,8 @@ class Settings:
         for name in ("batch_size", "repeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if 0 != self.queue <= self.batch_size:
+            raise ValueError(f"queue must be above batch_size, {self.batch_size}, got {self.queue}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         labels = [PLAIN, *(spec.label for spec in self.drafters)]

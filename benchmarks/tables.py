@@ -265,6 +265,7 @@ def _origin(result: Mapping[str, Any], precision: str = "", extra: str = "") -> 
         f"temperature {temperature:g}" if temperature else "",
         "" if settings.get("lossless", True) else f"LOSSY policy {settings['verifier']}",
         f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
+        f"{settings['queue']} questions a call, which join as rows end" if settings.get("queue") else "",
         extra,
         machine.get("gpu") or "",
         machine["cpu"] or "unknown processor",

@@ -78,6 +78,8 @@ class SpecDecoder:
         latency: what passes cost, instead of what is measured while decoding.
         memory_budget: bytes in all, weights included, as a number or "2GiB"; None is what is free. A call that does not
             fit gets smaller trees, then fewer rows at a time; where even one row without drafts does not, it raises.
+        max_rows: of a call that are decoded at a time; the others take the places of rows that end. None is as many as
+            memory allows. (``serve`` has its own.)
         prefix_memory: bytes that prefixes kept across calls may take, see ``prefix``.
         share_prefixes: compute and hold once what prompts of a call begin with alike; False is there to compare with.
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
@@ -104,6 +106,7 @@ class SpecDecoder:
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
         memory_budget: int | str | None = None,
+        max_rows: int | None = None,
         prefix_memory: int | str = "1GiB",
         share_prefixes: bool = True,
         on_drafter_error: Literal["warn", "raise"] = "warn",
@@ -113,6 +116,9 @@ class SpecDecoder:
     ) -> None:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        self._max_rows = max_rows
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         self._prefix_memory = parse_size(prefix_memory)
         self._share_prefixes = share_prefixes
@@ -276,7 +282,9 @@ class SpecDecoder:
         start: Sequence[Row] | None = None,
     ) -> Generation:
         """A generation planned for ``rows``, with those of ``start`` in it; with all of them where None."""
-        policy = self._pick_policy(verifier, params)
+        policy, limit = self._pick_policy(verifier, params), self._max_rows
+        if start is None and limit is not None and limit < len(rows):
+            start, rows = rows, sorted(rows, key=lambda row: row.max_len)[-limit:]
         spare = self._pick_spare(rows, policy, verifier) if start is None else None
         plan = self.memory_plan = self._plan_memory(rows, start is not None, spare)
         together = plan.rows >= len(rows)

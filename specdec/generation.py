@@ -321,6 +321,8 @@ class Generation:
     def _emit(self, tree: TokenTree, logits: Tensor, verdict: Verdict) -> list[StreamPiece]:
         """Append what was accepted to the rows, up to where each ends."""
         pieces = []
+        for counted in self._counted(self._batch.rows):
+            counted.steps += 1
         depths, drafted = tree.draft_depth.tolist(), tree.num_drafted.tolist()
         for index, row in enumerate(self._batch.rows):
             accepted = verdict.num_accepted[index]

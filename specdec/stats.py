@@ -20,7 +20,8 @@ class DecodeStats:
     of the text. ``tau`` counts emitted tokens per target pass.
 
     Attributes:
-        passes: target passes over trees the row took part in, prefill not counted.
+        passes: target passes over trees the row took part in, prefill not counted; of a call, those of all its rows.
+        steps: the same, a pass that several rows took part in counted once.
         plain_passes: those of them whose trees were roots alone.
         drafted: draft nodes proposed.
         accepted: draft nodes accepted.
@@ -36,6 +37,7 @@ class DecodeStats:
     """
 
     passes: int = 0
+    steps: int = 0
     plain_passes: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -86,6 +88,7 @@ class DecodeStats:
     def add(self, other: DecodeStats) -> None:
         """Add another row's or call's counts and times to this one."""
         self.passes += other.passes
+        self.steps += other.steps
         self.plain_passes += other.plain_passes
         self.drafted += other.drafted
         self.accepted += other.accepted
@@ -108,6 +111,7 @@ class DecodeStats:
             "speculation_off": self.speculation_off,
             "plain_reason": self.plain_reason,
             "passes": self.passes,
+            "steps": self.steps,
             "plain_passes": self.plain_passes,
             "drafted": self.drafted,
             "accepted": self.accepted,

@@ -131,6 +131,19 @@ def test_batch_makes_one_run_of_a_categorys_questions(target: HFTarget, tokenize
     assert all(run.equal for run in ngram.values())
 
 
+def test_questions_of_a_queue_join_as_rows_end(target: HFTarget, tokenizer: Any) -> None:
+    result = run_mt_bench(target, tokenizer, settings(batch_size=2, queue=4, turns=1), QUESTIONS)
+    (ngram,) = [run for run in result.runs if run.drafter == "ngram"]
+    assert ngram.question_ids == (1, 2, 3, 4)
+    assert (ngram.category, ngram.equal, ngram.emitted) == ("mixed", True, 48)
+    assert ngram.passes <= 2 * ngram.steps  # two rows at a time
+
+
+def test_queue_no_longer_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="queue must be above batch_size, 4, got 4"):
+        settings(batch_size=4, queue=4)
+
+
 def test_second_turn_continues_with_the_first_answer() -> None:
     question = Question(1, "math", ("a", "b"))
     assert make_prompt(question, [], chat=False) == "a\n"

@@ -95,10 +95,11 @@ def test_limit_spreads_over_categories_and_keeps_the_order() -> None:
         found.limit(0)
 
 
-def test_groups_never_mix_categories() -> None:
+@pytest.mark.parametrize(("by_category", "expected"), [(True, [[0, 2], [1, 3], [4]]), (False, [[0, 1], [2, 3], [4]])])
+def test_groups_mix_categories_only_where_they_may(by_category: bool, expected: list[list[int]]) -> None:
     found = [Question(i, c, ("t",)) for i, c in enumerate("ababa")]
-    groups = group_questions(found, 2)
-    assert [[q.question_id for q in group] for group in groups] == [[0, 2], [1, 3], [4]]
+    groups = group_questions(found, 2, by_category)
+    assert [[q.question_id for q in group] for group in groups] == expected
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,13 @@ def test_a_drafter_that_fails_to_take_rows_in_is_left_out(target: HFTarget) -> N
             pass
     assert [len(row.emitted) for row in rows] == [2, 4, 4]
     assert generation.stats.speculation_off is not None
+
+
+def test_a_call_decodes_no_more_rows_at_a_time_than_it_may(target: HFTarget) -> None:
+    limited, free = (SpecDecoder(target, "ngram", adaptive=False, max_rows=rows) for rows in (2, None))
+    texts = [[result.token_ids for result in each.generate(PROMPTS, max_new_tokens=12)] for each in (limited, free)]
+    assert texts[0] == texts[1]
+    assert free.stats.steps <= free.stats.passes <= len(PROMPTS) * free.stats.steps
+    assert limited.stats.passes <= 2 * limited.stats.steps
+    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+        SpecDecoder(target, "ngram", max_rows=0)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("-t", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Per turn.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at a time.")
+@click.option("--queue", type=click.IntRange(min=2), help="Questions of a call; more join as --batch-size rows end.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @quantize_option
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
@@ -46,6 +47,7 @@ def mt_bench(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    queue: int | None,
     dtype: str,
     quantize: str | None,
     device: str,
@@ -96,7 +98,7 @@ def mt_bench(
     settings = Settings(
         model=model, dtype=quantize or str(target.dtype).removeprefix("torch."), device=str(target.device),
         drafters=specs, turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
-        repeat=repeat, seed=seed, verifier=verifier, adaptive=adaptive,
+        queue=queue or 0, repeat=repeat, seed=seed, verifier=verifier, adaptive=adaptive,
     )  # fmt: skip
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
     try:
