@@ -213,9 +213,7 @@ class _Bench:
         """New decoders, warmed up: drafters remember earlier texts, and no repeat may know another's."""
         rows = self._settings.batch_size
         decoders = {
-            PLAIN: SpecDecoder(
-                self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise", max_rows=rows
-            )
+            PLAIN: SpecDecoder(self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise", max_rows=rows)
         }
         for spec in self._settings.drafters:
             decoders[spec.label] = SpecDecoder(

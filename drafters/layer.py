@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.attention import AttentionPass, attend
-from specdec.kernels.decoder_layer import LANES, LayerArguments, find_kernels
+from specdec.kernels.decoder_layer import LANES, LayerArguments, PassPart, find_kernels
 from specdec.lean import MOST_NODES, share
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -157,9 +157,8 @@ class DraftLayer(nn.Module):
         )
         arguments = self.whole()
         if arguments is not None:
-            now = share(kernels, arguments, angles, shared)
-            kept = [(buffers.keys, buffers.values)]
-            return kernels.layers([arguments], now, inputs.contiguous(), kept, residual=residual.contiguous())
+            part = PassPart(share(kernels, arguments, angles, shared), [(buffers.keys, buffers.values)])
+            return kernels.layers([arguments], [part], inputs.contiguous(), residual.contiguous())
         attended = kernels.attention(
             query.product.packed(inputs), angles, buffers.keys, buffers.values, shared.cache.lengths, shared.depth,
             shared.ancestors, shape.head_dim**-0.5,

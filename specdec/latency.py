@@ -22,6 +22,7 @@ from specdec.files import write_atomically
 from specdec.kernels.build import source_digest
 from specdec.kernels.decoder_layer import SOURCE
 from specdec.kv_cache import KVCache
+from specdec.panels import PanelWeight
 from specdec.target import HFTarget
 from specdec.tree import ROOT, TokenTree
 
@@ -164,6 +165,8 @@ def _kind(module: nn.Module) -> str:
     """A module's class and what it holds: quantizers may leave the class and change the weight's."""
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     tensors = sorted(f"{name}:{type(tensor).__name__}:{tensor.dtype}" for name, tensor in held)
+    if isinstance(module, PanelWeight):
+        tensors.append(f"groups of {module.group}")
     return f"{type(module).__module__}.{type(module).__name__}({', '.join(tensors)})"
 
 

@@ -11,7 +11,7 @@ The weights are the modules' own, hooks run as ever, and the model's ``generate`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from specdec.kernels.decoder_layer import (
     Kernels,
     LayerArguments,
     PassArguments,
+    PassPart,
     find_kernels,
-    pointer_to,
 )
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -186,11 +186,8 @@ class LeanLayer:
         rotary: tuple[Tensor, Tensor],
         specdec_pass: AttentionPass | JoinedPass,
     ) -> Tensor:
-        if self.arguments is not None and isinstance(specdec_pass, AttentionPass):
-            keys, values, segments = self.buffers(specdec_pass, hidden_states.dtype)
-            shared = share(kernels, self.arguments, rotary, specdec_pass)
-            parts = None if segments is None else [segments]
-            return kernels.layers([self.arguments], shared, hidden_states, [(keys, values)], parts)
+        if self.arguments is not None:
+            return kernels.layers([self.arguments], _parts(kernels, [self], rotary, specdec_pass), hidden_states)
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         qkv = self._norm_heads(
@@ -301,22 +298,12 @@ class LeanStack:
     ) -> Tensor:
         if not layers:
             return states
-        ends = range(first + 1, first + 1 + len(layers))
-        if isinstance(now, JoinedPass):
-            for end, layer in zip(ends, layers, strict=True):
-                states = layer.forward(states, position_embeddings=rotary, specdec_pass=now)
-                if end in now.copies:
-                    now.copies[end] = states
-            return states
         forwards: list[LeanLayer] = [layer.forward for layer in layers]
         arguments = [forward.arguments for forward in forwards if forward.arguments is not None]
-        opened = [forward.buffers(now, states.dtype) for forward in forwards]
-        tables = [segments for *_, segments in opened if segments is not None]
-        buffers = [(keys, values) for keys, values, _ in opened]
+        ends = range(first + 1, first + 1 + len(layers))
         now.copies.update({end: torch.empty_like(states) for end in ends if end in now.copies})
         copies = [now.copies.get(end) for end in ends] if now.copies else None
-        shared = share(kernels, arguments[0], rotary, now)
-        return kernels.layers(arguments, shared, states, buffers, tables or None, copies=copies)
+        return kernels.layers(arguments, _parts(kernels, forwards, rotary, now), states, copies=copies)
 
     def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
         embed: Any = self._stack.embed_tokens
@@ -358,18 +345,41 @@ def is_whole(layer: Any) -> bool:
     return isinstance(layer.forward, LeanLayer) and layer.forward.arguments is not None
 
 
+def _parts(
+    kernels: Kernels, layers: Sequence[LeanLayer], rotary: tuple[Tensor, Tensor], now: AttentionPass | JoinedPass
+) -> list[PassPart]:
+    """A pass as compiled layers take it; all of it works in the first part's memory."""
+    passes = now.parts if isinstance(now, JoinedPass) else (now,)
+    first, end, total, parts = layers[0].arguments, 0, now.positions.numel(), []
+    assert first is not None
+    for each in passes:
+        start, end = end, end + each.positions.numel()
+        angles = (rotary[0], rotary[1]) if len(passes) == 1 else (rotary[0][:, start:end], rotary[1][:, start:end])
+        opened = [layer.buffers(each, rotary[0].dtype) for layer in layers]
+        tables = [segments for *_, segments in opened if segments is not None]
+        shared = share(kernels, first, angles, each, total if each is passes[0] else 0)
+        parts.append(PassPart(shared, [(keys, values) for keys, values, _ in opened], tables or None))
+    return parts
+
+
 def share(
-    kernels: Kernels, layer: LayerArguments, rotary: tuple[Tensor, Tensor], specdec_pass: AttentionPass
+    kernels: Kernels,
+    layer: LayerArguments,
+    rotary: tuple[Tensor, Tensor],
+    specdec_pass: AttentionPass,
+    total: int | None = None,
 ) -> PassArguments:
-    """What the compiled layers of a pass share, made at the first of them."""
+    """What the compiled layers of a pass share, made at the first of them; with memory for ``total`` nodes, for its own
+    where None, for none where 0.
+    """
     if specdec_pass.arguments is None:
         shape, rows = specdec_pass.ancestors.shape, specdec_pass.positions.numel()
+        needed = rows if total is None else total
         tensors = (
             *rotary, specdec_pass.cache.lengths, specdec_pass.depth, specdec_pass.ancestors, specdec_pass.starts,
-            kernels.space(layer, rows),
+            kernels.space(layer, needed) if needed else None,
         )  # fmt: skip
-        pointers = (pointer_to(tensor) for tensor in tensors)
-        specdec_pass.arguments = PassArguments(*pointers, *shape, rows, torch.get_num_threads())
+        specdec_pass.arguments = PassArguments.of(tensors, shape, rows, torch.get_num_threads())
         specdec_pass.held = tensors
     return specdec_pass.arguments
 

@@ -1,8 +1,8 @@
 """Targets whose linear layers compute with 8- or 4-bit weights, made at load from a model's own weights.
 
 On a CPU they run by kernels of ours or PyTorch's, packed as ``specdec.packing`` packs 16-bit ones; elsewhere torchao
-does it, and NF4 is bitsandbytes' everywhere. Every layer on the CPU computes a row without regard to its neighbours, so a pass
-over a tree says what a pass over one node says: speculation gives the quantized model's own text.
+does it, and NF4 is bitsandbytes' everywhere. Every layer on the CPU computes a row without regard to its neighbours, so
+a pass over a tree says what a pass over one node says: speculation gives the quantized model's own text.
 
 ``int8``   weights with a scale per output channel; activations stay as they are.
 ``w8a8``   int8 x int8: activations get a scale per row as they come (LLM.int8, Dettmers et al. 2022, section 2.1, there
@@ -15,7 +15,7 @@ over a tree says what a pass over one node says: speculation gives the quantized
            call: less memory than int8, finer than int4, but slow; libraries no longer have it.
 ``gguf``   the Q4_1 and Q8_0 blocks of a GGUF file as they are stored.
 
-Weight-only kernels read less, which pays for few rows, and then cost more per row than 16-bit ones; ``w8a8`` is flat.
+Weight-only kernels read less, which pays for few rows. Ours then cost what 16-bit ones do, PyTorch's more per row.
 """
 
 from __future__ import annotations

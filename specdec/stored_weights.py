@@ -139,7 +139,9 @@ def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.d
 def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A module that multiplies inputs of a dtype by the weight: by our own CPU kernels where they run."""
     own = dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
-    return Group4PanelWeight(stored, bias) if own and Group4PanelWeight.takes(stored) else StoredInt4(stored, bias, dtype)
+    if own and Group4PanelWeight.takes(stored):
+        return Group4PanelWeight(stored, bias)
+    return StoredInt4(stored, bias, dtype)
 
 
 def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:

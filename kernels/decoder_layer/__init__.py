@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ __all__ = [
     "Numbers",
     "Panels",
     "PassArguments",
+    "PassPart",
     "array_of",
     "find_kernels",
     "pointer_to",
@@ -67,6 +70,32 @@ PANEL = 32
 """Output channels of a panel."""
 
 
+@dataclass(frozen=True)
+class PassPart:
+    """Rows of one cache in a pass.
+
+    Attributes:
+        arguments: what their layers share.
+        buffers: each layer's keys and values, as ``Kernels.attention`` takes them.
+        segments: each layer's, likewise; None where rows share nothing.
+    """
+
+    arguments: PassArguments
+    buffers: Sequence[tuple[Tensor, Tensor]]
+    segments: Sequence[Tensor] | None = None
+
+    def fill(self) -> list[Any]:
+        """Set the layers' addresses in ``arguments``; they are those of what is returned."""
+        arguments, segments = self.arguments, self.segments
+        keys, values = (array_of([pair[which].data_ptr() for pair in self.buffers]) for which in (0, 1))
+        tables = None if segments is None else array_of([table.data_ptr() for table in segments])
+        arguments.keys, arguments.values = ctypes.addressof(keys), ctypes.addressof(values)
+        arguments.segments, arguments.next = None if tables is None else ctypes.addressof(tables), None
+        arguments.slots = self.buffers[0][0].shape[2]
+        arguments.levels = 0 if segments is None else _levels(segments[0])
+        return [keys, values, tables]
+
+
 class Kernels:
     """The compiled functions. All tensors are contiguous, on the CPU and, where not said otherwise, bfloat16.
 
@@ -88,15 +117,7 @@ class Kernels:
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
         self._layers = declare(
-            "decoder_layers",
-            pointer,
-            number,
-            structure(PassArguments),
-            *[pointer] * 5,
-            number,
-            pointer,
-            number,
-            pointer,
+            "decoder_layers", pointer, number, structure(PassArguments), pointer, pointer, pointer, pointer
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
         self._take_rows = declare("take_rows", *[pointer] * 3, *[number] * 3, result=number)
@@ -167,10 +188,8 @@ class Kernels:
     def layers(
         self,
         layers: Sequence[LayerArguments],
-        arguments: PassArguments,
+        parts: Sequence[PassPart],
         states: Tensor,
-        buffers: Sequence[tuple[Tensor, Tensor]],
-        segments: Sequence[Tensor] | None = None,
         residual: Tensor | None = None,
         copies: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
@@ -178,23 +197,21 @@ class Kernels:
 
         Args:
             layers: their weights.
-            arguments: what they share.
+            parts: the rows of each cache; where there are several, all their nodes stand side by side, ``[1, T, d]``.
             states: of the nodes; as wide as the first layer's products of queries, keys and values read.
-            buffers: each layer's keys and values, as ``attention`` takes them.
-            segments: each layer's, likewise.
             residual: what the first layer adds to; None for ``states``.
             copies: ``[B, n, d]`` to write each layer's output to, where it is wanted.
         """
         out = torch.empty_like(states if residual is None else residual)
-        count = len(layers)
+        held = [part.fill() for part in parts]
+        for part, after in pairwise(parts):
+            part.arguments.next = ctypes.addressof(after.arguments)
         self._layers(
-            array_of([ctypes.addressof(layer) for layer in layers]), count, arguments, states.data_ptr(),
-            pointer_to(residual), out.data_ptr(), array_of([keys.data_ptr() for keys, _ in buffers]),
-            array_of([values.data_ptr() for _, values in buffers]), buffers[0][0].shape[2],
-            None if segments is None else array_of([part.data_ptr() for part in segments]),
-            0 if segments is None else _levels(segments[0]),
+            array_of([ctypes.addressof(layer) for layer in layers]), len(layers), parts[0].arguments,
+            states.data_ptr(), pointer_to(residual), out.data_ptr(),
             None if copies is None else array_of([pointer_to(copy) for copy in copies]),
         )  # fmt: skip
+        del held
         return out
 
     def draft_space(self, weights: DraftWeights, entries: int, drafts: int = 0) -> int:

@@ -118,15 +118,27 @@ typedef struct {
   long heads, kv_heads, width, window;
 } layer;
 
-typedef struct {
+typedef struct pass pass;
+
+/* Rows of one cache. What is computed node by node is computed for those of all passes in a chain at once. */
+struct pass {
   const bf16 *cos, *sin;
   const int64_t *lengths, *depth;
   const uint8_t *seen;
-  const int64_t *starts; /* as attention_arguments has it */
-  char *space; /* layer_space() bytes, aligned to 64 */
-  long batch, nodes, tree, rows; /* rows: nodes of all rows of the batch together */
+  const int64_t *starts;            /* as attention_arguments has it */
+  char *space;                      /* layer_space() bytes for all nodes, aligned to 64; the first pass's counts */
+  bf16 *const *keys, *const *values; /* each layer's */
+  const segment *const *segments;   /* each layer's, as attention_arguments has them; or null */
+  const pass *next;                 /* whose nodes follow, or null */
+  long batch, nodes, tree, rows, slots, levels; /* rows: nodes of all rows of the batch together */
   int threads;
-} pass;
+};
+
+static long all_rows(const pass *p) {
+  long rows = 0;
+  for (; p; p = p->next) rows += p->rows;
+  return rows;
+}
 
 typedef struct {
   bf16 *normed, *qkv, *attended, *gate_up, *gated;
@@ -168,12 +180,11 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
   product(&a);
 }
 
-/* Attention reads `in`, normed where the layer has an input norm, and adds to `residual`; that and `out` may be the
-   same. */
-static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const bf16 *residual, bf16 *out, bf16 *keys,
-                          bf16 *values, long slots, const segment *segments, long levels) {
-  long rows = p->rows, d = l->gate_up.in_width;
-  int threads = p->threads;
+/* The `index`-th layer. Attention reads `in`, normed where the layer has an input norm, and adds to `residual`; that and
+   `out` may be the same. */
+static void decoder_layer(const layer *l, long index, const pass *p, const bf16 *in, const bf16 *residual, bf16 *out) {
+  const long rows = all_rows(p), d = l->gate_up.in_width;
+  const int threads = p->threads;
   buffers b;
   place(l, rows, p->space, &b);
   if (l->input_norm) {
@@ -181,10 +192,15 @@ static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const b
     in = b.normed;
   }
   multiply(&l->qkv, &b, in, 0, b.qkv, rows, threads);
-  attention_arguments a = {b.qkv, p->cos, p->sin, keys, values, p->lengths, p->depth, p->seen, segments, b.attended,
-                           p->starts, p->batch, p->nodes, p->tree, l->heads, l->kv_heads, l->width, slots, l->window,
-                           levels, l->scale, threads, 0};
-  tree_attention(&a);
+  long first = 0;
+  for (const pass *part = p; part; first += part->rows, part = part->next) {
+    attention_arguments a = {b.qkv + first * l->qkv.out_width, part->cos, part->sin, part->keys[index],
+                             part->values[index], part->lengths, part->depth, part->seen,
+                             part->segments ? part->segments[index] : 0, b.attended + first * l->out.in_width,
+                             part->starts, part->batch, part->nodes, part->tree, l->heads, l->kv_heads, l->width,
+                             part->slots, l->window, part->levels, l->scale, threads, 0};
+    tree_attention(&a);
+  }
   multiply(&l->out, &b, b.attended, residual, out, rows, threads);
   rms_norm(out, l->mlp_norm, b.normed, rows, d, l->mlp_eps, threads);
   multiply(&l->gate_up, &b, b.normed, 0, b.gate_up, rows, threads);
@@ -192,16 +208,14 @@ static void decoder_layer(const layer *l, const pass *p, const bf16 *in, const b
   multiply(&l->down, &b, b.gated, out, out, rows, threads);
 }
 
-/* Layers in sequence. The first reads `in` and adds to `residual`, `in` itself where that is null; `segments` is null, or
-   for each layer what attention_arguments has; `copies` is null, or for each layer where its output is wanted too. */
+/* Layers in sequence. The first reads `in` and adds to `residual`, `in` itself where that is null; `copies` is null, or
+   for each layer where its output is wanted too. */
 void decoder_layers(const layer *const *layers, long count, const pass *p, const bf16 *in, const bf16 *residual,
-                    bf16 *out, bf16 *const *keys, bf16 *const *values, long slots, const segment *const *segments,
-                    long levels, bf16 *const *copies) {
+                    bf16 *out, bf16 *const *copies) {
   for (long i = 0; i < count; i++) {
-    decoder_layer(layers[i], p, i ? out : in, i ? out : residual ? residual : in, out, keys[i], values[i], slots,
-                  segments ? segments[i] : 0, levels);
+    decoder_layer(layers[i], i, p, i ? out : in, i ? out : residual ? residual : in, out);
     if (copies && copies[i])
-      __builtin_memcpy(copies[i], out, (size_t)(p->rows * layers[i]->down.out_width) * sizeof(bf16));
+      __builtin_memcpy(copies[i], out, (size_t)(all_rows(p) * layers[i]->down.out_width) * sizeof(bf16));
   }
 }
 

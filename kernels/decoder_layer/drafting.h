@@ -107,10 +107,11 @@ static void enter(const draft_weights *h, const draft_cache *c, const draft_buff
   const long rows = c->batch * nodes;
   run(make_entry, &a, rows, rows > 8 ? c->threads : 1);
   if (h->mix) multiply_draft(h->mix, b, b->inputs, b->residual, rows, c->threads);
-  pass p = {b->cos, b->sin, c->lengths, depth, seen, 0, b->layer, c->batch, nodes, tree, rows, c->threads};
+  pass p = {b->cos, b->sin, c->lengths, depth, seen, 0, b->layer, c->keys, c->values, 0, 0, c->batch, nodes, tree, rows,
+            c->slots, 0, c->threads};
   const bf16 *in = h->embedding_norm ? b->inputs : b->residual;
   for (long i = 0; i < h->count; i++)
-    decoder_layer(h->layers[i], &p, i ? out : in, i ? out : b->residual, out, c->keys[i], c->values[i], c->slots, 0, 0);
+    decoder_layer(h->layers[i], i, &p, i ? out : in, i ? out : b->residual, out);
 }
 
 void draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,

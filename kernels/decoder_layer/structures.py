@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -121,7 +122,16 @@ class LayerArguments(ctypes.Structure):
 class PassArguments(ctypes.Structure):
     """``pass``: what the layers of one pass share."""
 
-    _fields_ = _fields("cos sin lengths depth seen starts space", "batch nodes tree rows", ("threads", ctypes.c_int))
+    _fields_ = _fields(
+        "cos sin lengths depth seen starts space keys values segments next",
+        "batch nodes tree rows slots levels",
+        ("threads", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], shape: Sequence[int], rows: int, threads: int) -> PassArguments:
+        """Of cosines, sines, lengths, depth, what is seen, starts and space; ``[B, n, M]``, and nodes of all rows."""
+        return cls(*map(pointer_to, tensors), None, None, None, None, *shape, rows, 0, 0, threads)
 
 
 class Top(ctypes.Structure):

@@ -154,9 +154,9 @@ def test_panels_give_the_product_in_float64(shape: tuple[int, int], rows: int) -
     for got, expected in ((panels(inputs), exact), (panels.add_to(residual, inputs), exact + residual.double())):
         assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + shape[1] * 2.0**-23 * size).all()
     light = Int8PanelWeight(weight, bias)
-    scales = light.scales[: shape[0]].double()
-    exact = inputs.double() @ light._codes().double().T * scales + bias.double()
-    size = inputs.double().abs() @ light._codes().double().abs().T * scales + bias.double().abs() + residual.double().abs()
+    scaled = light._codes().double() * light.scales[: shape[0], None].double()
+    exact = inputs.double() @ scaled.T + bias.double()
+    size = inputs.double().abs() @ scaled.abs().T + bias.double().abs() + residual.double().abs()
     for got, expected in ((light(inputs), exact), (light.add_to(residual, inputs), exact + residual.double())):
         assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + shape[1] * 2.0**-23 * size).all()
     coarse = W8A8PanelWeight(weight, bias)
