@@ -58,10 +58,14 @@ _TRIED = 16
 """Nodes that a trial may have in any case, of all rows together."""
 
 _UNCHECKED = 8
-"""Passes that may speculate before one plain pass is run to compare with."""
+"""Passes that may speculate before plain ones are run to compare with."""
 
-_RECHECKED = 24
-"""The same once there was one, of several rows: there drafts gain little, and what a plain pass takes changes."""
+_RECHECKED = 48
+"""The same once there were, of several rows: there drafts gain little, and what a plain pass takes changes."""
+
+_COMPARED = 3
+"""Plain passes run to compare with. The first one's time is not taken: a draft leaves less of the target's weights in
+the caches than plain decoding does, by a tenth of a pass."""
 
 
 class TreePolicy(Protocol):
@@ -185,6 +189,9 @@ class AdaptiveTrees:
         self._gap = self._wait = _FIRST_GAP
         self._passes = self._drafts = 0
         self._unchecked = 0  # passes that speculated since a plain one
+        self._comparing = 0  # plain passes still to be run to compare with
+        self._timed_plain = False  # whether the time of a plain pass was taken
+        self._after_draft = False  # whether the last pass speculated
         self._gained = 0.0  # in plain passes, as far as settled
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
@@ -207,8 +214,10 @@ class AdaptiveTrees:
 
     def _decide(self, rows: Sequence[Row]) -> int:
         if self._unchecked >= (_RECHECKED if self._comparable else _UNCHECKED):
-            self._unchecked = 0
-            self.reason = "one plain pass, to compare with"
+            self._unchecked, self._comparing = 0, _COMPARED
+        if self._comparing:
+            self._comparing -= 1
+            self.reason = "a plain pass, to compare with"
             return 1
         offer = self._offers(rows)
         sizes = self._affordable(offer)
@@ -230,7 +239,7 @@ class AdaptiveTrees:
     @property
     def _comparable(self) -> bool:
         """Whether it is known what a plain pass takes, of about this batch or at least of another one."""
-        return self._times.knows(1, self._size) or self._passes > self._drafts
+        return self._times.knows(1, self._size) or self._timed_plain
 
     def _offers(self, rows: Sequence[Row]) -> dict[int, _Offer]:
         """What can be had, by size, up to a little more than the largest trees that the drafter makes."""
@@ -292,7 +301,10 @@ class AdaptiveTrees:
             return
         drafting, nodes = ms["draft"], tree.computed_nodes(self._uneven)
         self._passes += 1
-        self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
+        if self._asked > 1 or not self._after_draft:
+            self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
+            self._timed_plain = self._timed_plain or self._asked == 1
+        self._after_draft = self._asked > 1
         if self._asked == 1:
             self._open.append(_Draft(0.0, 0, self._size, self._length, drafting))  # learning from plain passes
             for row in rows:

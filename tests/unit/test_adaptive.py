@@ -33,16 +33,18 @@ class Machine:
         draft_ms: time it takes for that.
         known: whether the policy is told the curve; else it sees times only.
         noise: share by which times vary.
+        after_draft: factor on the time of a plain pass that comes after a draft.
     """
 
     def __init__(
         self, curve: LatencyCurve, accept: Sequence[Accept], width: int = 16, draft_ms: float = 0.0,
-        known: bool = True, noise: float = 0.0, virtual: bool = False,
+        known: bool = True, noise: float = 0.0, virtual: bool = False, after_draft: float = 1.0,
     ) -> None:  # fmt: skip
         self.curve, self.accept, self.width, self.draft_ms = curve, accept, width, draft_ms
         self.rows: list[Row] = [make_row([1], 10) for _ in accept]
         self.policy = AdaptiveTrees(PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU))
         self.virtual, self.noise, self.random = virtual, noise, random.Random(0)
+        self.after_draft = after_draft
         self.widths: list[int] = []
         self.tokens = self.ms = 0.0
 
@@ -64,6 +66,8 @@ class Machine:
         accepted = [min(accept(len(self.widths)), limit) for accept in self.accept]
         verdict = Verdict(columns.expand(size, -1), accepted, [[1] * (n + 1) for n in accepted], [False] * size)
         target = self.curve.at(width, size) * (1 + self.noise * self.random.expovariate(1.0))
+        if width == 1 and self.widths and self.widths[-1] > 1:
+            target *= self.after_draft
         draft = self.draft_ms if budget > 1 else 0.0
         self.policy.observe(self.rows, tree, verdict, {"draft": draft, "target": target})
         self.widths.append(width)
@@ -167,10 +171,18 @@ def test_good_text_is_never_decoded_plainly_where_trees_pay() -> None:
     assert run.policy.reason is None
 
 
-def test_one_plain_pass_is_run_to_compare_with() -> None:
+def test_plain_passes_are_run_to_compare_with() -> None:
     run = Machine(FLAT, [always], known=False).run(1000)
-    assert run.speculating.count(False) == 1
-    assert run.speculating[:8] == [True] * 8
+    assert run.speculating.count(False) == 3
+    assert run.speculating[:11] == [True] * 8 + [False] * 3
+
+
+@pytest.mark.parametrize(("two_nodes", "pays"), [(18.0, True), (22.0, False)])
+def test_a_plain_pass_that_a_draft_slowed_down_is_not_what_plain_decoding_takes(two_nodes: float, pays: bool) -> None:
+    curve = LatencyCurve.simple({1: 10.0, 2: two_nodes, 64: 640.0})  # for two tokens
+    run = Machine(curve, [lambda _: 1], width=2, known=False, after_draft=1.25).run(600)
+    late = run.speculating[100:]
+    assert late.count(pays) > 0.9 * len(late)
 
 
 def test_no_tree_where_none_pays() -> None:
