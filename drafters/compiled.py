@@ -24,7 +24,8 @@ from specdec.kernels.decoder_layer import (
     find_kernels,
 )
 from specdec.kv_cache import KVCache
-from specdec.lean import LeanStack, is_whole
+from specdec.lean import is_whole
+from specdec.lean_stack import LeanStack
 from specdec.packing import PackedLinear
 from specdec.panels import PanelWeight
 from specdec.tree import TokenTree

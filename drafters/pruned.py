@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec.drafters import weights as weights_module
 from specdec.drafters.heads import HeadModule, OutputHead, drafting_head, pack_head
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, load_weights
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 

@@ -207,6 +207,16 @@ class KVCache(SlotOrder):
             self.layers[layer] = LayerBuffers(self._allocate(like), self._allocate(like))
         return self.layers[layer]
 
+    def open_all(
+        self, layers: Sequence[int], num_nodes: int, num_heads: int, width: int, dtype: torch.dtype
+    ) -> list[LayerBuffers]:
+        """``open`` for several layers."""
+        known = self.layers
+        if not all(layer in known for layer in layers):
+            return [self.open(layer, num_nodes, num_heads, width, dtype) for layer in layers]
+        self._end(num_nodes)
+        return [known[layer] for layer in layers]
+
     def _end(self, num_nodes: int) -> int:
         """The first slot behind so many nodes."""
         end = max(self._host_own) + num_nodes

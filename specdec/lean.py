@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec.attention import AttentionPass, JoinedPass, attend
 from specdec.kernels.decoder_layer import (
@@ -35,28 +34,8 @@ from specdec.panels import PanelWeight
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """Classes of transformers whose layers do what ``LeanLayer`` does, and nothing else."""
 
-KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
-"""Classes that are an embedding, rotary angles, layers and a norm."""
-
 MOST_NODES = 512
 """Of a pass per row that runs through compiled kernels, a chunk of a prompt among them; beyond it PyTorch's run."""
-
-
-def make_lean(model: nn.Module) -> int:
-    """Give a model's decoder layers their short ``forward``, where they are known and packed.
-
-    Returns:
-        How many layers have it.
-    """
-    count = 0
-    for module in model.modules():
-        if can_be_lean(module):
-            if not isinstance(module.forward, LeanLayer):
-                module.forward = LeanLayer(module)
-            count += 1
-        elif type(module).__name__ in KNOWN_STACKS and not isinstance(module.forward, LeanStack):
-            module.forward = LeanStack(module)
-    return count
 
 
 def rows_are_independent(model: nn.Module) -> bool:
@@ -106,22 +85,22 @@ class LeanLayer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._own: Callable[..., Tensor] = layer.forward
-        self._index: int = attention.layer_idx
-        self._head_dim: int = attention.head_dim
+        self.index: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
         self._scale: float = attention.scaling
         config = attention.config
-        self._heads, self._kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         # Qwen2's layers know whether they have a window, Mistral's ask the configuration.
         named = config if type(layer).__name__ == "MistralDecoderLayer" else attention
-        self._window: int | None = getattr(named, "sliding_window", None)
+        self.window: int | None = getattr(named, "sliding_window", None)
         self._input_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         # Qwen3's attention norms each head of queries and keys.
         self._head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self._qkv, self._out = attention.q_proj.product.packed, attention.o_proj.packed
         self._gate_up, self._down = mlp.gate_proj.product.packed, mlp.down_proj.packed
         self._hidden: int = mlp.intermediate_size
-        widths = (config.hidden_size, self._hidden, self._head_dim // 2)
-        fits = all(width % LANES == 0 for width in widths) and self._head_dim <= MOST_WIDTH
+        widths = (config.hidden_size, self._hidden, self.head_dim // 2)
+        fits = all(width % LANES == 0 for width in widths) and self.head_dim <= MOST_WIDTH
         self._kernels = find_kernels() if fits else None
         self.arguments = self._whole() if self._kernels is not None else None
         """For ``Kernels.layers``; None where the layer has to run in parts."""
@@ -141,7 +120,7 @@ class LeanLayer:
         norms = self._input_norm, self._mlp_norm
         return LayerArguments.of(
             linears, (norms[0].weight, norms[1].weight), (norms[0].variance_epsilon, norms[1].variance_epsilon),
-            self._scale, self._heads, self._kv_heads, self._head_dim, self._window,
+            self._scale, self._heads, self.kv_heads, self.head_dim, self.window,
         )  # fmt: skip
 
     def __call__(
@@ -156,28 +135,21 @@ class LeanLayer:
         if specdec_pass is None or position_embeddings is None:
             kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
             return self._own(hidden_states, *args, **kwargs)
-        if self._kernels is not None and _compiles(hidden_states.dtype, specdec_pass):
+        if self._kernels is not None and compiles(hidden_states.dtype, specdec_pass):
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
         qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
-        heads = qkv.view(batch_size, num_nodes, -1, self._head_dim)
-        rotated = self._heads + self._kv_heads
+        heads = qkv.view(batch_size, num_nodes, -1, self.head_dim)
+        rotated = self._heads + self.kv_heads
         both = _rotate(heads[:, :, :rotated], *position_embeddings).transpose(1, 2)
         query, key = both[:, : self._heads], both[:, self._heads :]
         value = heads[:, :, rotated:].transpose(1, 2)
-        attended = attend(specdec_pass, self._index, query, key, value, self._scale, self._window)
+        attended = attend(specdec_pass, self.index, query, key, value, self._scale, self.window)
         hidden_states = self._out.add_to(hidden_states, attended.transpose(1, 2).reshape(batch_size, num_nodes, -1))
         gate_up = self._gate_up(_rms_norm(self._mlp_norm, hidden_states))
         gated = F.silu(gate_up[..., : self._hidden]) * gate_up[..., self._hidden :]
         out: Tensor = self._down.add_to(hidden_states, gated)
         return out
-
-    def buffers(self, specdec_pass: AttentionPass, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of the layer in the pass's cache, opened for a kernel that writes them, and its segments."""
-        specdec_pass.windows[self._index] = self._window
-        nodes = specdec_pass.depth.shape[1]
-        opened = specdec_pass.cache.open(self._index, nodes, self._kv_heads, self._head_dim, dtype)
-        return opened.keys, opened.values, specdec_pass.cache.segment_table(self._index)
 
     def _compiled(
         self,
@@ -187,7 +159,9 @@ class LeanLayer:
         specdec_pass: AttentionPass | JoinedPass,
     ) -> Tensor:
         if self.arguments is not None:
-            return kernels.layers([self.arguments], _parts(kernels, [self], rotary, specdec_pass), hidden_states)
+            return kernels.layers(
+                [self.arguments], LayerRun([self]).parts(kernels, rotary, specdec_pass), hidden_states
+            )
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         qkv = self._norm_heads(
@@ -212,130 +186,23 @@ class LeanLayer:
                     for part, (own, cos, sin) in zip(specdec_pass.parts, cut, strict=True)
                 ]
             )
-        keys, values, segments = self.buffers(specdec_pass, qkv.dtype)
+        (opened,), tables = LayerRun([self]).open(specdec_pass, qkv.dtype)
         depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
-        return kernels.attention(qkv, rotary, keys, values, lengths, depth, seen, self._scale, self._window, segments)
+        return kernels.attention(
+            qkv, rotary, *opened, lengths, depth, seen, self._scale, self.window, tables[0] if tables else None
+        )
 
     def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
         if self._head_norms is None:
             return qkv
-        widths = [self._heads, self._kv_heads, self._kv_heads]
-        query, key, value = torch.split(qkv.view(*qkv.shape[:2], -1, self._head_dim), widths, dim=2)
+        widths = [self._heads, self.kv_heads, self.kv_heads]
+        query, key, value = torch.split(qkv.view(*qkv.shape[:2], -1, self.head_dim), widths, dim=2)
         normed = rms_norm(self._head_norms[0], query), rms_norm(self._head_norms[1], key)
         return torch.cat([*normed, value], dim=2).flatten(2)
 
 
-class LeanStack:
-    """The ``forward`` of a stack of decoder layers during our passes: all of them in one call where all are compiled.
-
-    A layer that somebody listens to, through a hook, runs through its module, and those between such layers together.
-
-    Args:
-        stack: of a class in ``KNOWN_STACKS``.
-    """
-
-    def __init__(self, stack: Any) -> None:
-        self._stack = stack
-        self._own: Callable[..., Any] = stack.forward
-        self._angles: tuple[Tensor, Tensor] | None = None
-        rotary = stack.rotary_emb
-        self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
-        """Angles of these kinds depend on the position alone, those of others on how long the text is."""
-
-    def compiles(self, dtype: torch.dtype) -> bool:
-        """Whether there are compiled layers for passes of this dtype."""
-        return dtype == torch.bfloat16 and find_kernels() is not None and all(map(is_whole, self._stack.layers))
-
-    def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
-        """Whether a pass runs through compiled layers, which also fill ``copies``."""
-        return self.compiles(dtype) and _compiles(dtype, now)
-
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        specdec_pass: AttentionPass | JoinedPass | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the stack's own forward."""
-        kernels, layers = find_kernels(), list(self._stack.layers)
-        if specdec_pass is None or position_ids is None or kernels is None or not all(map(is_whole, layers)):
-            kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
-            return self._own(input_ids, *args, **kwargs)
-        states = self._embedded(kernels, input_ids) if inputs_embeds is None else inputs_embeds
-        if not _compiles(states.dtype, specdec_pass):
-            kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
-            return self._own(None, *args, **kwargs)
-        rotary, first, copies = self._rotary(states, position_ids), 0, specdec_pass.copies
-        if 0 in copies:
-            copies[0] = states
-        for index, layer in enumerate(layers):
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                states = self._run(kernels, layers[first:index], first, states, rotary, specdec_pass)
-                states = layer(states, position_embeddings=rotary, specdec_pass=specdec_pass)
-                if index + 1 in copies:
-                    copies[index + 1] = states
-                first = index + 1
-        states = self._run(kernels, layers[first:], first, states, rotary, specdec_pass)
-        norm = self._stack.norm
-        if norm._forward_hooks or norm._forward_pre_hooks:
-            states = norm(states)
-        else:
-            states = kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
-        return BaseModelOutputWithPast(last_hidden_state=states)
-
-    def _run(
-        self,
-        kernels: Kernels,
-        layers: list[Any],
-        first: int,
-        states: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        now: AttentionPass | JoinedPass,
-    ) -> Tensor:
-        if not layers:
-            return states
-        forwards: list[LeanLayer] = [layer.forward for layer in layers]
-        arguments = [forward.arguments for forward in forwards if forward.arguments is not None]
-        ends = range(first + 1, first + 1 + len(layers))
-        now.copies.update({end: torch.empty_like(states) for end in ends if end in now.copies})
-        copies = [now.copies.get(end) for end in ends] if now.copies else None
-        return kernels.layers(arguments, _parts(kernels, forwards, rotary, now), states, copies=copies)
-
-    def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
-        embed: Any = self._stack.embed_tokens
-        plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
-        heard = embed._forward_hooks or embed._forward_pre_hooks or "forward" in vars(embed)
-        if tokens is None or not plain or heard or (torch.is_grad_enabled() and embed.weight.requires_grad):
-            states: Tensor = embed(tokens)
-            return states
-        return kernels.take_rows(embed.weight, tokens.contiguous())
-
-    def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
-        if not self.has_table:
-            cos, sin = self._stack.rotary_emb(states, position_ids=positions)
-            return cos.contiguous(), sin.contiguous()
-        cos, sin = self.angle_table(int(positions.max()) + 1, states.dtype)
-        kernels, positions = find_kernels(), positions.contiguous()
-        if kernels is None:
-            return F.embedding(positions, cos), F.embedding(positions, sin)
-        return kernels.take_rows(cos, positions), kernels.take_rows(sin, positions)
-
-    def angle_table(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[positions, d]`` of ``length`` positions at least; with ``has_table``."""
-        if self._angles is None or length > len(self._angles[0]) or self._angles[0].dtype != dtype:
-            like = next(self._stack.parameters())
-            known = torch.arange(max(1024, 2 * length), device=like.device).unsqueeze(0)
-            cos, sin = self._stack.rotary_emb(like.new_empty(0, dtype=dtype), position_ids=known)
-            self._angles = (cos[0].contiguous(), sin[0].contiguous())
-        return self._angles
-
-
-def _compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
+def compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
     """Whether compiled layers serve a pass."""
     return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES and specdec_pass.regular
 
@@ -345,21 +212,36 @@ def is_whole(layer: Any) -> bool:
     return isinstance(layer.forward, LeanLayer) and layer.forward.arguments is not None
 
 
-def _parts(
-    kernels: Kernels, layers: Sequence[LeanLayer], rotary: tuple[Tensor, Tensor], now: AttentionPass | JoinedPass
-) -> list[PassPart]:
-    """A pass as compiled layers take it; all of it works in the first part's memory."""
-    passes = now.parts if isinstance(now, JoinedPass) else (now,)
-    first, end, total, parts = layers[0].arguments, 0, now.positions.numel(), []
-    assert first is not None
-    for each in passes:
-        start, end = end, end + each.positions.numel()
-        angles = (rotary[0], rotary[1]) if len(passes) == 1 else (rotary[0][:, start:end], rotary[1][:, start:end])
-        opened = [layer.buffers(each, rotary[0].dtype) for layer in layers]
-        tables = [segments for *_, segments in opened if segments is not None]
-        shared = share(kernels, first, angles, each, total if each is passes[0] else 0)
-        parts.append(PassPart(shared, [(keys, values) for keys, values, _ in opened], tables or None))
-    return parts
+class LayerRun:
+    """Layers in sequence that run in one compiled call.
+
+    Args:
+        layers: all of the same sizes.
+    """
+
+    def __init__(self, layers: Sequence[LeanLayer]) -> None:
+        self.arguments = [layer.arguments for layer in layers if layer.arguments is not None]
+        self._indices = [layer.index for layer in layers]
+        self._windows = {layer.index: layer.window for layer in layers}
+        self._shape = layers[0].kv_heads, layers[0].head_dim
+
+    def open(self, now: AttentionPass, dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor] | None]:
+        """The layers' keys and values in the pass's cache, opened for a kernel that writes them, and their segments."""
+        now.windows.update(self._windows)
+        opened = now.cache.open_all(self._indices, now.depth.shape[1], *self._shape, dtype)
+        tables = [now.cache.segment_table(index) for index in self._indices] if now.cache.shares_segments else []
+        return [pair.parts for pair in opened], [table for table in tables if table is not None] or None
+
+    def parts(self, kernels: Kernels, rotary: tuple[Tensor, Tensor], now: AttentionPass | JoinedPass) -> list[PassPart]:
+        """A pass as the compiled layers take it; all of it works in the first part's memory."""
+        passes = now.parts if isinstance(now, JoinedPass) else (now,)
+        end, total, parts = 0, now.positions.numel(), []
+        for each in passes:
+            start, end = end, end + each.positions.numel()
+            angles = rotary if len(passes) == 1 else (rotary[0][:, start:end], rotary[1][:, start:end])
+            shared = share(kernels, self.arguments[0], angles, each, total if each is passes[0] else 0)
+            parts.append(PassPart(shared, *self.open(each, rotary[0].dtype)))
+        return parts
 
 
 def share(

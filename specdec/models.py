@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.precisions import STORED
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, cpu, w4a16
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import SIBLINGS, FusedLinear, FusedPart, PackedLinear
 from specdec.panels import panels_run
 from specdec.quantized_weight import DecodedWeight, QuantizedWeight

@@ -14,7 +14,7 @@ import torch
 
 from specdec.benchmarks.record import commit, machine, versions
 from specdec.drafters.weights import TargetFacts, load_weights
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.registry import make_config
 from specdec.target import HFTarget

@@ -13,7 +13,7 @@ from specdec.decoder import SpecDecoder
 from specdec.filling import LEAST_CHUNK
 from specdec.generation import Generation
 from specdec.kv_cache import KVCache
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.sampling import SamplingParams
 from specdec.target import Chunk, HFTarget

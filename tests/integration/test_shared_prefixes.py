@@ -14,7 +14,7 @@ from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.memory_plan import stored_bytes
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget

@@ -19,7 +19,7 @@ from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.kernels.decoder_layer import MOST_TOP
-from specdec.lean import make_lean
+from specdec.lean_stack import make_lean
 from specdec.packing import pack_linears
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget

@@ -23,7 +23,8 @@ from transformers import (
 
 from specdec import SpecDecoder, attention, lean
 from specdec.drafters.model import ModelDrafter
-from specdec.lean import LeanLayer, can_be_lean, make_lean
+from specdec.lean import LeanLayer, can_be_lean
+from specdec.lean_stack import KNOWN_STACKS, LeanStack, make_lean
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 from specdec.tree import PADDING, TokenTree
@@ -179,7 +180,7 @@ def test_rows_of_different_sizes_take_only_their_own_nodes(
             found.append([*(part[tree.valid] for part in (out.logits, *out.features.values())), after])
     for expected, got in zip(*found, strict=True):
         assert torch.equal(got, expected)
-    if heard and isinstance(target.model.model.forward, lean.LeanStack):
+    if heard and isinstance(target.model.model.forward, LeanStack):
         assert widths[-2] == sum(sizes), "the pass before the last one"
 
 
@@ -217,8 +218,8 @@ def test_layers_that_are_listened_to_compute_the_same(pair: tuple[HFTarget, HFTa
 
 def test_angles_are_looked_up_as_the_model_computes_them(pair: tuple[HFTarget, HFTarget]) -> None:
     stack = pair[1].model.model.forward
-    assert isinstance(stack, lean.LeanStack) == (type(pair[1].model.model).__name__ in lean.KNOWN_STACKS)
-    if not isinstance(stack, lean.LeanStack):
+    assert isinstance(stack, LeanStack) == (type(pair[1].model.model).__name__ in KNOWN_STACKS)
+    if not isinstance(stack, LeanStack):
         return
     states = torch.zeros(2, 5, 64, dtype=torch.bfloat16)
     for last in (200, 3000, 7):

@@ -1,0 +1,186 @@
+"""A stack of decoder layers as one compiled call, from token ids to the states that the output head reads.
+
+With several small operations a layer, calling them takes longer than a small model's arithmetic; here Python is left
+with what differs between passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from specdec.attention import AttentionPass, JoinedPass
+from specdec.kernels.decoder_layer import Kernels, find_kernels
+from specdec.lean import LayerRun, LeanLayer, can_be_lean, compiles, is_whole
+
+KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
+"""Classes of transformers that are an embedding, rotary angles, layers and a norm."""
+
+KNOWN_MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
+"""Classes that are such a stack and an output head, and nothing else."""
+
+
+def make_lean(model: nn.Module) -> int:
+    """Give a model's decoder layers their short ``forward``, where they are known and packed.
+
+    Returns:
+        How many layers have it.
+    """
+    count = 0
+    for module in model.modules():
+        if can_be_lean(module):
+            if not isinstance(module.forward, LeanLayer):
+                module.forward = LeanLayer(module)
+            count += 1
+        elif type(module).__name__ in KNOWN_STACKS and not isinstance(module.forward, LeanStack):
+            module.forward = LeanStack(module)
+    return count
+
+
+def is_stack_and_head(model: Any) -> bool:
+    """Whether logits are what the output head makes of the stack's states, and nobody listens to the model."""
+    kind, stack = type(model), model.base_model
+    return (
+        kind.__name__ in KNOWN_MODELS
+        and kind.__module__.startswith("transformers.models.")
+        and "forward" not in vars(model)
+        and not any((model._forward_hooks, model._forward_pre_hooks, stack._forward_hooks, stack._forward_pre_hooks))
+    )
+
+
+class LeanStack:
+    """The ``forward`` of a stack of decoder layers during our passes: all of them in one call where all are compiled.
+
+    A layer that somebody listens to, through a hook, runs through its module, and those between such layers together.
+
+    Args:
+        stack: of a class in ``KNOWN_STACKS``.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+        self._own: Callable[..., Any] = stack.forward
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._forwards: list[Any] = []  # of the layers, as last looked at
+        self._are_whole = False
+        self._whole_run: LayerRun | None = None  # all of them
+        self._hooks: list[Any] = []  # theirs, which PyTorch fills in place
+        rotary = stack.rotary_emb
+        self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+        """Angles of these kinds depend on the position alone, those of others on how long the text is."""
+
+    def compiles(self, dtype: torch.dtype) -> bool:
+        """Whether there are compiled layers for passes of this dtype."""
+        return dtype == torch.bfloat16 and find_kernels() is not None and self._all_whole()
+
+    def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
+        """Whether a pass runs through compiled layers, which also fill ``copies``."""
+        return self.compiles(dtype) and compiles(dtype, now)
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        specdec_pass: AttentionPass | JoinedPass | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stack's own forward."""
+        kernels = find_kernels()
+        if specdec_pass is None or position_ids is None or kernels is None or not self._all_whole():
+            kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "specdec_pass": specdec_pass}
+            return self._own(input_ids, *args, **kwargs)
+        states = self._embedded(kernels, input_ids) if inputs_embeds is None else inputs_embeds
+        if not compiles(states.dtype, specdec_pass):
+            kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
+            return self._own(None, *args, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self._states(kernels, states, position_ids, specdec_pass))
+
+    def states(self, tokens: Tensor, positions: Tensor, now: AttentionPass | JoinedPass) -> Tensor:
+        """Normed states ``[B, n, d]`` of tokens ``[B, n]`` in a pass that it ``takes``."""
+        kernels = find_kernels()
+        assert kernels is not None
+        return self._states(kernels, self._embedded(kernels, tokens), positions, now)
+
+    def _states(self, kernels: Kernels, states: Tensor, positions: Tensor, now: AttentionPass | JoinedPass) -> Tensor:
+        layers, rotary, first, copies = self._stack.layers, self._rotary(states, positions), 0, now.copies
+        if 0 in copies:
+            copies[0] = states
+        if any(self._hooks):
+            layers = list(layers)
+            for index, layer in enumerate(layers):
+                if layer._forward_hooks or layer._forward_pre_hooks:
+                    states = self._through(kernels, layers[first:index], first, states, rotary, now)
+                    states = layer(states, position_embeddings=rotary, specdec_pass=now)
+                    if index + 1 in copies:
+                        copies[index + 1] = states
+                    first = index + 1
+        states = self._through(kernels, list(layers)[first:], first, states, rotary, now)
+        norm = self._stack.norm
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            normed: Tensor = norm(states)
+            return normed
+        return kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
+
+    def _all_whole(self) -> bool:
+        """Whether each layer runs in one compiled call."""
+        forwards = [layer.forward for layer in self._stack.layers]
+        if forwards != self._forwards:
+            self._forwards, self._whole_run = forwards, None
+            self._are_whole = all(map(is_whole, self._stack.layers))
+            pairs = ((layer._forward_hooks, layer._forward_pre_hooks) for layer in self._stack.layers)
+            self._hooks = [hooks for pair in pairs for hooks in pair]
+        return self._are_whole
+
+    def _through(
+        self, kernels: Kernels, layers: list[Any], first: int, states: Tensor, rotary: tuple[Tensor, Tensor],
+        now: AttentionPass | JoinedPass,
+    ) -> Tensor:  # fmt: skip
+        """The layers from the ``first`` on that nobody listens to."""
+        if not layers:
+            return states
+        whole = len(layers) == len(self._forwards)
+        run = self._whole_run if whole and self._whole_run is not None else LayerRun([each.forward for each in layers])
+        if whole:
+            self._whole_run = run
+        copies = None
+        if now.copies:
+            ends = range(first + 1, first + 1 + len(layers))
+            now.copies.update({end: torch.empty_like(states) for end in ends if end in now.copies})
+            copies = [now.copies.get(end) for end in ends]
+        return kernels.layers(run.arguments, run.parts(kernels, rotary, now), states, copies=copies)
+
+    def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
+        embed: Any = self._stack.embed_tokens
+        plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
+        heard = embed._forward_hooks or embed._forward_pre_hooks or "forward" in vars(embed)
+        if tokens is None or not plain or heard or (torch.is_grad_enabled() and embed.weight.requires_grad):
+            states: Tensor = embed(tokens)
+            return states
+        return kernels.take_rows(embed.weight, tokens.contiguous())
+
+    def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
+        if not self.has_table:
+            cos, sin = self._stack.rotary_emb(states, position_ids=positions)
+            return cos.contiguous(), sin.contiguous()
+        cos, sin = self.angle_table(int(positions.max()) + 1, states.dtype)
+        kernels, positions = find_kernels(), positions.contiguous()
+        if kernels is None:
+            return F.embedding(positions, cos), F.embedding(positions, sin)
+        return kernels.take_rows(cos, positions), kernels.take_rows(sin, positions)
+
+    def angle_table(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[positions, d]`` of ``length`` positions at least; with ``has_table``."""
+        if self._angles is None or length > len(self._angles[0]) or self._angles[0].dtype != dtype:
+            like = next(self._stack.parameters())
+            known = torch.arange(max(1024, 2 * length), device=like.device).unsqueeze(0)
+            cos, sin = self._stack.rotary_emb(like.new_empty(0, dtype=dtype), position_ids=known)
+            self._angles = (cos[0].contiguous(), sin[0].contiguous())
+        return self._angles
