@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specdec.precisions import SCHEME_NAMES
+from specdec.precisions import SCHEME_NAMES, STORED
 
 if TYPE_CHECKING:
     from specdec.models import LoadedModel
@@ -19,6 +19,8 @@ MAX_CONTEXT = 4096
 DRAFT_ROOM = 64
 """Tokens that may be drafted beyond the end of an answer."""
 CACHE_DIR = "~/.cache/specdec/peers"
+QUANTIZED = (*SCHEME_NAMES, STORED)
+"""Precisions of ours that are no dtype."""
 
 
 @click.command("peers")
@@ -31,7 +33,7 @@ CACHE_DIR = "~/.cache/specdec/peers"
     "dtypes",
     multiple=True,
     default=("bf16",),
-    help=f"Our weights: bf16, fp32, or quantized ({', '.join(SCHEME_NAMES)}); repeatable.",
+    help=f"Our weights: bf16, fp32, or quantized ({', '.join(QUANTIZED)}); repeatable.",
 )
 @click.option("--reference", metavar="ROW", help="Row of ours to compare with; the fastest by default.")
 @click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl instead of MT-Bench's.")
@@ -96,7 +98,6 @@ def peers(
     from specdec.cli.bench.peers_screen import PeersScreen, report
     from specdec.cli.console import note, slow_status
     from specdec.models import load_model
-    from specdec.quantization import SCHEMES
     from specdec.registry import resolve_drafter
     from specdec.target import HFTarget
 
@@ -111,7 +112,7 @@ def peers(
     targets = {}
     for precision, dtype in precisions.items():
         with slow_status(f"loading {model} in {precision}") as say:
-            quantize = dtype if dtype in SCHEMES else None
+            quantize = dtype if dtype in QUANTIZED else None
             weights = load_model(
                 model, dtype="bf16" if quantize else dtype, device="cpu", packed=True, quantize=quantize, progress=say
             )
@@ -177,9 +178,8 @@ def precision_of(dtype: str) -> str:
     import torch
 
     from specdec.models import DTYPES
-    from specdec.quantization import SCHEMES
 
-    if dtype in SCHEMES:
+    if dtype in QUANTIZED:
         return dtype
     precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f16"}
     found = precisions.get(DTYPES.get(dtype, torch.int8))
