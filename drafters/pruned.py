@@ -77,17 +77,20 @@ class PrunedLayers(HeadModule):
             source = ".".join([kind, str(self.layers[int(rest[0])]), *rest[1:]]) if kind == "layers" else name
             parameter.copy_(theirs[source])
 
-    def model(self, target: HFTarget, device: torch.device, dtype: torch.dtype) -> Any:
+    def model(self, target: HFTarget, device: torch.device, dtype: torch.dtype, packed: bool = True) -> Any:
         """The whole draft model, ready to draft; embeddings are the target's own where it is on the same device.
+
+        Its head is ``packed`` for drafting where that helps, which nothing can be trained through.
 
         This module is part of it afterwards, and no longer one to train.
         """
         whole = self._whole[0]
         embeddings = target.model.get_input_embeddings()
-        if device == target.device:
+        if device == target.device and packed:
             head: nn.Module = drafting_head(target, self.vocabulary)
         else:  # layouts for the target's device would not do
-            embeddings = copy.deepcopy(embeddings).to(device, dtype)
+            if device != target.device:
+                embeddings = copy.deepcopy(embeddings).to(device, dtype)
             head = OutputHead(target, self.vocabulary).to(device, dtype)
         self.requires_grad_(False).to(device, dtype)
         if self.vocabulary is not None:
@@ -176,7 +179,7 @@ def build_pruned(
     check_weights(weights, NAME, TargetFacts.of(target))
     module = PrunedLayers(target, **weights.shape)
     weights.load_into(module)
-    model = module.model(target, device or target.device, dtype or target.dtype)
+    model = module.model(target, device or target.device, dtype or target.dtype, packed)
     if packed and can_pack(module):
         pack_linears(model, pack_head)  # in 8 bit: a draft need not be exact, and waits for its weights
         make_lean(model)

@@ -18,6 +18,7 @@ from specdec.drafters import weights
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned, choose_layers, read_pruned
 from specdec.models import load_model
+from specdec.packing import PackedLinear
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors
 from specdec.training.draft_model import DraftModelMethod, DraftModelOptions
@@ -195,6 +196,21 @@ def test_a_folder_loads_as_a_model_with_the_target_it_names(tmp_path: Path) -> N
     assert stored is not None
     with torch.inference_mode():
         assert torch.equal(loaded.model(TOKENS).logits, build_pruned(stored, target)(TOKENS).logits)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 60])
+def test_a_draft_model_to_train_through_has_no_packed_layer(tmp_path: Path, vocab_size: int) -> None:
+    target = target_of()
+    method = prepared(
+        DraftModelMethod(target, DraftModelOptions(layers=2, vocab_size=vocab_size)), random_batch(target)
+    )
+    method.save(tmp_path, {})
+    stored = read_pruned(str(tmp_path))
+    assert stored is not None
+    target.model.to(torch.bfloat16)
+    model = build_pruned(stored, target, packed=False)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    create_method("ppd", HFTarget(model), {"num_tokens": 2})
 
 
 def test_prompt_tokens_train_and_draft_on_such_a_model(tmp_path: Path) -> None:
