@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #define TILE_ROWS 16
-#define MOST_KEPT 2048 /* input channels of a panel that is widened as a whole */
 #define STEP 64 /* bytes of a row of inputs: 32 bfloat16, or 64 in 8 bit */
 
 typedef struct {
@@ -65,8 +64,9 @@ typedef struct {
 } unfinished;
 
 /* Writes `count` of them, where so many are left. */
-INLINE finish_rows(const numbers kind, unfinished *u, long count) {
+INLINE finish_rows(unfinished *u, long count) {
   const product_arguments *a = u->a;
+  const numbers kind = (numbers)a->kind;
   const long channel = u->panel * PANEL, end = u->end - u->row < count ? u->end : u->row + count;
   for (; u->row < end; u->row++) {
     const float *line = u->sums + (u->row < u->split ? u->row - u->first : u->row - u->second + TILE_ROWS) * PANEL;
@@ -113,6 +113,7 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
     if (widens) {
       bf16 *tiles = wide[k / STEP & 1];
       widen_weights(kind, a, weight, panel, k / 2, tiles);
+      __asm__ volatile("" : : "r"(tiles) : "memory"); /* the intrinsics do not say that they read it */
       now = (const char *)tiles;
     }
     _tile_loadd(4, in + k, width);
@@ -137,7 +138,7 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
       if (pair) _tile_dpbf16ps(3, 5, 7);
     }
     ask(asked, end, lines);
-    finish_rows(kind, before, each);
+    finish_rows(before, each);
   }
   _tile_stored(0, sums, 4 * PANEL);
   _tile_stored(1, sums + LANES, 4 * PANEL);
@@ -149,60 +150,56 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
 
 /* All rows times one panel after the other. The last tile of rows begins earlier where it would not be full; rows it has
    in common with the one before are computed twice and written once. */
-INLINE multiply_panels(const numbers kind, panel_queue *queue, int lane) {
+INLINE multiply_panels(const numbers kind, const int widens, panel_queue *queue, int lane) {
   const product_arguments *a = queue->a;
   const long rows = a->rows, pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-  const long size = PANEL * channel_bytes(kind, a->in_width), steps = a->in_width * input_bytes(kind) / STEP;
+  const long size = PANEL * channel_bytes((numbers)a->kind, a->in_width), steps = a->in_width * input_bytes(kind) / STEP;
   const long stride = (size / steps / pairs + 63) / 64 * 64;
   const long last = rows > TILE_ROWS ? rows - TILE_ROWS : 0;
   float sums[2][2 * TILE_ROWS * PANEL] __attribute__((aligned(64)));
-  const int narrow = kind != IN_16_BIT && kind != BOTH_IN_8_BIT;
-  const int keeps = narrow && pairs > 1 && a->in_width <= MOST_KEPT; /* widened once for several pairs of tiles */
-  bf16 kept[keeps ? MOST_KEPT * PANEL : 1] __attribute__((aligned(64)));
+  bf16 *kept = !widens && is_narrow((numbers)a->kind) ? widened_panel(a->in_width) : 0;
   unfinished before = {.a = a};
   int turn = 0;
   open_unit(rows);
   for (long panel; (panel = next_panel(queue, &lane)) >= 0;) {
     const char *weight = (const char *)a->weight + panel * size, *next = weight + size;
-    if (keeps) {
-      for (long k = 0; k < a->in_width; k += WIDENED)
-        widen_weights(kind, a, weight + channel_bytes(kind, k) * PANEL, panel, k, kept + k * PANEL);
+    if (kept) {
+      widen_panel(a, weight, panel, kept);
+      __asm__ volatile("" : : "r"(kept) : "memory"); /* as above */
       weight = (const char *)kept;
     }
     for (long part = 0; part < pairs; part++, turn = !turn) {
       const char *ahead = next + part * (size / pairs);
       const long row = part * 2 * TILE_ROWS, left = rows - row;
       const long first = left < TILE_ROWS ? last : row, second = row + TILE_ROWS < last ? row + TILE_ROWS : last;
-#define TILES(widens, pair) \
-  multiply_tiles(kind, widens, pair, a, weight, panel, first, second, ahead, stride, sums[turn], &before)
-      if (narrow && !keeps && left > TILE_ROWS)
-        TILES(1, 1);
-      else if (narrow && !keeps)
-        TILES(1, 0);
-      else if (left > TILE_ROWS)
-        TILES(0, 1);
+      if (left > TILE_ROWS)
+        multiply_tiles(kind, widens, 1, a, weight, panel, first, second, ahead, stride, sums[turn], &before);
       else
-        TILES(0, 0);
-#undef TILES
+        multiply_tiles(kind, widens, 0, a, weight, panel, first, 0, ahead, stride, sums[turn], &before);
       before = (unfinished){a, panel, row, left < 2 * TILE_ROWS ? rows : row + 2 * TILE_ROWS, first, second,
                             row + TILE_ROWS, sums[turn]};
     }
   }
-  finish_rows(kind, &before, before.end);
+  finish_rows(&before, before.end);
   close_unit();
+  free(kept);
 }
 
+/* Weights that are narrow become bfloat16 step by step, for one pair of tiles; a panel at a time for several. */
 static void take_unit_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
-  const int lane = thread % queue->count;
-#define KIND(kind) \
-  case kind: \
-    multiply_panels(kind, queue, lane); \
-    break;
-  switch (queue->a->kind) {
-    KIND(IN_16_BIT) KIND(WEIGHTS_IN_8_BIT) KIND(BOTH_IN_8_BIT) KIND(GROUPS_IN_8_BIT) KIND(GROUPS_IN_4_BIT)
-  }
-#undef KIND
+  const int lane = thread % queue->count, several = queue->a->rows > 2 * TILE_ROWS;
+  const numbers kind = (numbers)queue->a->kind;
+  if (kind == BOTH_IN_8_BIT)
+    multiply_panels(BOTH_IN_8_BIT, 0, queue, lane);
+  else if (kind == IN_16_BIT || several)
+    multiply_panels(IN_16_BIT, 0, queue, lane);
+  else if (kind == WEIGHTS_IN_8_BIT)
+    multiply_panels(WEIGHTS_IN_8_BIT, 1, queue, lane);
+  else if (kind == GROUPS_IN_8_BIT)
+    multiply_panels(GROUPS_IN_8_BIT, 1, queue, lane);
+  else
+    multiply_panels(GROUPS_IN_4_BIT, 1, queue, lane);
 }
 
 #else

@@ -41,7 +41,8 @@ static inline long channel_bytes(numbers kind, long in_width) {
   return kind == IN_16_BIT ? 2 * in_width : kind == GROUPS_IN_4_BIT ? in_width / 2 : in_width;
 }
 
-static inline void finish(const product_arguments *a, long row, long first, vec value) {
+/* Not inlined: hundreds of copies would take minutes to compile. */
+static __attribute__((noinline)) void finish(const product_arguments *a, long row, long first, vec value) {
   long left = a->out_width - first;
   bf16 *out = a->out + row * a->out_width + first;
   if (left >= LANES) {
@@ -198,7 +199,10 @@ static inline const uint16_t *factors_at(const numbers kind, const product_argum
   return (const uint16_t *)a->scales + (panel * (a->in_width / a->group) + input / a->group) * each;
 }
 
-/* Weights of 32 inputs to bfloat16, [16 pairs][PANEL][2]. */
+/* Weights that are not bfloat16 and become so. */
+static inline int is_narrow(numbers kind) { return kind != IN_16_BIT && kind != BOTH_IN_8_BIT; }
+
+/* Weights of 32 inputs, or the last ones, to bfloat16, [16 pairs][PANEL][2]. */
 INLINE widen_weights(const numbers kind, const product_arguments *a, const char *weight, long panel, long input,
                      bf16 *out) {
   if (kind == GROUPS_IN_4_BIT)
@@ -206,16 +210,32 @@ INLINE widen_weights(const numbers kind, const product_arguments *a, const char 
   else if (kind == GROUPS_IN_8_BIT)
     widen_bytes(weight, factors_at(kind, a, panel, input), out);
   else
-#pragma GCC unroll 4
-    for (int pair = 0; pair < WIDENED / 2; pair++, weight += 2 * PANEL, out += 2 * PANEL) {
+    for (long k = input; k < input + WIDENED && k < a->in_width; k += 2, weight += 2 * PANEL, out += 2 * PANEL) {
       two_vectors wide = widened(weight);
       _mm512_store_si512(out, wide.left);
       _mm512_store_si512(out + PANEL, wide.right);
     }
 }
 
+/* A whole panel, [in / 2][PANEL][2]. */
+static __attribute__((noinline)) void widen_panel(const product_arguments *a, const char *weight, long panel, bf16 *out) {
+  const long size = channel_bytes((numbers)a->kind, WIDENED) * PANEL;
+  for (long k = 0; k < a->in_width; k += WIDENED, weight += size, out += WIDENED * PANEL) switch (a->kind) {
+      case WEIGHTS_IN_8_BIT: widen_weights(WEIGHTS_IN_8_BIT, a, weight, panel, k, out); break;
+      case GROUPS_IN_8_BIT: widen_weights(GROUPS_IN_8_BIT, a, weight, panel, k, out); break;
+      case GROUPS_IN_4_BIT: widen_weights(GROUPS_IN_4_BIT, a, weight, panel, k, out); break;
+    }
+}
+
+/* Memory for one; freed by the caller. */
+static bf16 *widened_panel(long in_width) {
+  bf16 *wide = aligned_alloc(64, (size_t)in_width * PANEL * sizeof(bf16));
+  if (!wide) abort();
+  return wide;
+}
+
 /* A row's sums of 16 channels, those of integers in their bits, as they are without scales of a whole channel. */
-static inline __attribute__((always_inline)) vec scaled(const numbers kind, const product_arguments *a, long row,
+static inline __attribute__((always_inline)) vec scaled(numbers kind, const product_arguments *a, long row,
                                                         long channel, vec sums) {
   if (kind == WEIGHTS_IN_8_BIT) return sums * loadf((const float *)a->scales + channel);
   if (kind != BOTH_IN_8_BIT) return sums;
@@ -223,37 +243,28 @@ static inline __attribute__((always_inline)) vec scaled(const numbers kind, cons
   return (vec)_mm512_cvtepi32_ps(exact) * loadf((const float *)a->scales + channel) * a->sizes[row];
 }
 
+static __attribute__((noinline)) void finish_sums(const product_arguments *a, long row, long channel, vec sums) {
+  finish(a, row, channel, scaled((numbers)a->kind, a, row, channel, sums));
+}
+
 #include "matrix_unit.h"
 
 /* Whether this processor has the instructions; without them nothing below may be called. */
 int has_products(void) { return 1; }
 
-/* `count` rows from `row` on times one panel. Every pair of inputs asks for up to 128 bytes from `ahead` on, `stride`
+/* `count` rows from `row` on times one panel of bfloat16. Every pair of inputs asks for 128 bytes from `ahead` on, `stride`
    further each time. */
-INLINE tile(const numbers kind, const int count, const product_arguments *a, long panel, long row, const char *ahead,
+INLINE tile(const int count, const product_arguments *a, const bf16 *weight, long panel, long row, const char *ahead,
             long stride) {
-  const long width = a->in_width, size = channel_bytes(kind, width), line = channel_bytes(kind, 2) * PANEL;
-  const int groups = kind == GROUPS_IN_8_BIT || kind == GROUPS_IN_4_BIT;
+  const long width = a->in_width;
   const bf16 *in = (const bf16 *)a->in + row * width;
-  const char *weight = (const char *)a->weight + panel * PANEL * size;
-  bf16 wide[WIDENED * PANEL] __attribute__((aligned(64)));
   __m512 sums[MOST_ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (long k = 0; k < width; k += 2, weight += line, ahead += stride) {
-    const bf16 *now = (const bf16 *)weight;
-    if (groups) {
-      if (k % WIDENED == 0) widen_weights(kind, a, weight, panel, k, wide);
-      now = wide + k % WIDENED * PANEL;
-    }
-    __m512bh left, right;
-    if (kind == WEIGHTS_IN_8_BIT) {
-      two_vectors both = widened(weight);
-      left = (__m512bh)both.left, right = (__m512bh)both.right;
-    } else
-      left = (__m512bh)_mm512_loadu_si512(now), right = (__m512bh)_mm512_loadu_si512(now + PANEL);
+  for (long k = 0; k < width; k += 2, weight += 2 * PANEL, ahead += stride) {
+    __m512bh left = (__m512bh)_mm512_loadu_si512(weight), right = (__m512bh)_mm512_loadu_si512(weight + PANEL);
     __builtin_prefetch(ahead, 0, 2);
-    if (kind == IN_16_BIT) __builtin_prefetch(ahead + 64, 0, 2);
+    __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 12
     for (int r = 0; r < count; r++) {
       int32_t pair;
@@ -267,7 +278,7 @@ INLINE tile(const numbers kind, const int count, const product_arguments *a, lon
   for (int r = 0; r < count; r++)
     for (int half = 0; half < 2; half++) {
       const long first = panel * PANEL + half * LANES;
-      finish(a, row + r, first, scaled(kind, a, row + r, first, (vec)sums[r][half]));
+      finish_sums(a, row + r, first, (vec)sums[r][half]);
     }
 }
 
@@ -301,26 +312,26 @@ INLINE byte_tile(const int count, const product_arguments *a, long panel, long r
   for (int r = 0; r < count; r++)
     for (int half = 0; half < 2; half++) {
       const long first = panel * PANEL + half * LANES;
-      finish(a, row + r, first, scaled(BOTH_IN_8_BIT, a, row + r, first, (vec)sums[r][half]));
+      finish_sums(a, row + r, first, (vec)sums[r][half]);
     }
-}
-
-INLINE rows_of_panel(const numbers kind, const int count, const product_arguments *a, long panel, long row,
-                     const char *ahead, long stride) {
-  if (kind == BOTH_IN_8_BIT)
-    byte_tile(count, a, panel, row, ahead, stride);
-  else
-    tile(kind, count, a, panel, row, ahead, stride);
 }
 
 #define ROWS(count) \
   case count: \
-    rows_of_panel(kind, count, a, panel, row, ahead, stride); \
+    if (bytes) byte_tile(count, a, panel, row, ahead, stride); \
+    else tile(count, a, weight, panel, row, ahead, stride); \
     break;
 
-INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel) {
-  const long size = PANEL * channel_bytes(kind, a->in_width), pairs = a->in_width / (kind == BOTH_IN_8_BIT ? 4 : 2);
+/* All rows times one panel; `wide` is for weights that have to be widened. */
+INLINE multiply_panel(const int bytes, const product_arguments *a, long panel, bf16 *wide) {
+  const numbers kind = (numbers)a->kind;
+  const long size = PANEL * channel_bytes(kind, a->in_width), pairs = a->in_width / (bytes ? 4 : 2);
   const long parts = (a->rows + MOST_ROWS - 1) / MOST_ROWS, stride = size / pairs / parts;
+  const bf16 *weight = (const bf16 *)((const char *)a->weight + panel * size);
+  if (wide) {
+    widen_panel(a, (const char *)weight, panel, wide);
+    weight = wide;
+  }
   long row = 0;
   for (long part = 0; part < parts; part++) {
     const long count = (a->rows - row + parts - part - 1) / (parts - part);
@@ -334,15 +345,15 @@ INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel
 
 static void take_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
+  const product_arguments *a = queue->a;
   int lane = thread % queue->count;
-#define KIND(kind) \
-  case kind: \
-    multiply_panel(kind, queue->a, panel); \
-    break;
-  for (long panel; (panel = next_panel(queue, &lane)) >= 0;) switch (queue->a->kind) {
-      KIND(IN_16_BIT) KIND(WEIGHTS_IN_8_BIT) KIND(BOTH_IN_8_BIT) KIND(GROUPS_IN_8_BIT) KIND(GROUPS_IN_4_BIT)
-    }
-#undef KIND
+  bf16 *wide = is_narrow((numbers)a->kind) ? widened_panel(a->in_width) : 0;
+  for (long panel; (panel = next_panel(queue, &lane)) >= 0;)
+    if (a->kind == BOTH_IN_8_BIT)
+      multiply_panel(1, a, panel, 0);
+    else
+      multiply_panel(0, a, panel, wide);
+  free(wide);
 }
 
 /* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
