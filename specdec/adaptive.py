@@ -216,7 +216,6 @@ class AdaptiveTrees:
         if self._unchecked >= (_RECHECKED if self._comparable else _UNCHECKED):
             self._unchecked, self._comparing = 0, _COMPARED
         if self._comparing:
-            self._comparing -= 1
             self.reason = "a plain pass, to compare with"
             return 1
         offer = self._offers(rows)
@@ -295,16 +294,18 @@ class AdaptiveTrees:
         return f"{accepted:.2f} tokens accepted per pass of late; drafting {size} nodes costs {cost:.2f} plain passes"
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
+        after_draft, self._after_draft = self._after_draft, self._asked > 1
         if ms is None:
             if self._asked > 1:
                 self._learn(rows, tree, verdict)
             return
+        if self._comparing and self._asked == 1:
+            self._comparing -= 1
         drafting, nodes = ms["draft"], tree.computed_nodes(self._uneven)
         self._passes += 1
-        if self._asked > 1 or not self._after_draft:
+        if self._asked > 1 or not after_draft:
             self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
             self._timed_plain = self._timed_plain or self._asked == 1
-        self._after_draft = self._asked > 1
         if self._asked == 1:
             self._open.append(_Draft(0.0, 0, self._size, self._length, drafting))  # learning from plain passes
             for row in rows:

@@ -116,8 +116,8 @@ class SpecDecoder:
     ) -> None:
         if on_drafter_error not in ("warn", "raise"):
             raise ValueError(f"on_drafter_error must be 'warn' or 'raise', got {on_drafter_error!r}")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+            raise ValueError(f"max_rows must be a whole number, at least 1, got {max_rows!r}")
         self._max_rows = max_rows
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         self._prefix_memory = parse_size(prefix_memory)

@@ -7,9 +7,12 @@ with what differs between passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -49,8 +52,15 @@ def is_stack_and_head(model: Any) -> bool:
         kind.__name__ in KNOWN_MODELS
         and kind.__module__.startswith("transformers.models.")
         and "forward" not in vars(model)
+        and _is_transformers(kind.forward.__code__.co_filename)  # else it was patched
         and not any((model._forward_hooks, model._forward_pre_hooks, stack._forward_hooks, stack._forward_pre_hooks))
     )
+
+
+@cache
+def _is_transformers(source: str) -> bool:
+    """Whether a file is the library's."""
+    return Path(transformers.__file__).parent in Path(source).parents
 
 
 class LeanStack:

@@ -6,6 +6,9 @@ for one row than for many. These do neither (``specdec.kernels.decoder_layer``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +49,10 @@ class PanelWeight(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._hold(self.laid_out(weight.detach()), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Nothing: kernels know the buffers' addresses and types, which ``model.to`` must not change."""
+        return self
 
     def _hold(self, buffers: dict[str, Tensor | None], bias: Tensor | None) -> None:
         for name, value in buffers.items():

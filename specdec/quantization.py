@@ -7,7 +7,7 @@ a pass over a tree says what a pass over one node says: speculation gives the qu
 ``int8``   weights with a scale per output channel; activations stay as they are.
 ``w8a8``   int8 x int8: activations get a scale per row as they come (LLM.int8, Dettmers et al. 2022, section 2.1, there
            called vector-wise). Sums of integers are exact.
-``int4``   weights with a scale and a zero point per 32 input channels.
+``int4``   weights with a scale and a minimum per 32 input channels.
 ``int4-g128`` the same per 128 input channels, or as many of 64 and 32 as divide them: what GPTQ's and AWQ's files have.
 ``nf4``    the 16 quantiles of a normal distribution, blocks of 64, their scales quantized too (QLoRA, Dettmers et al.
            2023, section 3).
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from specdec.kernels.decoder_layer import Numbers
 from specdec.kernels.w4a16 import from_dense
-from specdec.kernels.w4a16.weight import GROUP_SIZES
+from specdec.kernels.w4a16.weight import GROUP_SIZES, halves_suffice
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
 from specdec.precisions import STORED
@@ -117,7 +117,7 @@ def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where the shape leaves no whole groups."""
     if weight.shape[1] % GROUP:
         return _int8(weight, bias)
-    if weight.dtype == torch.bfloat16 and panels_run():
+    if weight.dtype == torch.bfloat16 and panels_run() and halves_suffice(weight, GROUP):
         return run_int4(from_dense(weight, GROUP, zero_points=False), bias, weight.dtype)
     return Int4Weight(weight, bias) if weight.shape[0] % _OUTPUTS == 0 else _int8(weight, bias)
 

@@ -106,6 +106,19 @@ def pack_codes(codes: Tensor, group_size: int) -> Tensor:
     return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
 
 
+def halves_suffice(weight: Tensor, group_size: int) -> bool:
+    """Whether float16 holds the scales ``from_dense`` finds as finely as it holds numbers: none is below its normal
+    range.
+
+    Args:
+        weight: ``[N, K]``, K a multiple of the group size.
+        group_size: of neighbouring inputs.
+    """
+    groups = weight.view(len(weight), -1, group_size)
+    ranges = groups.amax(-1).float() - groups.amin(-1).float()
+    return not bool(((ranges > 0) & (ranges < 15.0 * torch.finfo(torch.float16).tiny)).any())
+
+
 def from_dense(weight: Tensor, group_size: int = 128, zero_points: bool = True) -> Int4Weight:
     """Round a weight to 4 bits by each group's range: no calibration, the baseline of GPTQ's and AWQ's papers.
 

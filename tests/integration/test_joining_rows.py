@@ -115,5 +115,5 @@ def test_a_call_decodes_no_more_rows_at_a_time_than_it_may(target: HFTarget) -> 
     assert texts[0] == texts[1]
     assert free.stats.steps <= free.stats.passes <= len(PROMPTS) * free.stats.steps
     assert limited.stats.passes <= 2 * limited.stats.steps
-    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_rows must be a whole number, at least 1, got 0"):
         SpecDecoder(target, "ngram", max_rows=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -23,9 +24,12 @@ from transformers import (
 
 from specdec import SpecDecoder, attention, lean
 from specdec.drafters.model import ModelDrafter
-from specdec.lean import LeanLayer, can_be_lean
-from specdec.lean_stack import KNOWN_STACKS, LeanStack, make_lean
-from specdec.packing import can_pack, pack_linears
+from specdec.kernels.w4a16 import from_dense
+from specdec.lean import LeanLayer, can_be_lean, is_whole
+from specdec.lean_stack import KNOWN_STACKS, LeanStack, is_stack_and_head, make_lean
+from specdec.packing import FusedPart, PackedLinear, can_pack, pack_linears
+from specdec.panels import PanelWeight, panels_run
+from specdec.stored_weights import run_int4
 from specdec.target import HFTarget
 from specdec.tree import PADDING, TokenTree
 
@@ -240,3 +244,45 @@ def test_a_target_says_whether_its_rows_depend_on_each_other() -> None:
     assert HFTarget(model).invariant
     assert SpecDecoder(model, "ngram", invariant=True).target.invariant
     assert not HFTarget(Gemma2ForCausalLM(Gemma2Config(**SIZES, layer_types=None)).eval()).invariant
+
+
+@pytest.mark.parametrize("nodes", [1, 13, 70])
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_layers_of_codes_in_groups_give_what_their_dense_weights_give(zero_points: bool, nodes: int) -> None:
+    """To the bit, all layers in one call: what a GGUF file's blocks rest on."""
+    model = make("llama")
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    pack_linears(model, lambda weight, bias: run_int4(from_dense(weight, 32, zero_points), bias, weight.dtype))
+    dense = make("llama")
+    theirs = dict(dense.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | FusedPart):
+            packed = module.packed if isinstance(module, PackedLinear) else module.product.packed
+            assert isinstance(packed, PanelWeight)
+            theirs[name].weight.copy_(module.weight)
+    make_lean(model)
+    assert all(is_whole(layer) for layer in model.model.layers)
+    assert torch.equal(run(HFTarget(model), nodes), run(HFTarget(short(dense)), nodes))
+
+
+def test_a_forward_that_somebody_replaced_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = HFTarget(short(make("llama")))
+    before = run(target, 5)
+    own = LlamaForCausalLM.forward
+
+    @functools.wraps(own)
+    def negated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = own(self, *args, **kwargs)
+        out.logits = -out.logits
+        return out
+
+    assert is_stack_and_head(target.model)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", negated)
+    assert not is_stack_and_head(target.model)
+    assert torch.equal(run(target, 5), -before)
+    monkeypatch.undo()
+    handle = target.model.register_forward_hook(lambda _module, _inputs, _out: None)
+    assert not is_stack_and_head(target.model)
+    handle.remove()
+    assert is_stack_and_head(target.model)

@@ -12,8 +12,10 @@ from torch import nn
 from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
 from specdec.kernels.decoder_layer import find_kernels
 from specdec.kernels.w4a16 import Int4Weight, from_dense
+from specdec.kernels.w4a16.weight import halves_suffice
 from specdec.packing import FusedPart, PackedLinear, PackedWeight, can_pack, pack_linears
 from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
+from specdec.quantization import SCHEMES
 from specdec.stored_weights import Int8Blocks, StoredInt4, run_int4
 
 
@@ -214,3 +216,21 @@ def test_factors_that_float16_lacks_are_left_to_other_kernels() -> None:
     assert Group4PanelWeight.takes(stored)
     assert not Group4PanelWeight.takes(wide)
     assert isinstance(run_int4(wide, None, torch.bfloat16), StoredInt4)
+
+
+def test_what_the_kernels_point_at_stays_where_it_is() -> None:
+    """``model.to`` would make other numbers of the scales, at another address."""
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    panels = Int8PanelWeight(torch.randn(32, 64).bfloat16(), None)
+    before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in panels.named_buffers()}
+    nn.Sequential(panels).to(torch.bfloat16).float()
+    assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in panels.named_buffers()} == before
+
+
+def test_weights_whose_scales_float16_rounds_away_are_left_to_another_kernel() -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert halves_suffice(weight, 32)
+    assert not halves_suffice(weight * 1e-5, 32)
+    assert halves_suffice(torch.zeros(32, 64), 32)
+    assert not isinstance(SCHEMES["int4"].cpu(weight * 1e-5, None), Group4PanelWeight)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("-t", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Per turn.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions at a time.")
-@click.option("--queue", type=click.IntRange(min=2), help="Questions of a call; more join as --batch-size rows end.")
+@click.option("--queue", type=click.IntRange(min=2), help="Questions of a call: above --batch-size, others join.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @quantize_option
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
@@ -77,6 +77,8 @@ def mt_bench(
 
     if resume and json_path is None:
         raise ValueError("--resume needs --json, the file the interrupted run was to write")
+    if queue is not None and queue <= batch_size:
+        raise ValueError(f"--queue must be above --batch-size, {batch_size}, got {queue}")
     for path in (json_path, html_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} to")

@@ -103,7 +103,9 @@ def report(result: BenchResult) -> str:
         f"questions: {questions['name']} ({questions['source']}), {questions['count']} of sha256 {questions['sha256']}",
         f"model: {settings['model']} {settings['dtype']} on {machine['gpu'] or machine['cpu']}, {machine['threads']} "
         f"threads; {settings['turns']} turn(s) of {settings['max_new_tokens']} tokens, temperature "
-        f"{settings['temperature']:g}, batch {settings['batch_size']}, {settings['repeat']} repeat(s)",
+        f"{settings['temperature']:g}, batch {settings['batch_size']}"
+        + (f" of a queue of {settings['queue']}" if settings.get("queue") else "")
+        + f", {settings['repeat']} repeat(s)",
         *lossy_lines(settings),
         f"a pass reads {result.weight_bytes / 1e6:.0f} MB of weights; measured {result.bandwidth_gb_s:.1f} GB/s; peak "
         f"memory {result.summary.peak_memory_bytes / 2**30:.2f} GiB",
