@@ -104,6 +104,7 @@ class LeanLayer:
         self._kernels = find_kernels() if fits else None
         self.arguments = self._whole() if self._kernels is not None else None
         """For ``Kernels.layers``; None where the layer has to run in parts."""
+        self._alone = LayerRun([self])
 
     @property
     def compiled(self) -> bool:
@@ -160,7 +161,7 @@ class LeanLayer:
     ) -> Tensor:
         if self.arguments is not None:
             return kernels.layers(
-                [self.arguments], LayerRun([self]).parts(kernels, rotary, specdec_pass), hidden_states
+                self._alone.arguments, self._alone.parts(kernels, rotary, specdec_pass), hidden_states
             )
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
@@ -186,7 +187,7 @@ class LeanLayer:
                     for part, (own, cos, sin) in zip(specdec_pass.parts, cut, strict=True)
                 ]
             )
-        (opened,), tables = LayerRun([self]).open(specdec_pass, qkv.dtype)
+        (opened,), tables = self._alone.open(specdec_pass, qkv.dtype)
         depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
         return kernels.attention(
             qkv, rotary, *opened, lengths, depth, seen, self._scale, self.window, tables[0] if tables else None

@@ -77,8 +77,7 @@ class LeanStack:
         self._own: Callable[..., Any] = stack.forward
         self._angles: tuple[Tensor, Tensor] | None = None
         self._forwards: list[Any] = []  # of the layers, as last looked at
-        self._are_whole = False
-        self._whole_run: LayerRun | None = None  # all of them
+        self._whole_run: LayerRun | None = None  # all of them, where each is one compiled call
         self._hooks: list[Any] = []  # theirs, which PyTorch fills in place
         rotary = stack.rotary_emb
         self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
@@ -119,19 +118,17 @@ class LeanStack:
         return self._states(kernels, self._embedded(kernels, tokens), positions, now)
 
     def _states(self, kernels: Kernels, states: Tensor, positions: Tensor, now: AttentionPass | JoinedPass) -> Tensor:
-        layers, rotary, first, copies = self._stack.layers, self._rotary(states, positions), 0, now.copies
+        layers, rotary, first, copies = list(self._stack.layers), self._rotary(states, positions), 0, now.copies
         if 0 in copies:
             copies[0] = states
-        if any(self._hooks):
-            layers = list(layers)
-            for index, layer in enumerate(layers):
-                if layer._forward_hooks or layer._forward_pre_hooks:
-                    states = self._through(kernels, layers[first:index], first, states, rotary, now)
-                    states = layer(states, position_embeddings=rotary, specdec_pass=now)
-                    if index + 1 in copies:
-                        copies[index + 1] = states
-                    first = index + 1
-        states = self._through(kernels, list(layers)[first:], first, states, rotary, now)
+        for index, layer in enumerate(layers if any(self._hooks) else ()):
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                states = self._through(kernels, layers[first:index], first, states, rotary, now)
+                states = layer(states, position_embeddings=rotary, specdec_pass=now)
+                if index + 1 in copies:
+                    copies[index + 1] = states
+                first = index + 1
+        states = self._through(kernels, layers[first:], first, states, rotary, now)
         norm = self._stack.norm
         if norm._forward_hooks or norm._forward_pre_hooks:
             normed: Tensor = norm(states)
@@ -142,11 +139,11 @@ class LeanStack:
         """Whether each layer runs in one compiled call."""
         forwards = [layer.forward for layer in self._stack.layers]
         if forwards != self._forwards:
-            self._forwards, self._whole_run = forwards, None
-            self._are_whole = all(map(is_whole, self._stack.layers))
+            self._forwards = forwards
+            self._whole_run = LayerRun(forwards) if all(map(is_whole, self._stack.layers)) else None
             pairs = ((layer._forward_hooks, layer._forward_pre_hooks) for layer in self._stack.layers)
             self._hooks = [hooks for pair in pairs for hooks in pair]
-        return self._are_whole
+        return self._whole_run is not None
 
     def _through(
         self, kernels: Kernels, layers: list[Any], first: int, states: Tensor, rotary: tuple[Tensor, Tensor],
@@ -155,10 +152,8 @@ class LeanStack:
         """The layers from the ``first`` on that nobody listens to."""
         if not layers:
             return states
-        whole = len(layers) == len(self._forwards)
-        run = self._whole_run if whole and self._whole_run is not None else LayerRun([each.forward for each in layers])
-        if whole:
-            self._whole_run = run
+        run = self._whole_run if len(layers) == len(self._forwards) else None
+        run = run or LayerRun([layer.forward for layer in layers])
         copies = None
         if now.copies:
             ends = range(first + 1, first + 1 + len(layers))

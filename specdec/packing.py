@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.panels import PanelWeight, panels_run
+from specdec.panels import PanelWeight
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
@@ -96,7 +96,7 @@ def release_memory() -> None:
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A bfloat16 weight in the layout that is fastest on this CPU."""
-    kind = PanelWeight if PanelWeight.fits(weight) and panels_run() else PackedWeight
+    kind = PanelWeight if PanelWeight.serves(weight) else PackedWeight
     return kind(weight, bias)
 
 

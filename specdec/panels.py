@@ -67,6 +67,11 @@ class PanelWeight(nn.Module):
         """Whether the kernels take a weight of this shape."""
         return weight.dtype == torch.bfloat16 and weight.shape[1] % cls.step == 0
 
+    @classmethod
+    def serves(cls, weight: Tensor) -> bool:
+        """Whether it ``fits``, and the kernels run here."""
+        return cls.fits(weight) and panels_run()
+
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         """The buffers ``weight``, ``scales`` and ``shifts``."""
         panels = self._panels(weight)

@@ -86,13 +86,13 @@ class W8A8Weight(QuantizedWeight):
 
 def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Our own kernels where they run, else PyTorch's."""
-    kind = Int8PanelWeight if Int8PanelWeight.fits(weight) and panels_run() else Int8Weight
+    kind = Int8PanelWeight if Int8PanelWeight.serves(weight) else Int8Weight
     return kind(weight, bias)
 
 
 def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """The same, else oneDNN's."""
-    kind = W8A8PanelWeight if W8A8PanelWeight.fits(weight) and panels_run() else W8A8Weight
+    kind = W8A8PanelWeight if W8A8PanelWeight.serves(weight) else W8A8Weight
     return kind(weight, bias)
 
 

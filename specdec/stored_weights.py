@@ -138,16 +138,21 @@ def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.d
 
 def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A module that multiplies inputs of a dtype by the weight: by our own CPU kernels where they run."""
-    own = dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
-    if own and Group4PanelWeight.takes(stored):
+    if _by_panels(stored, dtype) and Group4PanelWeight.takes(stored):
         return Group4PanelWeight(stored, bias)
     return StoredInt4(stored, bias, dtype)
 
 
 def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The same."""
-    own = dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
-    return Group8PanelWeight(stored.codes, stored.scales, bias) if own else StoredInt8(stored, bias, dtype)
+    if _by_panels(stored, dtype):
+        return Group8PanelWeight(stored.codes, stored.scales, bias)
+    return StoredInt8(stored, bias, dtype)
+
+
+def _by_panels(stored: StoredWeight, dtype: torch.dtype) -> bool:
+    """Whether our own kernels multiply inputs of this type here."""
+    return dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
 
 
 def _maker(stored: StoredWeight, dtype: torch.dtype) -> Any:

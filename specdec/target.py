@@ -371,15 +371,14 @@ class HFTarget:
         lean = self._compiled
         if lean is None or not is_stack_and_head(self.model) or not lean.takes(self.dtype, now):
             return None
-        copied = self._copied([name for name in features if name != "last"], now)
-        if any(name not in copied and name != "last" for name in features):
+        places = self._places(features)
+        if any(name not in places and name != "last" for name in features):
             return None
-        now.copies = dict.fromkeys(copied.values())
+        now.copies = dict.fromkeys(places.values())
         states = lean.states(tokens, self._positions(now), now)
-        found: dict[Feature, Any] = {name: now.copies[index] for name, index in copied.items()}
-        wanted = states if logits_at is None else states[:, logits_at]
-        logits: Tensor = self.model.get_output_embeddings()(wanted)
-        return TargetOutput(logits, {name: states if name == "last" else found[name] for name in features})
+        logits: Tensor = self.model.get_output_embeddings()(states if logits_at is None else states[:, logits_at])
+        found: dict[Feature, Any] = {"last": states, **{name: now.copies[at] for name, at in places.items()}}
+        return TargetOutput(logits, {name: found[name] for name in features})
 
     def _positions(self, now: AttentionPass | JoinedPass) -> Tensor:
         """Of a pass; padding may point past the last one that a model has an embedding for."""
@@ -391,6 +390,10 @@ class HFTarget:
         compiled = self._compiled if features else None
         if compiled is None or not compiled.takes(self.dtype, now):
             return {}
+        return self._places(features)
+
+    def _places(self, features: Sequence[Feature]) -> dict[Feature, int]:
+        """How many layers come before each of the features that stand between layers."""
         places = {name: self.num_layers if name == "pre_norm" else name for name in features}
         return {name: at for name, at in places.items() if isinstance(at, int) and 0 <= at <= self.num_layers}
 

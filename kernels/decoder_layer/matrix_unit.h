@@ -90,6 +90,15 @@ static inline __attribute__((always_inline)) const char *ask(const char *from, c
   return from;
 }
 
+/* Adds to a tile of sums, by `kind`; tiles are named by constants. */
+#define MULTIPLY(sums, inputs, weights) \
+  do { \
+    if (kind == BOTH_IN_8_BIT) \
+      _tile_dpbusd(sums, inputs, weights); \
+    else \
+      _tile_dpbf16ps(sums, inputs, weights); \
+  } while (0)
+
 /* One tile of rows, or two, times a panel: the sums of 32 channels, [rows][PANEL]. While the unit multiplies, the vectors
    write what it multiplied before. Every step asks for `stride` bytes from `ahead` on, a quarter at a time: a core keeps
    track of a few lines on their way, and more at once would have the tiles wait. `widens`: weights become
@@ -120,23 +129,13 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
     _tile_loadd(6, now, 4 * PANEL);
     if (pair) _tile_loadd(5, below + k, width);
     asked = ask(asked, end, lines);
-    if (kind == BOTH_IN_8_BIT) {
-      _tile_dpbusd(0, 4, 6);
-      if (pair) _tile_dpbusd(2, 5, 6);
-    } else {
-      _tile_dpbf16ps(0, 4, 6);
-      if (pair) _tile_dpbf16ps(2, 5, 6);
-    }
+    MULTIPLY(0, 4, 6);
+    if (pair) MULTIPLY(2, 5, 6);
     asked = ask(asked, end, lines);
     _tile_loadd(7, now + 2 * PANEL, 4 * PANEL);
     asked = ask(asked, end, lines);
-    if (kind == BOTH_IN_8_BIT) {
-      _tile_dpbusd(1, 4, 7);
-      if (pair) _tile_dpbusd(3, 5, 7);
-    } else {
-      _tile_dpbf16ps(1, 4, 7);
-      if (pair) _tile_dpbf16ps(3, 5, 7);
-    }
+    MULTIPLY(1, 4, 7);
+    if (pair) MULTIPLY(3, 5, 7);
     ask(asked, end, lines);
     finish_rows(before, each);
   }
@@ -147,6 +146,8 @@ INLINE multiply_tiles(const numbers kind, const int widens, const int pair, cons
     _tile_stored(3, sums + PANEL * TILE_ROWS + LANES, 4 * PANEL);
   }
 }
+
+#undef MULTIPLY
 
 /* All rows times one panel after the other. The last tile of rows begins earlier where it would not be full; rows it has
    in common with the one before are computed twice and written once. */
