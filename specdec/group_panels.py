@@ -1,7 +1,8 @@
 """Weights in codes of 4 or 8 bits with a scale per group of inputs, as our own CPU kernels read them.
 
 Codes become bfloat16 numbers on the way to the multiplication, those that the dense weight would hold: a GGUF file's
-blocks give to the bit what the same file gives blown up to bfloat16, from a third of the bytes.
+blocks give to the bit what the same file gives blown up to bfloat16, from a third of the bytes. Or activations become
+int8 with a scale for every 32 of them, and codes are multiplied as they are, faster than memory brings them.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.kernels.decoder_layer import PANEL, Numbers
+from specdec.kernels.decoder_layer import PANEL, TOGETHER, Numbers
 from specdec.kernels.w4a16 import Int4Weight
 from specdec.pages import WEIGHTS
 from specdec.panels import PanelWeight
-
-WIDENED = 32
-"""Inputs that are widened at a time; groups are whole numbers of them."""
 
 _ROWS = 8 * PANEL
 """Output channels that are laid out at a time."""
@@ -29,13 +27,13 @@ class GroupPanelWeight(PanelWeight):
 
     scales: Tensor
     _line: ClassVar[int]
-    """Bytes of the codes of a panel's channels for ``WIDENED`` inputs."""
+    """Bytes of the codes of a panel's channels for ``TOGETHER`` inputs."""
 
     def __init__(self, shape: tuple[int, int], group: int, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         (self.out_features, self.in_features), self.group = shape, group
         self._count = -(-self.out_features // PANEL)
-        codes = WEIGHTS.zeros((self._count, self.in_features // WIDENED, self._line), torch.uint8)
+        codes = WEIGHTS.zeros((self._count, self.in_features // TOGETHER, self._line), torch.uint8)
         self._hold({"weight": codes, "scales": self._factors(), "shifts": None}, bias)
 
     def _factors(self) -> Tensor:
@@ -46,12 +44,20 @@ class GroupPanelWeight(PanelWeight):
         """Lay out codes ``[rows, in]`` of output channels from ``first`` on, which begins a panel."""
         padded = F.pad(codes, (0, 0, 0, -len(codes) % PANEL))
         count = len(padded) // PANEL
-        lines = self._lines(padded.view(count, PANEL, -1, WIDENED))
+        lines = self._lines(padded.view(count, PANEL, -1, TOGETHER))
         self.weight[first // PANEL : first // PANEL + count] = lines.reshape(count, -1, self._line)
 
     def _lines(self, codes: Tensor) -> Tensor:
-        """``[panels, PANEL, in / WIDENED, WIDENED]`` codes as bytes in the order of memory."""
+        """``[panels, PANEL, in / TOGETHER, TOGETHER]`` codes as bytes in the order of memory."""
         raise NotImplementedError
+
+    def _panel_codes(self) -> Tensor:
+        """The reverse, ``[panels, PANEL, ...]``."""
+        raise NotImplementedError
+
+    def _codes(self) -> Tensor:
+        """``[out, in]`` float32."""
+        return self._panel_codes().reshape(-1, self.in_features)[: self.out_features].float()
 
     def _by_panels(self, factors: Tensor) -> Tensor:
         """``[out, groups]`` to ``[panels, groups, PANEL]``."""
@@ -72,7 +78,7 @@ class Group4PanelWeight(GroupPanelWeight):
     """
 
     kind = Numbers.GROUPS_IN_4_BIT
-    _line = PANEL * WIDENED // 2
+    _line = PANEL * TOGETHER // 2
 
     def __init__(self, stored: Int4Weight, bias: Tensor | None) -> None:
         super().__init__((stored.num_outputs, stored.num_inputs), stored.group_size, bias)
@@ -86,7 +92,7 @@ class Group4PanelWeight(GroupPanelWeight):
     @classmethod
     def takes(cls, stored: Int4Weight) -> bool:
         """Whether its factors are float16 numbers, and its inputs whole steps of the kernels."""
-        return stored.num_inputs % WIDENED == 0 and _are_half(stored.scales) and _are_half(stored.offsets)
+        return stored.num_inputs % TOGETHER == 0 and _are_half(stored.scales) and _are_half(stored.offsets)
 
     def _factors(self) -> Tensor:
         return torch.zeros(self._count, self.in_features // self.group, 2, PANEL, dtype=torch.float16)
@@ -97,26 +103,42 @@ class Group4PanelWeight(GroupPanelWeight):
         split = codes.view(len(codes), PANEL // 8, 8, -1, 2, 8, 2).permute(0, 3, 1, 4, 2, 6, 5)
         return split[..., ::2] | split[..., 1::2] << 4
 
-    def dense(self) -> Tensor:
+    def _panel_codes(self) -> Tensor:
         halves = torch.stack([self.weight & 15, self.weight >> 4], -1)
-        split = halves.view(self._count, -1, PANEL // 8, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 6, 5)
-        codes = split.reshape(-1, self.in_features)[: self.out_features].float()
+        return halves.view(self._count, -1, PANEL // 8, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 6, 5)
+
+    def dense(self) -> Tensor:
         scales, offsets = self._of_channels(self.scales[:, :, 0]), self._of_channels(self.scales[:, :, 1])
         minima = -offsets * scales if self.has_zero_points else offsets
-        return (codes * scales + minima).to(torch.bfloat16)
+        return (self._codes() * scales + minima).to(torch.bfloat16)
+
+
+class W4A8PanelWeight(Group4PanelWeight):
+    """The same for activations in 8 bit, with a scale for every ``TOGETHER`` of a row's."""
+
+    kind = Numbers.BYTES_BY_4_BIT_GROUPS
+
+    def _lines(self, codes: Tensor) -> Tensor:
+        # Of every eight inputs the first four in the low halves of a channel's bytes, the others in the high ones.
+        split = codes.view(len(codes), PANEL, -1, 2, 4).permute(0, 2, 3, 1, 4)  # [panels, in / 8, 2, PANEL, 4]
+        return split[:, :, 0] | split[:, :, 1] << 4
+
+    def _panel_codes(self) -> Tensor:
+        halves = torch.stack([self.weight & 15, self.weight >> 4], 1)
+        return halves.view(self._count, 2, -1, PANEL, 4).permute(0, 3, 2, 1, 4)
 
 
 class Group8PanelWeight(GroupPanelWeight):
     """int8 codes with a scale per group.
 
     Args:
-        codes: ``[out, in]`` int8, ``in`` a multiple of ``WIDENED``.
+        codes: ``[out, in]`` int8, ``in`` a multiple of ``TOGETHER``.
         scales: ``[out, in / group]`` float16.
         bias: ``[out]``.
     """
 
     kind = Numbers.GROUPS_IN_8_BIT
-    _line = PANEL * WIDENED
+    _line = PANEL * TOGETHER
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__((codes.shape[0], codes.shape[1]), codes.shape[1] // scales.shape[1], bias)
@@ -125,12 +147,25 @@ class Group8PanelWeight(GroupPanelWeight):
         self.scales.copy_(self._by_panels(scales))
 
     def _lines(self, codes: Tensor) -> Tensor:
-        return codes.view(len(codes), PANEL, -1, WIDENED // 2, 2).permute(0, 2, 3, 1, 4)
+        return codes.view(len(codes), PANEL, -1, TOGETHER // 2, 2).permute(0, 2, 3, 1, 4)
+
+    def _panel_codes(self) -> Tensor:
+        return self.weight.view(torch.int8).view(self._count, -1, TOGETHER // 2, PANEL, 2).permute(0, 3, 1, 2, 4)
 
     def dense(self) -> Tensor:
-        lines = self.weight.view(torch.int8).view(self._count, -1, WIDENED // 2, PANEL, 2).permute(0, 3, 1, 2, 4)
-        codes = lines.reshape(-1, self.in_features)[: self.out_features].float()
-        return (codes * self._of_channels(self.scales)).to(torch.bfloat16)
+        return (self._codes() * self._of_channels(self.scales)).to(torch.bfloat16)
+
+
+class GroupW8A8PanelWeight(Group8PanelWeight):
+    """The same for activations in 8 bit, with a scale for every ``TOGETHER`` of a row's."""
+
+    kind = Numbers.BYTES_BY_8_BIT_GROUPS
+
+    def _lines(self, codes: Tensor) -> Tensor:
+        return (codes ^ 128).view(len(codes), PANEL, -1, TOGETHER // 4, 4).permute(0, 2, 3, 1, 4)  # bytes around 128
+
+    def _panel_codes(self) -> Tensor:
+        return (self.weight ^ 128).view(torch.int8).view(self._count, -1, PANEL, 4).permute(0, 2, 1, 3)
 
 
 def _are_half(factors: Tensor) -> bool:

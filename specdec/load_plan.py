@@ -27,7 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 """As safetensors name them."""
 
-_BITS = {"int8": 8, "w8a8": 8, "int4": 4, "int4-g128": 4, "nf4": 4, "fp6": 6, "gguf": 8}
+_BITS = {"int8": 8, "w8a8": 8, "int4": 4, "int4-g128": 4, "w4a8": 4, "nf4": 4, "fp6": 6, "gguf": 8, "gguf-a8": 8}
 _GROUP = 32
 """Inputs of a 4-bit weight that share a scale and a zero point; larger groups take less."""
 _ROUNDING = 12

@@ -16,7 +16,7 @@ import torch
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
-from specdec.precisions import STORED
+from specdec.precisions import STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 
@@ -116,13 +116,15 @@ def load_model(
     else:
         _reject_hopeless(name)
         folder = _download(name, allow_pickle, trust_remote_code, progress)
-    blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder) if quantize == STORED else None
+    blocks = None
+    if quantize in STORED_NAMES:
+        blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
     with quiet():
         _check_memory(folder, what, where, packed, quantize, trust_remote_code, memory_budget, drafter_bytes)
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
     if blocks is not None:
-        keep_blocks(model, blocks)
+        keep_blocks(model, blocks, in_8_bit=quantize == STORED_IN_8_BIT)
     elif quantize is not None:
         quantize_linears(model, quantize)
         make_lean(model)

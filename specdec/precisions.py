@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-SCHEME_NAMES = ("int8", "w8a8", "int4", "int4-g128", "nf4", "fp6")
+SCHEME_NAMES = ("int8", "w8a8", "int4", "int4-g128", "w4a8", "nf4", "fp6")
 """Of ``specdec.quantization.SCHEMES``."""
 
-STORED = "gguf"
+STORED_NAMES = ("gguf", "gguf-a8")
 """What ``quantize=`` takes to keep a GGUF file's own blocks (``specdec.quantized_checkpoints``)."""
+
+STORED_IN_8_BIT = "gguf-a8"
+"""Of these, the one whose activations are in 8 bit."""

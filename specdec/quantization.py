@@ -9,11 +9,13 @@ a pass over a tree says what a pass over one node says: speculation gives the qu
            called vector-wise). Sums of integers are exact.
 ``int4``   weights with a scale and a minimum per 32 input channels.
 ``int4-g128`` the same per 128 input channels, or as many of 64 and 32 as divide them: what GPTQ's and AWQ's files have.
+``w4a8``   the weights of ``int4``; activations in int8 with a scale for every 32 of a row's, as they come.
 ``nf4``    the 16 quantiles of a normal distribution, blocks of 64, their scales quantized too (QLoRA, Dettmers et al.
            2023, section 3).
 ``fp6``    floating point of 1 + 3 + 2 bits, a scale per output channel (FP6-LLM, Xia et al. 2024), decoded in each
            call: less memory than int8, finer than int4, but slow; libraries no longer have it.
 ``gguf``   the Q4_1 and Q8_0 blocks of a GGUF file as they are stored.
+``gguf-a8`` the same blocks; activations as in ``w4a8``. It is what llama.cpp computes.
 
 Weight-only kernels read less, which pays for few rows. Ours then cost what 16-bit ones do, PyTorch's more per row.
 """
@@ -35,10 +37,10 @@ from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES, halves_suffice
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
-from specdec.precisions import STORED
+from specdec.precisions import STORED_NAMES
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
-from specdec.stored_weights import run_int4
+from specdec.stored_weights import check_in_8_bit, run_int4
 
 GROUP = 32
 """Input channels that share a scale in ``int4``."""
@@ -130,6 +132,13 @@ def _int4_in_large_groups(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return run_int4(from_dense(weight, max(sizes), zero_points=False), bias, weight.dtype)
 
 
+def _w4a8_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """``w8a8`` where the shape leaves no whole groups, or float16 cannot hold their scales."""
+    if weight.shape[1] % GROUP or not halves_suffice(weight, GROUP):
+        return _w8a8(weight, bias)
+    return run_int4(from_dense(weight, GROUP, zero_points=False), bias, weight.dtype, in_8_bit=True)
+
+
 def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where codes would leave part of a byte."""
     return Fp6Weight(weight, bias) if Fp6Weight.fits(weight) else _int8(weight, bias)
@@ -138,6 +147,10 @@ def _fp6_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
 def _on_the_spot(model: nn.Module, pack: WeightFactory) -> None:
     """By our own modules, which run on every device."""
     pack_linears(model, pack)
+
+
+def _only_on_a_cpu(model: nn.Module) -> None:
+    check_in_8_bit(next(model.parameters()).device, next(model.parameters()).dtype)
 
 
 def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
@@ -235,16 +248,17 @@ SCHEMES: Mapping[str, Scheme] = {
     "w8a8": Scheme(_w8a8, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
     "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
     "int4-g128": Scheme(_int4_in_large_groups, lambda model: _on_the_spot(model, _int4_in_large_groups)),
+    "w4a8": Scheme(_w4a8_where_it_fits, _only_on_a_cpu),
     "nf4": Scheme(None, _with_bitsandbytes),
     "fp6": Scheme(_fp6_where_it_fits, lambda model: _on_the_spot(model, _fp6_where_it_fits)),
 }
-"""Names ``quantize=`` takes, those of ``SCHEME_NAMES``; beside them ``STORED``."""
+"""Names ``quantize=`` takes, those of ``SCHEME_NAMES``; beside them ``STORED_NAMES``."""
 
 
 def check_scheme(name: str) -> None:
     """Raise ValueError, with the nearest names, where ``quantize=`` does not take this one."""
-    if name not in SCHEMES and name != STORED:
-        raise ValueError(unknown("quantization", name, [*SCHEMES, STORED]))
+    if name not in SCHEMES and name not in STORED_NAMES:
+        raise ValueError(unknown("quantization", name, [*SCHEMES, *STORED_NAMES]))
 
 
 def usable_on_cpu() -> list[str]:
@@ -252,6 +266,8 @@ def usable_on_cpu() -> list[str]:
     missing = set()
     if not torch.cpu._is_vnni_supported():
         missing.add("w8a8")
+    if not torch.cpu._is_vnni_supported() or not panels_run():
+        missing.add("w4a8")
     if importlib.util.find_spec("bitsandbytes") is None:
         missing.add("nf4")
     return [name for name in SCHEMES if name not in missing]
@@ -280,7 +296,7 @@ def quantize_linears(model: nn.Module, name: str) -> None:
             library that is missing or too old, or a CPU without the instructions.
     """
     check_scheme(name)
-    if name == STORED:
+    if name in STORED_NAMES:
         raise ValueError(f"quantize={name!r} goes with a .gguf file to load; choose from {', '.join(SCHEMES)}")
     scheme = SCHEMES[name]
     if is_quantized(model):
@@ -298,4 +314,6 @@ def quantize_linears(model: nn.Module, name: str) -> None:
     if scheme.cpu is _w8a8 and not torch.cpu._is_vnni_supported():
         # Without VNNI's instructions products of 8 bit are added in 16, where they overflow.
         raise ValueError("quantize='w8a8' needs a CPU with AVX-512 VNNI: use 'int8'")
+    if scheme.cpu is _w4a8_where_it_fits:
+        check_in_8_bit(linears[0].weight.device, linears[0].weight.dtype)
     pack_linears(model, scheme.cpu)

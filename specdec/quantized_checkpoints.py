@@ -136,14 +136,14 @@ def _shape(stored: StoredWeight) -> tuple[int, int]:
     return stored.codes.shape[0], stored.codes.shape[1]
 
 
-def find_blocks(name: str, path: Path | None) -> Path:
+def find_blocks(name: str, path: Path | None, quantize: str) -> Path:
     """The GGUF file that a model is read from; raises ValueError where it is read from something else."""
     if path is None or path.suffix != ".gguf":
-        raise ValueError(f"quantize='gguf' keeps the blocks of a .gguf file, {name!r} is none: choose another quantize")
+        raise ValueError(f"quantize={quantize!r} keeps the blocks of a .gguf file, {name!r} is none: choose another")
     return path
 
 
-def keep_blocks(model: Any, path: Path) -> int:
+def keep_blocks(model: Any, path: Path, *, in_8_bit: bool = False) -> int:
     """Give a model's linear layers the Q4_1 and Q8_0 blocks of the GGUF file it came from, in place.
 
     A layer takes its blocks where they are, decoded, the very numbers it has: as they lie, or with rows of heads put
@@ -152,12 +152,13 @@ def keep_blocks(model: Any, path: Path) -> int:
     Args:
         model: loaded from the file, dense.
         path: the file.
+        in_8_bit: whether their activations are.
 
     Returns:
         How many layers were replaced.
 
     Raises:
-        ValueError: where none could be.
+        ValueError: where none could be, or for activations in 8 bit that this processor has no kernels for.
     """
     from gguf import GGMLQuantizationType, GGUFReader
 
@@ -183,8 +184,8 @@ def keep_blocks(model: Any, path: Path) -> int:
         if found is not None:
             stored[name] = found
     if not stored:
-        raise ValueError(f"{path} has no linear layer in Q4_1 or Q8_0: load it without quantize='gguf'")
-    return install(model, stored, model.dtype)
+        raise ValueError(f"{path} has no linear layer in Q4_1 or Q8_0: load it without quantize")
+    return install(model, stored, model.dtype, in_8_bit=in_8_bit)
 
 
 def _names(reader: Any, layers: int) -> Callable[[str], str | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
+from specdec.group_panels import Group4PanelWeight, Group8PanelWeight, GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, cpu, w4a16
 from specdec.lean_stack import make_lean
 from specdec.packing import SIBLINGS, FusedLinear, FusedPart, PackedLinear
@@ -102,16 +102,20 @@ class StoredInt8(DecodedWeight):
         return Int8Blocks(self.weight[first:last], self.scales[first:last]).dequantize(dtype)
 
 
-def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.dtype) -> int:
+def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.dtype, *, in_8_bit: bool = False) -> int:
     """Replace linear layers of a model by what a file stores for them, in place; siblings become one product.
 
     Args:
         model: changed in place; the replaced layers' own weights are not read.
         stored: by the layer's name, on the device it is to run on.
         dtype: of inputs.
+        in_8_bit: whether inputs become int8 on their way, in groups.
 
     Returns:
         How many layers were replaced.
+
+    Raises:
+        ValueError: for inputs in 8 bit where our own kernels do not run.
     """
     names = {id(module): name for name, module in model.named_modules()}
     count = 0
@@ -124,42 +128,58 @@ def install(model: nn.Module, stored: Mapping[str, StoredWeight], dtype: torch.d
             weights = [stored[names[id(linear)]] for linear in linears]
             whole = _stacked(weights) if len(linears) == len(siblings) else None
             if whole is not None and len({linear.bias is None for linear in linears}) == 1:
-                product = FusedLinear(linears, _maker(whole, dtype))
+                product = FusedLinear(linears, _maker(whole, dtype, in_8_bit))
                 for index, name in enumerate(siblings):
                     setattr(module, name, FusedPart(product, index))
                     del children[name]
                 count += len(siblings)
         for name, linear in children.items():
-            setattr(module, name, PackedLinear(linear, _maker(stored[names[id(linear)]], dtype)))
+            setattr(module, name, PackedLinear(linear, _maker(stored[names[id(linear)]], dtype, in_8_bit)))
             count += 1
     make_lean(model)
     return count
 
 
-def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype, *, in_8_bit: bool = False) -> nn.Module:
     """A module that multiplies inputs of a dtype by the weight: by our own CPU kernels where they run."""
-    if _by_panels(stored, dtype) and Group4PanelWeight.takes(stored):
-        return Group4PanelWeight(stored, bias)
+    if _by_panels(stored, dtype, in_8_bit) and Group4PanelWeight.takes(stored):
+        return W4A8PanelWeight(stored, bias) if in_8_bit else Group4PanelWeight(stored, bias)
     return StoredInt4(stored, bias, dtype)
 
 
-def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype, *, in_8_bit: bool = False) -> nn.Module:
     """The same."""
-    if _by_panels(stored, dtype):
-        return Group8PanelWeight(stored.codes, stored.scales, bias)
+    if _by_panels(stored, dtype, in_8_bit):
+        kind = GroupW8A8PanelWeight if in_8_bit else Group8PanelWeight
+        return kind(stored.codes, stored.scales, bias)
     return StoredInt8(stored, bias, dtype)
 
 
-def _by_panels(stored: StoredWeight, dtype: torch.dtype) -> bool:
+def check_in_8_bit(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError where inputs of this type cannot be multiplied in 8 bit by groups."""
+    if not _run_here(device, dtype):
+        raise ValueError(
+            "activations in 8 bit by groups need a CPU with AVX-512 VNNI and BF16, bfloat16 and a C compiler, got "
+            f"{device} and {dtype}: quantize='gguf' and 'int4' run everywhere"
+        )
+
+
+def _run_here(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether our own kernels multiply inputs of this type here."""
-    return dtype == torch.bfloat16 and stored.codes.device.type == "cpu" and panels_run()
+    return dtype == torch.bfloat16 and device.type == "cpu" and panels_run()
 
 
-def _maker(stored: StoredWeight, dtype: torch.dtype) -> Any:
+def _by_panels(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> bool:
+    if in_8_bit:
+        check_in_8_bit(stored.codes.device, dtype)
+    return _run_here(stored.codes.device, dtype)
+
+
+def _maker(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> Any:
     """A weight factory that takes the bias and has the weight."""
     if isinstance(stored, Int4Weight):
-        return lambda _, bias: run_int4(stored, bias, dtype)
-    return lambda _, bias: run_int8(stored, bias, dtype)
+        return lambda _, bias: run_int4(stored, bias, dtype, in_8_bit=in_8_bit)
+    return lambda _, bias: run_int8(stored, bias, dtype, in_8_bit=in_8_bit)
 
 
 def _stacked(weights: Sequence[StoredWeight]) -> StoredWeight | None:

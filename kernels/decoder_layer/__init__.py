@@ -38,6 +38,7 @@ __all__ = [
     "MOST_WIDTH",
     "PANEL",
     "SOURCE",
+    "TOGETHER",
     "DraftCache",
     "DraftWeights",
     "Kernels",
@@ -68,6 +69,9 @@ MOST_TOP = 64
 
 PANEL = 32
 """Output channels of a panel."""
+
+TOGETHER = 32
+"""Inputs that share a scale, where they are in 8 bit by groups; groups of weights are whole numbers of them."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Kernels:
         self._gated = declare("gated", pointer, pointer, number, number, ctypes.c_int)
         self._attention = declare("tree_attention", structure(Attention))
         self._quantize_rows = declare("quantize_rows", pointer, pointer, pointer, number, number, ctypes.c_int)
+        self._quantize_groups = declare("quantize_groups", pointer, pointer, pointer, number, number, ctypes.c_int)
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
         self._layers = declare(
@@ -164,17 +169,36 @@ class Kernels:
         self._quantize_rows(*pointers, rows, width, torch.get_num_threads())
         return out, scales
 
+    def quantize_groups(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations in 8 bit with a scale for every ``TOGETHER`` of a row: codes and factors as ``product`` has them.
+
+        They are arranged for the kernels: of every 256 rows ``[d / TOGETHER, rows, TOGETHER]`` int8, and scale and
+        scaled sum, ``[d / TOGETHER, rows, 2]`` float32. Numbers that are not finite make their group's scale NaN.
+        """
+        rows, width = inputs.shape
+        out = torch.empty(rows * width, dtype=torch.int8)
+        factors = torch.empty(rows * width // TOGETHER * 2)
+        pointers = (tensor.data_ptr() for tensor in (inputs, out, factors))
+        self._quantize_groups(*pointers, rows, width, torch.get_num_threads())
+        return out, factors
+
+    def _read(self, inputs: Tensor, kind: Numbers) -> tuple[Tensor, Tensor | None]:
+        """Inputs as a weight wants them, and their scales."""
+        if kind is Numbers.BOTH_IN_8_BIT:
+            return self.quantize_rows(inputs)
+        return self.quantize_groups(inputs) if kind.takes_groups else (inputs, None)
+
     def product(self, inputs: Tensor, weight: Panels, residual: Tensor | None = None) -> Tensor:
         """``inputs @ weight.T + bias + residual``, rounded once: ``[rows, out]``.
 
         Args:
             inputs: ``[rows, in]``.
-            weight: where both are in 8 bit, inputs are quantized row by row.
+            weight: where it wants inputs in 8 bit, they are quantized.
             residual: ``[rows, out]``.
         """
         rows, width = inputs.shape
         out = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
-        read, inputs_scales = (inputs, None) if weight.kind != Numbers.BOTH_IN_8_BIT else self.quantize_rows(inputs)
+        read, inputs_scales = self._read(inputs, weight.kind)
         tensors = (read, weight.weight, weight.scales, weight.shifts, inputs_scales, weight.bias, residual, out)
         pointers = (pointer_to(tensor) for tensor in tensors)
         sizes = (rows, width, weight.out_features, weight.group, weight.kind, weight.has_zero_points)

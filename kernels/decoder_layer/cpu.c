@@ -23,8 +23,8 @@
 
 typedef struct {
   const bf16 *in, *weight;
-  void *out;
-  float *scales, eps;
+  void *out, *scales;
+  float eps;
   long rows, d;
   void (*row)(const void *, long);
 } row_arguments;
@@ -63,26 +63,57 @@ static void gated_row(const void *pointer, long row) {
   }
 }
 
+#define ROUNDS 12582912.0f /* 1.5 * 2^23: added, it rounds to an integer, ties to even */
+#define SIZE 0x7fffffff    /* of a float's bits, those that are not its sign */
+
+/* The scale of bytes for numbers of which the largest has these bits; NaN where one is not finite. */
+static float byte_scale(int32_t largest, float *inverse) {
+  float size;
+  __builtin_memcpy(&size, &largest, sizeof size);
+  if (largest >= 0x7f800000) return *inverse = NAN;
+  if (size < 1e-12f * 127) size = 1e-12f * 127;
+  *inverse = 127.0f / size;
+  return size / 127.0f;
+}
+
+static inline ivec to_whole(vec numbers) { return (ivec)(numbers + ROUNDS) - (ivec)splat(ROUNDS); }
+
 /* To unsigned bytes around 128 with a scale of the row's own (LLM.int8, Dettmers et al. 2022, section 2.1): in / scale +
    128, scale = largest / 127. A row with NaN or infinity gets scale NaN. */
 static void quantize_row(const void *pointer, long row) {
   const row_arguments *a = pointer;
   const bf16 *in = a->in + row * a->d;
   uint8_t *out = (uint8_t *)a->out + row * a->d;
-  vec most = {0}, broken = {0};
+  ivec most = {0};
   for (long i = 0; i < a->d; i += LANES) {
-    vec x = load(in + i), size = (vec)((ivec)x & 0x7fffffff);
-    most = either(size > most, size, most);
-    broken += x * 0.0f; /* NaN where x is not finite */
+    const ivec size = (ivec)load(in + i) & SIZE;
+    most = (ivec)either(size > most, (vec)size, (vec)most);
   }
-  float largest = 1e-12f * 127;
-  for (int lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest;
-  a->scales[row] = largest / 127.0f + sum(broken);
-  float inverse = 127.0f / largest;
-  for (long i = 0; i < a->d; i += LANES) {
-    vec shifted = load(in + i) * inverse + 12582912.0f; /* 1.5 * 2^23: rounds to an integer, ties to even */
-    store_bytes(out + i, (ivec)shifted - (ivec)splat(12582912.0f) + 128);
-  }
+  float inverse;
+  ((float *)a->scales)[row] = byte_scale(highest(most), &inverse);
+  for (long i = 0; i < a->d; i += LANES) store_bytes(out + i, to_whole(load(in + i) * inverse) + 128);
+}
+
+/* To int8 with a scale for every 32 numbers, arranged as product_arguments has them. */
+static void quantize_by_groups(const void *pointer, long task) {
+  const row_arguments *a = pointer;
+  const long row = task * ROWS_PER_TASK, first = row / BLOCK_ROWS * BLOCK_ROWS;
+  const long rows = a->rows - first < BLOCK_ROWS ? a->rows - first : BLOCK_ROWS;
+  const long count = a->rows - row < ROWS_PER_TASK ? a->rows - row : ROWS_PER_TASK;
+  uint8_t *out = (uint8_t *)a->out + first * a->d + (row - first) * TOGETHER;
+  input_group *group = (input_group *)a->scales + first * (a->d / TOGETHER) + (row - first);
+  for (long i = 0; i < a->d; i += TOGETHER, out += rows * TOGETHER, group += rows)
+    for (long r = 0; r < count; r++) {
+      const bf16 *in = a->in + (row + r) * a->d + i;
+      const vec left = load(in), right = load(in + LANES);
+      const ivec size[2] = {(ivec)left & SIZE, (ivec)right & SIZE};
+      float inverse;
+      const float scale = byte_scale(highest((ivec)either(size[0] > size[1], (vec)size[0], (vec)size[1])), &inverse);
+      const ivec whole[2] = {to_whole(left * inverse), to_whole(right * inverse)};
+      store_bytes(out + r * TOGETHER, whole[0]);
+      store_bytes(out + r * TOGETHER + LANES, whole[1]);
+      group[r] = (input_group){scale, scale * (float)whole_sum(whole[0] + whole[1])};
+    }
 }
 
 void rms_norm(const bf16 *in, const bf16 *weight, bf16 *out, long rows, long d, float eps, int threads) {
@@ -98,6 +129,12 @@ void gated(const bf16 *in, bf16 *out, long rows, long d, int threads) {
 void quantize_rows(const bf16 *in, uint8_t *out, float *scales, long rows, long d, int threads) {
   row_arguments a = {in, 0, out, scales, 0, rows, d, quantize_row};
   run_rows(&a, threads);
+}
+
+/* `scales`: input_group of every 32. */
+void quantize_groups(const bf16 *in, int8_t *out, void *scales, long rows, long d, int threads) {
+  row_arguments a = {in, 0, out, scales, 0, rows, d, 0};
+  run(quantize_by_groups, &a, (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, threads);
 }
 
 /* ---- a whole layer of Llama's kind ---- */
@@ -143,7 +180,7 @@ static long all_rows(const pass *p) {
 typedef struct {
   bf16 *normed, *qkv, *attended, *gate_up, *gated;
   uint8_t *bytes;
-  float *sizes;
+  char *sizes;
 } buffers;
 
 static long place(const layer *l, long rows, char *space, buffers *b) {
@@ -159,7 +196,7 @@ static long place(const layer *l, long rows, char *space, buffers *b) {
   PLACE(gate_up, bf16, rows * l->gate_up.out_width)
   PLACE(gated, bf16, rows * l->down.in_width)
   PLACE(bytes, uint8_t, rows * widest)
-  PLACE(sizes, float, rows)
+  PLACE(sizes, char, rows * most_input_sizes(widest))
   return at;
 }
 
@@ -172,8 +209,11 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
                      int threads) {
   product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, rows, l->in_width,
                          l->out_width, l->group, l->kind, l->zero_points, threads};
-  if (l->kind == BOTH_IN_8_BIT) {
-    quantize_rows(in, b->bytes, b->sizes, rows, l->in_width, threads);
+  if (input_bytes((numbers)l->kind) == 1) {
+    if (takes_groups((numbers)l->kind))
+      quantize_groups(in, (int8_t *)b->bytes, b->sizes, rows, l->in_width, threads);
+    else
+      quantize_rows(in, b->bytes, (float *)b->sizes, rows, l->in_width, threads);
     a.in = b->bytes;
     a.sizes = b->sizes;
   }

@@ -29,7 +29,8 @@ typedef struct {
   char *layer;
   bf16 *inputs, *residual, *cos, *sin, *states, *gathered, *normed, *logits;
   uint8_t *bytes;
-  float *sizes, *best, *total;
+  char *sizes;
+  float *best, *total;
   int64_t *index;
 } draft_buffers;
 
@@ -43,7 +44,7 @@ static long place_draft(const draft_weights *h, long rows, long drafts, char *sp
   PLACE(cos, bf16, rows * width)
   PLACE(sin, bf16, rows * width)
   PLACE(bytes, uint8_t, rows * 2 * d)
-  PLACE(sizes, float, rows)
+  PLACE(sizes, char, rows * most_input_sizes(2 * d))
   PLACE(states, bf16, drafts * d)
   PLACE(gathered, bf16, drafts * d)
   PLACE(normed, bf16, drafts * d)

@@ -34,7 +34,7 @@ int has_matrix_unit(void) {
 }
 
 static int unit_takes(const product_arguments *a) {
-  return has_matrix_unit() && a->in_width * input_bytes((numbers)a->kind) % STEP == 0;
+  return has_matrix_unit() && !takes_groups((numbers)a->kind) && a->in_width * input_bytes((numbers)a->kind) % STEP == 0;
 }
 
 /* All tiles are 64 bytes wide; the first `count` have `first` rows, the others `second`. */
@@ -72,22 +72,8 @@ INLINE finish_rows(unfinished *u, long count) {
     const float *line = u->sums + (u->row < u->split ? u->row - u->first : u->row - u->second + TILE_ROWS) * PANEL;
     vec half[2] = {loadf(line), loadf(line + LANES)};
     for (int i = 0; i < 2; i++) half[i] = scaled(kind, a, u->row, channel + i * LANES, half[i]);
-    if (a->out_width - channel < PANEL) {
-      finish(a, u->row, channel, half[0]);
-      finish(a, u->row, channel + LANES, half[1]);
-      continue;
-    }
-    const long at = u->row * a->out_width + channel;
-    if (a->bias) half[0] += load(a->bias + channel), half[1] += load(a->bias + channel + LANES);
-    if (a->residual) half[0] += load(a->residual + at), half[1] += load(a->residual + at + LANES);
-    _mm512_storeu_si512(a->out + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)half[1], (__m512)half[0]));
+    finish_row(a, u->row, channel, half[0], half[1]);
   }
-}
-
-/* Asks for `lines` lines of the memory from `from` on, up to `end`; returns where it stopped. */
-static inline __attribute__((always_inline)) const char *ask(const char *from, const char *end, long lines) {
-  for (; lines > 0 && from < end; lines--, from += 64) __builtin_prefetch(from, 0, 2);
-  return from;
 }
 
 /* Adds to a tile of sums, by `kind`; tiles are named by constants. */

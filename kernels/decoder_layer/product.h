@@ -16,15 +16,19 @@ typedef enum {
   BOTH_IN_8_BIT,    /* int8 times bytes: [in / 4][PANEL][4] */
   GROUPS_IN_8_BIT,  /* int8, a scale per group of inputs: [in / 2][PANEL][2] */
   GROUPS_IN_4_BIT,  /* a scale and an offset per group: [in / 32][PANEL / 8][2][8][2] times 32 bits, see `widen_codes` */
+  /* The same times int8 inputs in groups of 32, see group_product.h: */
+  BYTES_BY_8_BIT_GROUPS, /* bytes around 128: [in / 4][PANEL][4] */
+  BYTES_BY_4_BIT_GROUPS, /* [in / 8][PANEL][4] bytes: four inputs in the low halves, the next four in the high ones */
 } numbers;
 
 typedef struct {
-  const void *in;        /* [rows, in_width] bfloat16, or bytes around 128 */
+  const void *in;        /* [rows, in_width] bfloat16, or bytes around 128; by groups: of every BLOCK_ROWS rows
+                            [in_width / 32][rows][32] int8 */
   const void *weight;    /* [panels][..] */
   const void *scales;    /* weights in 8 bit: [panels * PANEL] float; groups in 8 bit: [panels][groups][PANEL] float16, in 4
                             bit [panels][groups][2][PANEL], scales and offsets */
   const int32_t *shifts; /* both in 8 bit: [panels * PANEL] 128 times the sum of a channel's weights */
-  const float *sizes;    /* both in 8 bit: [rows] scales of the inputs */
+  const void *sizes;     /* both in 8 bit: [rows] float, scales of the inputs; by groups: input_group, as `in` is arranged */
   const bf16 *bias;      /* [out_width], or null */
   const bf16 *residual;  /* [rows, out_width], or null */
   bf16 *out;             /* [rows, out_width] */
@@ -34,12 +38,37 @@ typedef struct {
   int threads;
 } product_arguments;
 
-static inline long input_bytes(numbers kind) { return kind == BOTH_IN_8_BIT ? 1 : 2; }
+/* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
+#define BLOCK_ROWS 256
+
+static inline long input_bytes(numbers kind) {
+  return kind == BOTH_IN_8_BIT || kind >= BYTES_BY_8_BIT_GROUPS ? 1 : 2;
+}
+
+/* Codes have four bits; and a scale and an offset per group. */
+static inline int in_4_bit(numbers kind) { return kind == GROUPS_IN_4_BIT || kind == BYTES_BY_4_BIT_GROUPS; }
 
 /* Of the weights of one output channel. */
 static inline long channel_bytes(numbers kind, long in_width) {
-  return kind == IN_16_BIT ? 2 * in_width : kind == GROUPS_IN_4_BIT ? in_width / 2 : in_width;
+  return kind == IN_16_BIT ? 2 * in_width : in_4_bit(kind) ? in_width / 2 : in_width;
 }
+
+/* What 32 inputs of a row share, where they are in groups. */
+typedef struct {
+  float scale, total; /* total: scale times the sum of the bytes */
+} input_group;
+
+#define TOGETHER 32
+
+static inline int takes_groups(numbers kind) { return kind >= BYTES_BY_8_BIT_GROUPS; }
+
+/* Of a row's `sizes`. */
+static inline long input_sizes(numbers kind, long in_width) {
+  return takes_groups(kind) ? in_width / TOGETHER * (long)sizeof(input_group) : (long)sizeof(float);
+}
+
+/* At most. */
+static inline long most_input_sizes(long in_width) { return (in_width / TOGETHER + 1) * (long)sizeof(input_group); }
 
 /* Not inlined: hundreds of copies would take minutes to compile. */
 static __attribute__((noinline)) void finish(const product_arguments *a, long row, long first, vec value) {
@@ -194,13 +223,13 @@ INLINE widen_bytes(const char *weight, const uint16_t *factors, bf16 *out) {
 
 /* A panel's factors of the group that an input is in. */
 static inline const uint16_t *factors_at(const numbers kind, const product_arguments *a, long panel, long input) {
-  if (kind != GROUPS_IN_8_BIT && kind != GROUPS_IN_4_BIT) return 0;
-  const long each = kind == GROUPS_IN_4_BIT ? 2 * PANEL : PANEL;
+  if (kind < GROUPS_IN_8_BIT) return 0;
+  const long each = in_4_bit(kind) ? 2 * PANEL : PANEL;
   return (const uint16_t *)a->scales + (panel * (a->in_width / a->group) + input / a->group) * each;
 }
 
 /* Weights that are not bfloat16 and become so. */
-static inline int is_narrow(numbers kind) { return kind != IN_16_BIT && kind != BOTH_IN_8_BIT; }
+static inline int is_narrow(numbers kind) { return kind != IN_16_BIT && input_bytes(kind) == 2; }
 
 /* Weights of 32 inputs, or the last ones, to bfloat16, [16 pairs][PANEL][2]. */
 INLINE widen_weights(const numbers kind, const product_arguments *a, const char *weight, long panel, long input,
@@ -240,11 +269,30 @@ static inline __attribute__((always_inline)) vec scaled(numbers kind, const prod
   if (kind == WEIGHTS_IN_8_BIT) return sums * loadf((const float *)a->scales + channel);
   if (kind != BOTH_IN_8_BIT) return sums;
   __m512i exact = _mm512_sub_epi32((__m512i)sums, _mm512_loadu_si512(a->shifts + channel));
-  return (vec)_mm512_cvtepi32_ps(exact) * loadf((const float *)a->scales + channel) * a->sizes[row];
+  return (vec)_mm512_cvtepi32_ps(exact) * loadf((const float *)a->scales + channel) * ((const float *)a->sizes)[row];
 }
 
 static __attribute__((noinline)) void finish_sums(const product_arguments *a, long row, long channel, vec sums) {
   finish(a, row, channel, scaled((numbers)a->kind, a, row, channel, sums));
+}
+
+/* What is left for a row's sums of a panel, all its channels at once where there are so many. */
+INLINE finish_row(const product_arguments *a, long row, long channel, vec left, vec right) {
+  if (a->out_width - channel < PANEL) {
+    finish(a, row, channel, left);
+    finish(a, row, channel + LANES, right);
+    return;
+  }
+  const long at = row * a->out_width + channel;
+  if (a->bias) left += load(a->bias + channel), right += load(a->bias + channel + LANES);
+  if (a->residual) left += load(a->residual + at), right += load(a->residual + at + LANES);
+  _mm512_storeu_si512(a->out + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+}
+
+/* Asks for `lines` lines of the memory from `from` on, up to `end`; returns where it stopped. */
+static inline __attribute__((always_inline)) const char *ask(const char *from, const char *end, long lines) {
+  for (; lines > 0 && from < end; lines--, from += 64) __builtin_prefetch(from, 0, 2);
+  return from;
 }
 
 #include "matrix_unit.h"
@@ -356,25 +404,25 @@ static void take_panels(void *pointer, int thread) {
   free(wide);
 }
 
-/* Rows in blocks whose inputs stay in a core's cache while all panels pass. */
-#define BLOCK_ROWS 256
+#include "group_product.h"
 
 void product(const product_arguments *a) {
   const long panels = (a->out_width + PANEL - 1) / PANEL, size = input_bytes((numbers)a->kind);
+  const int by_groups = takes_groups((numbers)a->kind);
   for (long row = 0; row < a->rows; row += BLOCK_ROWS) {
     product_arguments block = *a;
     block.rows = a->rows - row < BLOCK_ROWS ? a->rows - row : BLOCK_ROWS;
     block.in = (const char *)a->in + row * a->in_width * size;
     block.out = a->out + row * a->out_width;
     if (a->residual) block.residual = a->residual + row * a->out_width;
-    if (a->sizes) block.sizes = a->sizes + row;
+    if (a->sizes) block.sizes = (const char *)a->sizes + row * input_sizes((numbers)a->kind, a->in_width);
     panel_queue queue = {.a = &block, .count = a->threads < MOST_LANES ? a->threads : MOST_LANES};
     if (queue.count < 1) queue.count = 1;
     for (int lane = 0; lane < queue.count; lane++) {
       queue.lanes[lane].next = panels * lane / queue.count;
       queue.lanes[lane].end = panels * (lane + 1) / queue.count;
     }
-    run_all(unit_takes(a) ? take_unit_panels : take_panels, &queue, panels, a->threads);
+    run_all(by_groups ? take_group_panels : unit_takes(a) ? take_unit_panels : take_panels, &queue, panels, a->threads);
   }
 }
 

@@ -18,6 +18,13 @@ class Numbers(IntEnum):
     BOTH_IN_8_BIT = 2
     GROUPS_IN_8_BIT = 3
     GROUPS_IN_4_BIT = 4
+    BYTES_BY_8_BIT_GROUPS = 5
+    BYTES_BY_4_BIT_GROUPS = 6
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether inputs are in 8 bit with a scale for every ``TOGETHER`` of them."""
+        return self >= Numbers.BYTES_BY_8_BIT_GROUPS
 
 
 class Panels(Protocol):

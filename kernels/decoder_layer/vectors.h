@@ -62,6 +62,26 @@ static inline float sum(vec value) {
   return total;
 }
 
+static inline int32_t highest(ivec value) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_epi32((__m512i)value);
+#else
+  int32_t most = value[0];
+  for (int lane = 1; lane < LANES; lane++) most = value[lane] > most ? value[lane] : most;
+  return most;
+#endif
+}
+
+static inline int32_t whole_sum(ivec value) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_epi32((__m512i)value);
+#else
+  int32_t total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += value[lane];
+  return total;
+#endif
+}
+
 /* exp by powers of two and a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7. */
 static inline vec vexp(vec x) {
 #ifdef __AVX512F__

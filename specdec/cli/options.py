@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from specdec.precisions import SCHEME_NAMES, STORED
+from specdec.precisions import SCHEME_NAMES, STORED_NAMES
 
 if TYPE_CHECKING:
     from specdec.decoder import SpecDecoder
@@ -43,7 +43,7 @@ class ModelOptions:
 quantize_option = click.option(
     "--quantize",
     metavar="NAME",
-    help=f"Linear layers in {', '.join(SCHEME_NAMES)}, or in a .gguf file's own blocks ({STORED}).",
+    help=f"Linear layers in {', '.join(SCHEME_NAMES)}, or in a .gguf file's own blocks ({' or '.join(STORED_NAMES)}).",
 )
 kv_option = click.option(
     "--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."

@@ -11,7 +11,7 @@ from tiny_chat import Invoke
 
 from specdec import SpecDecoder, latency
 from specdec.latency import LatencyCurve, LatencyKey
-from specdec.precisions import STORED
+from specdec.precisions import STORED_NAMES
 from specdec.quantization import SCHEMES
 
 
@@ -66,7 +66,9 @@ def test_a_quantized_cache_has_a_profile_of_its_own(invoke: Invoke, chat_folder:
 def test_help_names_every_quantization(invoke: Invoke, command: list[str]) -> None:
     words = " ".join(invoke(*command, "--help").output.replace("-\n", "-").split())
     _, _, after = words.partition("--quantize NAME ")
-    assert after.startswith(f"Linear layers in {', '.join(SCHEMES)}, or in a .gguf file's own blocks ({STORED}).")
+    assert after.startswith(
+        f"Linear layers in {', '.join(SCHEMES)}, or in a .gguf file's own blocks ({' or '.join(STORED_NAMES)})."
+    )
 
 
 def test_the_plot_is_an_svg_with_a_line_per_curve(invoke: Invoke, chat_folder: str, tmp_path: Path) -> None:

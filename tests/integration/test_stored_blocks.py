@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.decoder import SpecDecoder
+from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, from_dense
 from specdec.memory_plan import stored_bytes
 from specdec.models import load_model
+from specdec.panels import panels_run
 from specdec.quantization import is_quantized
 from specdec.quantized_checkpoints import read_4bit
 from specdec.stored_weights import Int8Blocks, StoredInt4, StoredInt8, from_q8_0
@@ -230,6 +232,26 @@ def test_a_gguf_file_is_run_from_its_blocks(model: LlamaForCausalLM, tmp_path: P
     whole = load_model(str(path), device="cpu", dtype="fp32").model
     sizes = [stored_bytes([*each.parameters(), *each.buffers()]) for each in (loaded, whole)]
     assert sizes[0] < 0.35 * sizes[1]
+
+
+def test_blocks_times_activations_in_8_bit_give_a_text_of_their_own(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(model, path)
+    decoder = SpecDecoder(str(path), "none", dtype="bf16", device="cpu", quantize="gguf-a8")
+    loaded = decoder.target.model
+    kinds = [type(module) for module in loaded.modules()]
+    assert (kinds.count(W4A8PanelWeight), kinds.count(GroupW8A8PanelWeight)) == (2 * 5, 2 + 1)
+    exact = logits(load_model(str(path), device="cpu", dtype="bf16", quantize="gguf").model, PROMPTS[0]).float()
+    off = (logits(loaded, PROMPTS[0]).float() - exact).norm() / exact.norm()
+    assert 0 < float(off) < 0.1  # a level is 1 / 127 of the largest of 32, ten times in a row
+    plain = [decoder.generate(prompt, max_new_tokens=16).token_ids for prompt in PROMPTS]
+    for drafter in ("ngram", "suffix"):
+        other = SpecDecoder(decoder.target, drafter, adaptive=False, on_drafter_error="raise")
+        assert [result.token_ids for result in other.generate(PROMPTS, max_new_tokens=16)] == plain
+    with pytest.raises(ValueError, match="activations in 8 bit by groups need"):
+        load_model(str(path), device="cpu", dtype="fp32", quantize="gguf-a8")
 
 
 def test_only_gguf_files_have_blocks_to_keep(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import build, decoder_layer
-from specdec.kernels.decoder_layer import Kernels, find_kernels, reference
+from specdec.kernels.decoder_layer import TOGETHER, Kernels, find_kernels, reference
 
 RELATIVE = 2.0**-8 + 2.0**-20
 """Rounding to bfloat16, and a few float32 roundings before it."""
@@ -107,6 +107,36 @@ def test_activations_in_8_bit(kernels: Kernels, width: int) -> None:
     assert ((rows.double() - exact).abs() <= 0.5 + 1e-4).all()  # to the nearest, but for float32 at ties
     inputs[2, 5], inputs[4, 0] = torch.nan, torch.inf
     assert kernels.quantize_rows(inputs)[1].isnan().tolist() == [row in (2, 4) for row in range(7)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_activations_in_8_bit_by_groups(kernels: Kernels, rows: int) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(rows, 3 * TOGETHER) * torch.logspace(-6, 6, rows).unsqueeze(1)).bfloat16()
+    inputs[rows // 2, TOGETHER : 2 * TOGETHER] = 0
+    bytes_, scales, totals = by_groups(kernels, inputs)
+    largest = inputs.double().view(rows, 3, -1).abs().amax(-1).clamp(min=127e-12)
+    assert torch.allclose(scales.double(), largest / 127, rtol=1e-6, atol=0)
+    exact = inputs.double().view(rows, 3, -1) / (largest / 127).unsqueeze(-1)
+    assert ((bytes_.double() - exact).abs() <= 0.5 + 1e-4).all()  # to the nearest, but for float32 at ties
+    assert torch.equal(totals, scales * bytes_.sum(-1))
+    inputs[0, 5], inputs[-1, 40] = torch.nan, torch.inf
+    broken = by_groups(kernels, inputs)[1].isnan()
+    assert broken.nonzero().tolist() == sorted([[0, 0], [rows - 1, 1]])
+
+
+def by_groups(kernels: Kernels, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes ``[rows, groups, TOGETHER]``, scales and totals ``[rows, groups]``, from where the kernels have them."""
+    bytes_, factors = kernels.quantize_groups(inputs)
+    groups, parts, first = inputs.shape[1] // TOGETHER, [], 0
+    for block in inputs.split(256):
+        count = len(block) * groups
+        numbers = bytes_[first * TOGETHER : (first + count) * TOGETHER].view(groups, len(block), TOGETHER)
+        both = factors[2 * first : 2 * (first + count)].view(groups, len(block), 2)
+        parts.append((numbers.transpose(0, 1), both[..., 0].T, both[..., 1].T))
+        first += count
+    bytes_, scales, totals = (torch.cat(part) for part in zip(*parts, strict=True))
+    return bytes_, scales, totals
 
 
 class Case:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from specdec.group_panels import Group4PanelWeight, Group8PanelWeight
+from specdec.group_panels import Group4PanelWeight, Group8PanelWeight, GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.decoder_layer import find_kernels
 from specdec.kernels.w4a16 import Int4Weight, from_dense
 from specdec.kernels.w4a16.weight import halves_suffice
@@ -181,8 +181,13 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
     inputs = torch.ones(3, 32).bfloat16()
     inputs[1, 7] = torch.nan
-    for kind in (PanelWeight, Int8PanelWeight, W8A8PanelWeight):
-        out = kind(torch.ones(32, 32).bfloat16(), None)(inputs)
+    stored, blocks = (
+        from_dense(torch.ones(32, 32), 32),
+        (torch.ones(32, 32, dtype=torch.int8), torch.ones(32, 1).half()),
+    )
+    layers = [kind(torch.ones(32, 32).bfloat16(), None) for kind in (PanelWeight, Int8PanelWeight, W8A8PanelWeight)]
+    for layer in (*layers, W4A8PanelWeight(stored, None), GroupW8A8PanelWeight(*blocks, None)):
+        out = layer(inputs)
         assert out.isnan().all(1).tolist() == [False, True, False]
         assert not out[[0, 2]].isnan().any()
 
@@ -210,12 +215,57 @@ def test_groups_of_codes_give_what_their_dense_weight_gives_in_bfloat16(
         assert torch.equal(panels(states), PanelWeight(dense, bias)(states))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 40, 300])
+@pytest.mark.parametrize("outputs", [64, 33])
+@pytest.mark.parametrize(("inputs", "group", "zero_points"), [(96, 32, False), (128, 64, True), (2304, 128, False)])
+def test_groups_of_codes_times_bytes_give_the_product_in_float64(
+    inputs: int, group: int, zero_points: bool, outputs: int, rows: int
+) -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    torch.manual_seed(0)
+    bias, states = torch.randn(outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    residual = torch.randn(rows, outputs).bfloat16()
+    stored = from_dense(torch.randn(outputs, inputs), group, zero_points)
+    stored = Int4Weight(stored.codes, stored.scales.half(), stored.offsets if zero_points else stored.offsets.half())
+    blocks = Int8Blocks(
+        torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs, inputs // 32).half()
+    )
+    kernels = find_kernels()
+    assert kernels is not None
+    alone = [kernels.quantize_groups(row) for row in states.split(1)]  # tested by itself
+    levels = torch.stack([bytes_[:inputs].view(-1, 32) for bytes_, _ in alone]).double()
+    sizes = torch.stack([factors[: inputs // 16].view(-1, 2)[:, :1] for _, factors in alone]).double()
+    read = (levels * sizes).flatten(1)
+    weights = [
+        (W4A8PanelWeight(stored, bias), Group4PanelWeight(stored, bias), stored.dequantize(torch.float64)),
+        (GroupW8A8PanelWeight(blocks.codes, blocks.scales, bias), Group8PanelWeight(blocks.codes, blocks.scales, bias),
+         blocks.dequantize(torch.float64)),
+    ]  # fmt: skip
+    for panels, wide, dense in weights:
+        assert torch.equal(panels.dense(), wide.dense())
+        exact = read @ dense.T + bias.double()
+        # A group's sum and its minimum's part are rounded, and may cancel: they are 255 steps of a code at most.
+        size = read.abs() @ dense.abs().T + bias.double().abs() + residual.double().abs()
+        lost = 2.0**-22 * (size + 256 * read.abs() @ panels._of_channels(_scales(panels)).double().T)
+        for got, expected in ((panels(states), exact), (panels.add_to(residual, states), exact + residual.double())):
+            assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + inputs / 32 * lost).all()
+        for first in (0, rows // 2):
+            assert torch.equal(panels(states[first : first + 1].clone())[0], panels(states)[first])
+
+
+def _scales(panels: Any) -> torch.Tensor:
+    return panels.scales[:, :, 0] if isinstance(panels, W4A8PanelWeight) else panels.scales  # type: ignore[no-any-return]
+
+
 def test_factors_that_float16_lacks_are_left_to_other_kernels() -> None:
     stored = from_dense(torch.randn(16, 64), 32, zero_points=False)
     wide = Int4Weight(stored.codes, stored.scales.float() * 1e6, stored.offsets.float())
     assert Group4PanelWeight.takes(stored)
     assert not Group4PanelWeight.takes(wide)
     assert isinstance(run_int4(wide, None, torch.bfloat16), StoredInt4)
+    with pytest.raises(ValueError, match=r"activations in 8 bit by groups need .* got cpu and torch\.float32"):
+        run_int4(stored, None, torch.float32, in_8_bit=True)
 
 
 def test_what_the_kernels_point_at_stays_where_it_is() -> None:

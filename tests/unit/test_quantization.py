@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specdec.group_panels import W4A8PanelWeight
 from specdec.latency import LatencyKey
 from specdec.packing import PackedLinear
-from specdec.precisions import SCHEME_NAMES, STORED
+from specdec.panels import W8A8PanelWeight, panels_run
+from specdec.precisions import SCHEME_NAMES, STORED_NAMES
 from specdec.quantization import (
     GROUP,
     SCHEMES,
@@ -198,6 +200,16 @@ def test_the_planner_measures_each_precision_on_its_own(name: str) -> None:
     assert after.fingerprint == before.fingerprint  # drafters trained for the model still fit
 
 
+def test_w4a8_takes_w8a8_where_groups_do_not_come_out_even_and_wants_bfloat16() -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    model = nn.Sequential(nn.Linear(48, 32), nn.Linear(64, 24)).bfloat16()
+    quantize_linears(model, "w4a8")
+    assert [type(layer.packed) for layer in model] == [W8A8PanelWeight, W4A8PanelWeight]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="need a CPU with AVX-512 VNNI and BF16, bfloat16"):
+        quantize_linears(tiny_model(), "w4a8")
+
+
 def test_no_two_precisions_share_a_key() -> None:
     keys = []
     for name in [name for name in SCHEMES if name not in ("nf4", "w8a8")]:
@@ -216,7 +228,7 @@ def test_quantizers_that_leave_the_class_of_a_layer_change_the_planners_key_too(
 
 def test_every_precision_is_named_where_names_are_listed() -> None:
     assert tuple(SCHEMES) == SCHEME_NAMES
-    for name in (*SCHEMES, STORED):
+    for name in (*SCHEMES, *STORED_NAMES):
         check_scheme(name)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specdec.precisions import SCHEME_NAMES, STORED
+from specdec.precisions import SCHEME_NAMES, STORED_NAMES
 
 if TYPE_CHECKING:
     from specdec.models import LoadedModel
@@ -19,7 +19,7 @@ MAX_CONTEXT = 4096
 DRAFT_ROOM = 64
 """Tokens that may be drafted beyond the end of an answer."""
 CACHE_DIR = "~/.cache/specdec/peers"
-QUANTIZED = (*SCHEME_NAMES, STORED)
+QUANTIZED = (*SCHEME_NAMES, *STORED_NAMES)
 """Precisions of ours that are no dtype."""
 
 
