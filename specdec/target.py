@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.architecture import check_model, check_pass, find_eos_token_ids, find_max_context
 from specdec.attention import AttentionPass, AttentionSwitch, JoinedPass
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import QuantizedKVCache
@@ -74,26 +75,11 @@ class HFTarget:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        name = type(model).__name__
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{name} is an encoder-decoder model; specdec serves decoder-only models")
-        if model.get_output_embeddings() is None:
-            raise ValueError(f"{name} has no output head; load it with AutoModelForCausalLM")
-        if getattr(model, "_is_stateful", False):
-            raise ValueError(
-                f"{name} cannot be served: it keeps recurrent state beside what goes through transformers' attention "
-                "interface, and a rejected draft could not be taken back from it"
-            )
-        places = sorted({str(parameter.device) for parameter in model.parameters()})
-        if len(places) > 1:
-            raise ValueError(f"{name} has its weights on {' and '.join(places)}: load it on one device")
+        check_model(model)
         model.eval()
         self._switch = AttentionSwitch(model)
-        parameters = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._check_layers()
-        if "position_ids" not in parameters:
-            raise ValueError(f"{name} cannot be served: it takes no position_ids, so a tree's nodes have no place")
 
     @property
     def device(self) -> torch.device:
@@ -126,26 +112,13 @@ class HFTarget:
 
     @property
     def max_context(self) -> int | None:
-        """Most positions the model has, None where it sets no limit.
-
-        LongRoPE (Ding et al. 2024) rotates by other angles once a text outgrows the length it was first trained on,
-        those of earlier tokens included, which a cache of rotated keys cannot follow: that length is the limit.
-        """
-        limit = getattr(self.config, "max_position_embeddings", None)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            original = rope.get("original_max_position_embeddings")
-            limit = original or getattr(self.config, "original_max_position_embeddings", None) or limit
-        return None if limit is None else int(limit)
+        """Most positions the model has, None where it sets no limit."""
+        return find_max_context(self.config)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """The model's own end-of-sequence ids, from its generation settings and configuration."""
-        found: set[int] = set()
-        for source in (getattr(self.model, "generation_config", None), self.config):
-            value = getattr(source, "eos_token_id", None)
-            found.update([value] if isinstance(value, int) else value or [])
-        return frozenset(found)
+        return find_eos_token_ids(self.model, self.config)
 
     @property
     def waits_after_phases(self) -> bool:
@@ -441,32 +414,7 @@ class HFTarget:
                 self.model(input_ids=token, position_ids=probe.positions, use_cache=False, specdec_pass=probe)
         except (RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{name} does not run through transformers' attention interface: {error}") from error
-        missing = sorted(set(range(self.num_layers)) - probe.windows.keys())
-        if missing:
-            raise ValueError(
-                f"{name} cannot be served: layers {missing} of {self.num_layers} bypass transformers' attention "
-                "interface or keep recurrent state"
-            )
-        self._check_windows(name, probe.windows)
-
-    def _check_windows(self, name: str, asked: Mapping[int, int | None]) -> None:
-        """See that every window the configuration names reaches our attention, not just a mask we do not use."""
-        kinds = list(getattr(self.config, "layer_types", None) or [])
-        size = getattr(self.config, "sliding_window", None)
-        limit = self.max_context
-        if "chunked_attention" in kinds or getattr(self.config, "attention_chunk_size", None):
-            raise ValueError(f"{name} cannot be served: it attends within chunks, which specdec does not implement")
-        if size is None or getattr(self.config, "use_sliding_window", True) is False:
-            return
-        if limit is not None and size >= limit:
-            return
-        windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"] if kinds else [*asked]
-        silent = [layer for layer in windowed if asked[layer] is None]
-        if silent:
-            raise ValueError(
-                f"{name} cannot be served: its window of {size} tokens in layers {silent} is applied through the mask "
-                "alone; load it with sliding_window=None if texts stay shorter"
-            )
+        check_pass(self.model, self.config, probe.windows)
 
 
 def _wanted(chunks: Sequence[Chunk], features: Sequence[Feature] = ()) -> tuple[Feature, ...]:
