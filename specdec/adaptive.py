@@ -233,6 +233,8 @@ class AdaptiveTrees:
         self._wait = max(self._wait - 1, 0)
         if best == 1:
             self.reason = self._why_not = self._explain(offer, sizes)
+            if not larger:
+                self._wait = max(self._wait, _FIRST_GAP)  # what may be lost grows by little a pass
         return best
 
     @property

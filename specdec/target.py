@@ -90,8 +90,8 @@ class HFTarget:
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # the model's own looks at every parameter
+        return dtype if dtype.is_floating_point else self.model.dtype
 
     @property
     def invariant(self) -> bool:
