@@ -64,8 +64,8 @@ _RECHECKED = 48
 """The same once there were, of several rows: there drafts gain little, and what a plain pass takes changes."""
 
 _COMPARED = 3
-"""Plain passes run to compare with. The first one's time is not taken: a draft leaves less of the target's weights in
-the caches than plain decoding does, by a tenth of a pass."""
+"""Plain passes run to compare with. The first one's time is another matter: a draft leaves less of the target's weights
+in the caches than plain decoding does, by a tenth of a pass, or a third where passes are short."""
 
 
 class TreePolicy(Protocol):
@@ -192,6 +192,8 @@ class AdaptiveTrees:
         self._comparing = 0  # plain passes still to be run to compare with
         self._timed_plain = False  # whether the time of a plain pass was taken
         self._after_draft = False  # whether the last pass speculated
+        self._resting = False  # whether the last budget was given without a thought
+        self._rested_ms = 0.0  # what learning cost in passes of which nothing else was noted
         self._gained = 0.0  # in plain passes, as far as settled
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
@@ -204,7 +206,8 @@ class AdaptiveTrees:
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)
         self._trial_over = None
-        if not self._speculates and self._wait > 0:  # nothing is learnt meanwhile
+        self._resting = not self._speculates and self._wait > 0
+        if self._resting:  # nothing is learnt meanwhile
             self._wait -= 1
             self._asked, self.reason = 1, self._why_not
             return 1
@@ -261,6 +264,8 @@ class AdaptiveTrees:
     def _affordable(self, offers: dict[int, _Offer]) -> list[int]:
         """Sizes of which a pass could accept nothing without overdrawing the account."""
         draft_ms = self._times.draft_ms if self._drafts else 0.0  # the first draft of a call is always made
+        if not self._speculates:
+            draft_ms += self._times.delay_ms  # of the plain pass that follows a trial
         most = (1.0 + self.balance) * offers[1].worst_ms - draft_ms
         return [size for size, offer in offers.items() if size == 1 or offer.worst_ms <= most]
 
@@ -297,6 +302,12 @@ class AdaptiveTrees:
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         after_draft, self._after_draft = self._after_draft, self._asked > 1
+        if self._resting and not after_draft and ms is not None:  # where passes are short, so must this be
+            self._passes += 1
+            self._rested_ms += ms["draft"]
+            for row in rows:
+                self._acceptance(row).fade()
+            return
         if ms is None:
             if self._asked > 1:
                 self._learn(rows, tree, verdict)
@@ -309,7 +320,12 @@ class AdaptiveTrees:
             self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
             self._timed_plain = self._timed_plain or self._asked == 1
         if self._asked == 1:
-            self._open.append(_Draft(0.0, 0, self._size, self._length, drafting))  # learning from plain passes
+            lost = drafting + self._rested_ms  # learning from plain passes
+            self._rested_ms = 0.0
+            if after_draft and self._comparable:
+                self._times.observe_after_draft(self._size, self._length, sum(ms.values()) - drafting)
+                lost += self._times.delay_ms
+            self._open.append(_Draft(0.0, 0, self._size, self._length, lost))
             for row in rows:
                 self._acceptance(row).fade()
         else:

@@ -323,7 +323,9 @@ class Generation:
         pieces = []
         for counted in self._counted(self._batch.rows):
             counted.steps += 1
-        depths, drafted = tree.draft_depth.tolist(), tree.num_drafted.tolist()
+        depths = drafted = [0] * len(self._batch)
+        if tree.num_nodes > 1:
+            depths, drafted = tree.draft_depth.tolist(), tree.num_drafted.tolist()
         for index, row in enumerate(self._batch.rows):
             accepted = verdict.num_accepted[index]
             for counted in self._counted([row]):

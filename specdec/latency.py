@@ -82,6 +82,8 @@ class LatencyCurve:
         """
         if len(self.batches) == 1:
             nodes, batch = nodes * batch / self.batches[0], self.batches[0]
+            if len(self.lengths) == 1:
+                return _line(self.nodes, self.milliseconds[0][0], nodes)
         by_batch = []
         for table in self.milliseconds:
             by_length = [_line(self.nodes, row, nodes) for row in table]

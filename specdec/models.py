@@ -16,9 +16,10 @@ import torch
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean_stack import make_lean
 from specdec.packing import can_pack, pack_linears
-from specdec.precisions import STORED_IN_8_BIT, STORED_NAMES
+from specdec.precisions import BY_GROUPS_IN_8_BIT, STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
+from specdec.stored_weights import check_in_8_bit
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names, and the hub id each stands for where its weights are not installed."""
@@ -106,6 +107,8 @@ def load_model(
         check_scheme(quantize)
         if dtype == "auto" and where.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             what = torch.bfloat16
+        if quantize in BY_GROUPS_IN_8_BIT:
+            check_in_8_bit(where, what)
     found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
     if found is not None:
         return found

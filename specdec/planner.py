@@ -82,6 +82,7 @@ class PassTimes:
         self._usual: dict[int, float] = {}  # their medians: asked for many times per pass
         self._rungs: list[int] = []
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
+        self._delays: deque[float] = deque(maxlen=_SAMPLES)
 
     def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
         """A pass over ``nodes`` nodes per row took so long."""
@@ -106,6 +107,16 @@ class PassTimes:
     def draft_ms(self) -> float:
         """Milliseconds of drafting a tree; 0 before the first."""
         return _low_median(self._drafts) if self._drafts else 0.0
+
+    def observe_after_draft(self, batch: int, length: int, ms: float) -> None:
+        """The plain pass after a draft took so long."""
+        if self._learn:
+            self._delays.append(max(ms - self.estimate(1, batch, length), 0.0))
+
+    @property
+    def delay_ms(self) -> float:
+        """Milliseconds that a draft delays the plain pass after it, with less of the target's weights in the caches."""
+        return _low_median(self._delays) if self._delays else 0.0
 
     def knows(self, nodes: int, batch: int) -> bool:
         """Whether passes of about this width were run, or need not be."""

@@ -10,3 +10,6 @@ STORED_NAMES = ("gguf", "gguf-a8")
 
 STORED_IN_8_BIT = "gguf-a8"
 """Of these, the one whose activations are in 8 bit."""
+
+BY_GROUPS_IN_8_BIT = ("w4a8", STORED_IN_8_BIT)
+"""Those whose activations are in 8 bit by groups, which our own CPU kernels alone compute."""

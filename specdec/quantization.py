@@ -15,7 +15,7 @@ a pass over a tree says what a pass over one node says: speculation gives the qu
 ``fp6``    floating point of 1 + 3 + 2 bits, a scale per output channel (FP6-LLM, Xia et al. 2024), decoded in each
            call: less memory than int8, finer than int4, but slow; libraries no longer have it.
 ``gguf``   the Q4_1 and Q8_0 blocks of a GGUF file as they are stored.
-``gguf-a8`` the same blocks; activations as in ``w4a8``. It is what llama.cpp computes.
+``gguf-a8`` the same blocks; activations as in ``w4a8``: llama.cpp's scheme.
 
 Weight-only kernels read less, which pays for few rows. Ours then cost what 16-bit ones do, PyTorch's more per row.
 """
@@ -40,7 +40,7 @@ from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels
 from specdec.precisions import STORED_NAMES
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
-from specdec.stored_weights import check_in_8_bit, run_int4
+from specdec.stored_weights import check_in_8_bit, run_int4, runs_in_8_bit
 
 GROUP = 32
 """Input channels that share a scale in ``int4``."""
@@ -150,7 +150,7 @@ def _on_the_spot(model: nn.Module, pack: WeightFactory) -> None:
 
 
 def _only_on_a_cpu(model: nn.Module) -> None:
-    check_in_8_bit(next(model.parameters()).device, next(model.parameters()).dtype)
+    raise ValueError(f"quantize='w4a8' runs on a CPU alone, {type(model).__name__} is on another device: use 'int4'")
 
 
 def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
@@ -261,12 +261,12 @@ def check_scheme(name: str) -> None:
         raise ValueError(unknown("quantization", name, [*SCHEMES, *STORED_NAMES]))
 
 
-def usable_on_cpu() -> list[str]:
-    """Names of the schemes that this CPU and what is installed allow."""
+def usable(device: torch.device, dtype: torch.dtype | str) -> list[str]:
+    """Names of the schemes that a device, the dtype of the rest and what is installed allow."""
     missing = set()
     if not torch.cpu._is_vnni_supported():
         missing.add("w8a8")
-    if not torch.cpu._is_vnni_supported() or not panels_run():
+    if not torch.cpu._is_vnni_supported() or not runs_in_8_bit(device, dtype):
         missing.add("w4a8")
     if importlib.util.find_spec("bitsandbytes") is None:
         missing.add("nf4")
@@ -315,5 +315,6 @@ def quantize_linears(model: nn.Module, name: str) -> None:
         # Without VNNI's instructions products of 8 bit are added in 16, where they overflow.
         raise ValueError("quantize='w8a8' needs a CPU with AVX-512 VNNI: use 'int8'")
     if scheme.cpu is _w4a8_where_it_fits:
-        check_in_8_bit(linears[0].weight.device, linears[0].weight.dtype)
+        for linear in linears:
+            check_in_8_bit(linear.weight.device, linear.weight.dtype)
     pack_linears(model, scheme.cpu)

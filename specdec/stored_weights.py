@@ -144,6 +144,8 @@ def run_int4(stored: Int4Weight, bias: Tensor | None, dtype: torch.dtype, *, in_
     """A module that multiplies inputs of a dtype by the weight: by our own CPU kernels where they run."""
     if _by_panels(stored, dtype, in_8_bit) and Group4PanelWeight.takes(stored):
         return W4A8PanelWeight(stored, bias) if in_8_bit else Group4PanelWeight(stored, bias)
+    if in_8_bit:
+        raise ValueError("scales and offsets that float16 lacks cannot be multiplied by activations in 8 bit")
     return StoredInt4(stored, bias, dtype)
 
 
@@ -155,24 +157,24 @@ def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype, *, in_
     return StoredInt8(stored, bias, dtype)
 
 
-def check_in_8_bit(device: torch.device, dtype: torch.dtype) -> None:
+def check_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> None:
     """Raise ValueError where inputs of this type cannot be multiplied in 8 bit by groups."""
-    if not _run_here(device, dtype):
+    if not runs_in_8_bit(device, dtype):
         raise ValueError(
             "activations in 8 bit by groups need a CPU with AVX-512 VNNI and BF16, bfloat16 and a C compiler, got "
             f"{device} and {dtype}: quantize='gguf' and 'int4' run everywhere"
         )
 
 
-def _run_here(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our own kernels multiply inputs of this type here."""
+def runs_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> bool:
+    """Whether our own kernels multiply inputs of this type here, in 16 bits or 8."""
     return dtype == torch.bfloat16 and device.type == "cpu" and panels_run()
 
 
 def _by_panels(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> bool:
     if in_8_bit:
         check_in_8_bit(stored.codes.device, dtype)
-    return _run_here(stored.codes.device, dtype)
+    return runs_in_8_bit(stored.codes.device, dtype)
 
 
 def _maker(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.kernels.accept import accept, noise_keys, serves
 from specdec.kernels.accept.acceptance import NUM_FIELDS
+from specdec.kernels.accept.cpu import walk
 from specdec.tree import TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
@@ -77,7 +78,9 @@ def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: boo
         positions = [len(row.tokens) for row in batch.rows]
         levels = tree.num_nodes if logits.device.type != "cpu" else int(tree.draft_depth.max()) + 1
         keys = noise_keys([row.noise for row in batch.rows], positions, levels).to(logits.device)
-    parents = tree.parents.masked_fill(~tree.acceptable, -1)
+    parents = tree.parents if tree.virtual is None else tree.parents.masked_fill(~tree.acceptable, -1)
+    if logits.device.type == "cpu":
+        return _accept_on_cpu(tree, logits, parents, keys, temperature)
     found = accept(logits, tree.tokens, parents, keys, temperature)
     drafted = tree.tokens.gather(1, found.path)
     rows = torch.cat([found.packed[:, :NUM_FIELDS], drafted], dim=1).tolist()
@@ -87,3 +90,18 @@ def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: boo
         for row, count, bad in zip(rows, num_accepted, failed, strict=True)
     ]
     return Verdict(found.path[:, : max(num_accepted) + 1], num_accepted, tokens, failed)
+
+
+def _accept_on_cpu(
+    tree: TokenTree, logits: Tensor, parents: Tensor, keys: Tensor | None, temperature: float
+) -> Verdict:
+    """The same where the numbers are at hand: a few small tensors would take longer than the search."""
+    drafted = tree.tokens.tolist()
+    rows = walk(logits, drafted, parents.tolist(), None if keys is None else keys.tolist(), temperature)
+    most = max(len(path) for path, _, _ in rows)
+    tokens = [
+        [row[column] for column in path[1:]] + ([] if failed else [bonus])
+        for row, (path, bonus, failed) in zip(drafted, rows, strict=True)
+    ]
+    path = torch.tensor([path + path[-1:] * (most - len(path)) for path, _, _ in rows], dtype=torch.int64)
+    return Verdict(path, [len(path) - 1 for path, _, _ in rows], tokens, [failed for _, _, failed in rows])

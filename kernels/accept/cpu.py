@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,28 +23,38 @@ def accept(
     logits: Tensor, tokens: Tensor, parents: Tensor, keys: Tensor | None = None, temperature: float = 1.0
 ) -> Acceptance:
     """See ``specdec.kernels.accept.accept``."""
-    num_nodes = logits.shape[1]
-    row_keys = None if keys is None else keys.tolist()
+    rows = walk(logits, tokens.tolist(), parents.tolist(), None if keys is None else keys.tolist(), temperature)
+    return Acceptance.from_rows(rows, logits.shape[1], logits.device)
+
+
+def walk(
+    logits: Tensor,
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int]],
+    keys: Sequence[Sequence[int]] | None = None,
+    temperature: float = 1.0,
+) -> list[tuple[list[int], int, bool]]:
+    """The same on numbers: each row's path, the root first, the token chosen at its end, and whether it failed."""
     rows = []
-    for b, (drafted, above) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+    for b, (drafted, above) in enumerate(zip(tokens, parents, strict=True)):
         children: dict[tuple[int, int], int] = {}
-        for column in range(1, num_nodes):
+        for column in range(1, len(drafted)):
             if above[column] >= 0:
                 children.setdefault((above[column], drafted[column]), column)
         path = [0]
         while True:
             scores = logits[b, path[-1]]
-            if row_keys is None:
+            if keys is None:
                 bonus = find_best(scores)
             else:
-                bonus = draw_best(scores, row_keys[b][len(path) - 1], temperature)
+                bonus = draw_best(scores, keys[b][len(path) - 1], temperature)
             failed = bonus < 0
             child = children.get((path[-1], bonus))
             if child is None:
                 rows.append((path, bonus, failed))
                 break
             path.append(child)
-    return Acceptance.from_rows(rows, num_nodes, logits.device)
+    return rows
 
 
 def find_best(scores: Tensor) -> int:

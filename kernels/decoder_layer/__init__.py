@@ -174,8 +174,13 @@ class Kernels:
 
         They are arranged for the kernels: of every 256 rows ``[d / TOGETHER, rows, TOGETHER]`` int8, and scale and
         scaled sum, ``[d / TOGETHER, rows, 2]`` float32. Numbers that are not finite make their group's scale NaN.
+
+        Raises:
+            ValueError: for rows that are no whole number of groups.
         """
         rows, width = inputs.shape
+        if width % TOGETHER:
+            raise ValueError(f"{width} inputs do not divide into groups of {TOGETHER}")
         out = torch.empty(rows * width, dtype=torch.int8)
         factors = torch.empty(rows * width // TOGETHER * 2)
         pointers = (tensor.data_ptr() for tensor in (inputs, out, factors))

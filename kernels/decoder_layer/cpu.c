@@ -112,7 +112,7 @@ static void quantize_by_groups(const void *pointer, long task) {
       const ivec whole[2] = {to_whole(left * inverse), to_whole(right * inverse)};
       store_bytes(out + r * TOGETHER, whole[0]);
       store_bytes(out + r * TOGETHER + LANES, whole[1]);
-      group[r] = (input_group){scale, scale * (float)whole_sum(whole[0] + whole[1])};
+      group[r] = (input_group){scale, scale * (float)whole_sum((ivec)((uvec)whole[0] + (uvec)whole[1]))};
     }
 }
 

@@ -2,8 +2,8 @@
 
    Weights are codes of 4 or 8 bits with a scale and a minimum per group of inputs, and 32 inputs of a row share a scale
    too. The sums of 32 products are whole numbers and so exact (VPDPBUSD: unsigned codes by signed inputs); they become
-   float32 one after the other, from the first input to the last, whatever other rows there are. A GGUF file's blocks are
-   computed with as llama.cpp does, ten instructions for what takes fifty where weights become bfloat16 numbers. */
+   float32 one after the other, from the first input to the last, whatever other rows there are. It is
+   llama.cpp's scheme for such files, and needs a fraction of the instructions that make bfloat16 numbers of weights. */
 
 #define QUADS (TOGETHER / 4)
 

@@ -34,8 +34,8 @@ class Panels(Protocol):
         kind: what it is made of.
         weight: panels of ``PANEL`` output channels; channels beyond the last are 0.
         scales: of output channels or groups; None in 16 bit.
-        shifts: ``[panels * PANEL]`` int32, 128 times the sum of each channel's weights, where inputs are in 8 bit; else
-            None.
+        shifts: ``[panels * PANEL]`` int32, 128 times the sum of each channel's weights, where inputs are in 8 bit with
+            a scale per row; else None.
         bias: ``[out]`` bfloat16.
         in_features: input channels.
         out_features: output channels.

@@ -47,7 +47,7 @@ static inline void store(bf16 *to, vec value) {
 #endif
 }
 
-/* Lanes of 0 to 255. */
+/* The lowest byte of each lane. */
 static inline void store_bytes(uint8_t *to, ivec value) {
   typedef uint8_t bytes __attribute__((vector_size(LANES)));
   bytes small = __builtin_convertvector(value, bytes);
@@ -76,9 +76,9 @@ static inline int32_t whole_sum(ivec value) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_epi32((__m512i)value);
 #else
-  int32_t total = 0;
-  for (int lane = 0; lane < LANES; lane++) total += value[lane];
-  return total;
+  uint32_t total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += (uint32_t)value[lane];
+  return (int32_t)total;
 #endif
 }
 

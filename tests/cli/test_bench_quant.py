@@ -14,7 +14,8 @@ from specdec.benchmarks.quant import run_quant
 from specdec.benchmarks.questions import SHIPPED, load_questions
 from specdec.benchmarks.tables import fill
 from specdec.models import load_model
-from specdec.quantization import usable_on_cpu
+from specdec.panels import panels_run
+from specdec.quantization import usable
 from specdec.target import HFTarget
 
 
@@ -69,4 +70,9 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(invoke: Invoke,
 def test_precisions_that_cannot_run_here_are_left_out_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert usable_on_cpu() == ["int8", "int4", "int4-g128", "fp6"]
+    assert usable(torch.device("cpu"), torch.bfloat16) == ["int8", "int4", "int4-g128", "fp6"]
+
+
+def test_activations_in_8_bit_by_groups_are_for_bfloat16() -> None:
+    assert "w4a8" not in usable(torch.device("cpu"), torch.float32)
+    assert ("w4a8" in usable(torch.device("cpu"), torch.bfloat16)) == panels_run()

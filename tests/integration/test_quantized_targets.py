@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from specdec.cli import main
 from specdec.decoder import SpecDecoder
 from specdec.models import load_model
+from specdec.panels import panels_run
 from specdec.quantization import is_quantized
 
 VOCAB = 96
@@ -33,6 +34,8 @@ EVERY = [
         marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
     ),
 ]
+
+needs_panels = pytest.mark.skipif(not panels_run(), reason="this CPU has none of our own kernels")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +57,9 @@ def texts(target: Any, drafter: str, **options: Any) -> list[list[int]]:
     return [result.token_ids for result in results]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, pytest.param("w4a8", marks=needs_panels)])
 def test_speculation_and_batches_give_the_quantized_models_own_text(folder: Path, name: str) -> None:
-    decoder = SpecDecoder(str(folder), "none", dtype="fp32", quantize=name)
+    decoder = SpecDecoder(str(folder), "none", dtype="bf16" if name == "w4a8" else "fp32", quantize=name)
     assert is_quantized(decoder.target.model) or name == "nf4"
     plain = [decoder.generate(prompt, max_new_tokens=NEW_TOKENS).token_ids for prompt in PROMPTS]
     assert len({tuple(text) for text in plain}) == len(PROMPTS)
@@ -78,6 +81,8 @@ def test_the_rest_of_a_quantized_model_is_16_bit_where_the_cpu_computes_in_it(fo
 
 
 def test_bad_requests_are_refused_before_anything_is_loaded(folder: Path) -> None:
+    with pytest.raises(ValueError, match="activations in 8 bit by groups need"):
+        SpecDecoder("no such model", quantize="w4a8", dtype="fp32", device="cpu")
     with pytest.raises(ValueError, match="unknown quantization 'int3'"):
         SpecDecoder("no such model", quantize="int3")
     loaded = load_model(str(folder))

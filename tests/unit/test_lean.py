@@ -24,11 +24,12 @@ from transformers import (
 
 from specdec import SpecDecoder, attention, lean
 from specdec.drafters.model import ModelDrafter
+from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.w4a16 import from_dense
 from specdec.lean import LeanLayer, can_be_lean, is_whole
 from specdec.lean_stack import KNOWN_STACKS, LeanStack, is_stack_and_head, make_lean
 from specdec.packing import FusedPart, PackedLinear, can_pack, pack_linears
-from specdec.panels import PanelWeight, panels_run
+from specdec.panels import PanelWeight, W8A8PanelWeight, panels_run
 from specdec.stored_weights import run_int4
 from specdec.target import HFTarget
 from specdec.tree import PADDING, TokenTree
@@ -84,7 +85,7 @@ def run(target: HFTarget, nodes: int, features: bool = False) -> Tensor:
     tokens = torch.randint(0, 97, (2, nodes))
     parents = torch.arange(-2, nodes - 2).clamp(min=0).expand(2, -1).clone()
     parents[:, 0] = -1
-    cache = target.new_cache(2, 200)
+    cache = target.new_cache(2, 100 + nodes)
     with torch.inference_mode():
         target.extend([prompt[0], prompt[1][:31]], cache)
         out = target.forward(TokenTree(tokens, parents), cache, (1, "pre_norm", "last") if features else ())
@@ -264,6 +265,37 @@ def test_layers_of_codes_in_groups_give_what_their_dense_weights_give(zero_point
     make_lean(model)
     assert all(is_whole(layer) for layer in model.model.layers)
     assert torch.equal(run(HFTarget(model), nodes), run(HFTarget(short(dense)), nodes))
+
+
+@pytest.mark.parametrize("nodes", [1, 13, 140])  # of two rows
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8", "groups of 8 bits"])
+def test_layers_of_activations_in_8_bit_are_in_one_call_what_they_are_in_parts(
+    kind: str, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: what one product gives is tested against float64."""
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+
+    def laid_out(weight: Tensor, bias: Tensor | None) -> PanelWeight:
+        if kind == "w8a8":
+            return W8A8PanelWeight(weight, bias)
+        if kind == "w4a8":
+            return W4A8PanelWeight(from_dense(weight, 32, zero_points=False), bias)
+        groups = weight.float().unflatten(1, (-1, 32))
+        scales = (groups.abs().amax(-1) / 127).half()
+        codes = (groups / scales.unsqueeze(-1).float()).round().clamp(-127, 127)
+        return GroupW8A8PanelWeight(codes.to(torch.int8).flatten(1), scales, bias)
+
+    outputs = []
+    for whole in (True, False):
+        model = make("llama")
+        pack_linears(model, laid_out)
+        make_lean(model)
+        assert all(is_whole(layer) for layer in model.model.layers)
+        for layer in () if whole else model.model.layers:
+            monkeypatch.setattr(layer.forward, "arguments", None)
+        outputs.append(run(HFTarget(model), nodes))
+    assert torch.equal(*outputs)
 
 
 def test_a_forward_that_somebody_replaced_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def quant(
     from specdec.benchmarks.record import write_json
     from specdec.cli.console import note, slow_status
     from specdec.kv_quantized import find_kv
-    from specdec.models import load_model
-    from specdec.quantization import check_scheme, usable_on_cpu
+    from specdec.models import find_device, find_dtype, load_model
+    from specdec.quantization import check_scheme, usable
     from specdec.target import HFTarget
 
     for name in names:
@@ -66,7 +66,8 @@ def quant(
     if threads is not None:
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)
-    chosen = names or (() if caches else tuple(usable_on_cpu()))
+    where = find_device(device)
+    chosen = names or (() if caches else tuple(usable(where, find_dtype(dtype, where))))
     found: dict[str, Any] = {}
 
     def load(precision: str) -> tuple[HFTarget, Any]:
