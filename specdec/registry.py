@@ -52,7 +52,8 @@ AUTO_DRAFTER = "suffix"
 
 FASTER_THAN_AUTO = {"suffix+eagle": "eagle"}
 """What it stands for instead, the best first, where weights ship for the target for the drafter named behind: measured
-to be faster with these (README's table). Not for quantized targets: their passes are half as long, drafts are not."""
+to be faster with these (README's table). Not for targets with activations in 8 bits, nor for quantized ones that other
+kernels run: their passes are half as long, or cost more for each node, and drafts are not."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
@@ -110,9 +111,9 @@ def resolve_drafter(name: str, target: HFTarget) -> str:
     if name != "auto":
         return name
     from specdec.drafters.weights import TargetFacts, find_pretrained
-    from specdec.quantization import is_quantized
+    from specdec.quantization import is_quantized, quantizes_weights_alone
 
-    if is_quantized(target.model):
+    if is_quantized(target.model) and not quantizes_weights_alone(target.model):
         return AUTO_DRAFTER
     facts = TargetFacts.of(target)
     return next((name for name, part in FASTER_THAN_AUTO.items() if find_pretrained(part, facts)), AUTO_DRAFTER)
