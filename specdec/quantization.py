@@ -36,11 +36,11 @@ from specdec.kernels.decoder_layer import Numbers
 from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES, halves_suffice
 from specdec.packing import WeightFactory, pack_linears
-from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight, panels_run
+from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight
 from specdec.precisions import STORED_NAMES
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
-from specdec.stored_weights import check_in_8_bit, run_int4, runs_in_8_bit
+from specdec.stored_weights import check_in_8_bit, own_kernels_multiply, run_int4
 
 GROUP = 32
 """Input channels that share a scale in ``int4``."""
@@ -119,7 +119,7 @@ def _int4_where_it_fits(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """int8 where the shape leaves no whole groups."""
     if weight.shape[1] % GROUP:
         return _int8(weight, bias)
-    if weight.dtype == torch.bfloat16 and panels_run() and halves_suffice(weight, GROUP):
+    if own_kernels_multiply(weight.device, weight.dtype) and halves_suffice(weight, GROUP):
         return run_int4(from_dense(weight, GROUP, zero_points=False), bias, weight.dtype)
     return Int4Weight(weight, bias) if weight.shape[0] % _OUTPUTS == 0 else _int8(weight, bias)
 
@@ -266,7 +266,7 @@ def usable(device: torch.device, dtype: torch.dtype | str) -> list[str]:
     missing = set()
     if not torch.cpu._is_vnni_supported():
         missing.add("w8a8")
-    if not torch.cpu._is_vnni_supported() or not runs_in_8_bit(device, dtype):
+    if not torch.cpu._is_vnni_supported() or not own_kernels_multiply(device, dtype):
         missing.add("w4a8")
     if importlib.util.find_spec("bitsandbytes") is None:
         missing.add("nf4")

@@ -159,14 +159,14 @@ def run_int8(stored: Int8Blocks, bias: Tensor | None, dtype: torch.dtype, *, in_
 
 def check_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> None:
     """Raise ValueError where inputs of this type cannot be multiplied in 8 bit by groups."""
-    if not runs_in_8_bit(device, dtype):
+    if not own_kernels_multiply(device, dtype):
         raise ValueError(
             "activations in 8 bit by groups need a CPU with AVX-512 VNNI and BF16, bfloat16 and a C compiler, got "
             f"{device} and {dtype}: quantize='gguf' and 'int4' run everywhere"
         )
 
 
-def runs_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> bool:
+def own_kernels_multiply(device: torch.device, dtype: torch.dtype | str) -> bool:
     """Whether our own kernels multiply inputs of this type here, in 16 bits or 8."""
     return dtype == torch.bfloat16 and device.type == "cpu" and panels_run()
 
@@ -174,7 +174,7 @@ def runs_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> bool:
 def _by_panels(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> bool:
     if in_8_bit:
         check_in_8_bit(stored.codes.device, dtype)
-    return runs_in_8_bit(stored.codes.device, dtype)
+    return own_kernels_multiply(stored.codes.device, dtype)
 
 
 def _maker(stored: StoredWeight, dtype: torch.dtype, in_8_bit: bool) -> Any:

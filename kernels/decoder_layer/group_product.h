@@ -7,8 +7,6 @@
 
 #define QUADS (TOGETHER / 4)
 
-static inline long group_bytes(int four) { return four ? TOGETHER * PANEL / 2 : TOGETHER * PANEL; }
-
 /* A group's factors by channels: the weight is scale * code + least. */
 typedef struct {
   vec scale[2], least[2];
@@ -44,13 +42,14 @@ INLINE load_codes(const int four, const uint8_t *from, __m512i codes[QUADS][2]) 
    panel. */
 INLINE multiply_groups(const int four, const product_arguments *a, long panel, float *sums) {
   const numbers kind = four ? BYTES_BY_4_BIT_GROUPS : BYTES_BY_8_BIT_GROUPS;
-  const long rows = a->rows, groups = a->in_width / TOGETHER, size = groups * group_bytes(four);
-  const long asks = (rows + ROWS_PER_ASK - 1) / ROWS_PER_ASK, lines = (group_bytes(four) / 64 + asks - 1) / asks;
+  const long rows = a->rows, groups = a->in_width / TOGETHER;
+  const long line = PANEL * channel_bytes(kind, TOGETHER), size = groups * line;
+  const long asks = (rows + ROWS_PER_ASK - 1) / ROWS_PER_ASK, lines = (line / 64 + asks - 1) / asks;
   const char *weight = (const char *)a->weight + panel * size;
   const int8_t *in = a->in;
   const input_group *each = a->sizes;
-  for (long group = 0; group < groups; group++, weight += group_bytes(four)) {
-    const char *ahead = weight + size, *end = ahead + group_bytes(four);
+  for (long group = 0; group < groups; group++, weight += line) {
+    const char *ahead = weight + size, *end = ahead + line;
     const uint16_t *next = factors_at(kind, a, panel + 1, group * TOGETHER);
     __m512i codes[QUADS][2];
     group_factors factors;

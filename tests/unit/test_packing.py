@@ -192,6 +192,13 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
         assert not out[[0, 2]].isnan().any()
 
 
+def random_groups(shape: tuple[int, int], group: int, zero_points: bool) -> tuple[Int4Weight, Int8Blocks]:
+    """Weights in codes of 4 and of 8 bits."""
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+    blocks = Int8Blocks(codes, torch.rand(shape[0], shape[1] // 32).half())
+    return from_dense(torch.randn(shape), group, zero_points), blocks
+
+
 @pytest.mark.parametrize("rows", [1, 5, 13, 16, 40, 70])
 @pytest.mark.parametrize("outputs", [64, 33])
 @pytest.mark.parametrize(("inputs", "group", "zero_points"), [(96, 32, False), (128, 64, True), (2304, 128, False)])
@@ -203,12 +210,10 @@ def test_groups_of_codes_give_what_their_dense_weight_gives_in_bfloat16(
         pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
     torch.manual_seed(0)
     bias, states = torch.randn(outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
-    stored = from_dense(torch.randn(outputs, inputs), group, zero_points)
-    codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-    scales = torch.rand(outputs, inputs // 32).half()
+    stored, blocks = random_groups((outputs, inputs), group, zero_points)
     weights = [
         (Group4PanelWeight(stored, bias), stored.dequantize(torch.bfloat16)),
-        (Group8PanelWeight(codes, scales, bias), Int8Blocks(codes, scales).dequantize(torch.bfloat16)),
+        (Group8PanelWeight(blocks.codes, blocks.scales, bias), blocks.dequantize(torch.bfloat16)),
     ]
     for panels, dense in weights:
         assert torch.equal(panels.dense(), dense)
@@ -226,11 +231,7 @@ def test_groups_of_codes_times_bytes_give_the_product_in_float64(
     torch.manual_seed(0)
     bias, states = torch.randn(outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
     residual = torch.randn(rows, outputs).bfloat16()
-    stored = from_dense(torch.randn(outputs, inputs), group, zero_points)
-    stored = Int4Weight(stored.codes, stored.scales.half(), stored.offsets if zero_points else stored.offsets.half())
-    blocks = Int8Blocks(
-        torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs, inputs // 32).half()
-    )
+    stored, blocks = random_groups((outputs, inputs), group, zero_points)
     kernels = find_kernels()
     assert kernels is not None
     alone = [kernels.quantize_groups(row) for row in states.split(1)]  # tested by itself
