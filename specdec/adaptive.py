@@ -302,7 +302,8 @@ class AdaptiveTrees:
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         after_draft, self._after_draft = self._after_draft, self._asked > 1
-        if self._resting and not after_draft and ms is not None:  # where passes are short, so must this be
+        unnoted = self._resting and not after_draft and self._comparable and self._wait % _FIRST_GAP > 0
+        if unnoted and ms is not None:  # where passes are short, so must this be; every fourth one's time is taken
             self._passes += 1
             self._rested_ms += ms["draft"]
             for row in rows:

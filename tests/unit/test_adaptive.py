@@ -161,6 +161,16 @@ def test_no_text_takes_longer_than_its_allowance(machine: str, chance: float, kn
         assert run.ms / 10.0 <= run.tokens + allowed
 
 
+def test_the_plain_pass_that_a_draft_delays_is_charged() -> None:
+    """To the account of what may be lost: fewer drafts are tried."""
+    drafts = []
+    for after_draft in (1.0, 2.0):
+        run = Machine(STEEP, [never], width=4, known=False, after_draft=after_draft).run(1000)
+        drafts.append(sum(run.speculating))
+        assert run.policy._times.delay_ms == pytest.approx(10.0 * (after_draft - 1.0))
+    assert drafts[1] < drafts[0]
+
+
 # Good text
 
 
