@@ -79,7 +79,7 @@ def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: boo
         levels = tree.num_nodes if logits.device.type != "cpu" else int(tree.draft_depth.max()) + 1
         keys = noise_keys([row.noise for row in batch.rows], positions, levels).to(logits.device)
     parents = tree.parents if tree.virtual is None else tree.parents.masked_fill(~tree.acceptable, -1)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and not serves(logits):
         return _accept_on_cpu(tree, logits, parents, keys, temperature)
     found = accept(logits, tree.tokens, parents, keys, temperature)
     drafted = tree.tokens.gather(1, found.path)
