@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from specdec.drafters.eagle import EagleHead, make_eagle
 from specdec.drafters.layer import Attend, LayerShape
+from specdec.drafters.weights import DrafterWeights
 from specdec.target import Feature, HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod, computing_dtype
 from specdec.training.initial import Ridge, copy_if_fits, final_norm, layer_tensors
@@ -28,6 +29,8 @@ class EagleOptions(DistillationOptions):
         low: layer of the target whose states are fused as the low ones.
         middle: the middle one, -1 for half the layers.
         high: the high one, -1 for the last, before the final norm.
+        intermediate: width of the layer's MLP, 0 for that of the target's; finished weights with a narrower one may be
+            gone on from.
     """
 
     num_drafts: int = 5
@@ -36,11 +39,14 @@ class EagleOptions(DistillationOptions):
     low: int = 2
     middle: int = -1
     high: int = -1
+    intermediate: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_drafts < 1:
             raise ValueError(f"num_drafts must be at least 1, got {self.num_drafts}")
+        if self.intermediate < 0:
+            raise ValueError(f"intermediate must be at least 0, got {self.intermediate}")
 
 
 class EagleMethod(HeadMethod):
@@ -71,11 +77,32 @@ class EagleMethod(HeadMethod):
 
     @property
     def shape(self) -> dict[str, Any]:
+        layer = asdict(LayerShape.of(self.target))
+        if self.options.intermediate:
+            layer["intermediate_size"] = self.options.intermediate
         return {
-            "layer": asdict(LayerShape.of(self.target)),
+            "layer": layer,
             "states": list(self.states),
             "vocab_size": self.vocab_size,
         }
+
+    def start_from(self, weights: DrafterWeights) -> None:
+        super().start_from(self._widened(weights))
+
+    def _widened(self, weights: DrafterWeights) -> DrafterWeights:
+        """The same function with an MLP as wide as the module's: the channels it did not have add nothing yet."""
+        layer = self.module.layer
+        have, wanted = weights.shape.get("layer", {}).get("intermediate_size", 0), layer.shape.intermediate_size
+        if weights.drafter != self.name or not 0 < have < wanted:
+            return weights
+        shape = {**weights.shape, "layer": {**weights.shape["layer"], "intermediate_size": wanted}}
+        tensors = dict(weights.tensors)
+        for name in ("gate_proj", "up_proj"):
+            new = getattr(layer, name).weight.detach()[have:]
+            tensors[f"layer.{name}.weight"] = torch.cat([tensors[f"layer.{name}.weight"].to(new.dtype), new])
+        down = tensors["layer.down_proj.weight"]
+        tensors["layer.down_proj.weight"] = torch.cat([down, down.new_zeros(len(down), wanted - have)], dim=1)
+        return replace(weights, shape=shape, tensors=tensors)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[TrainingBatch]) -> None:

@@ -130,6 +130,26 @@ def test_training_helps_and_the_saved_weights_draft(target: HFTarget, tmp_path: 
     assert result.token_ids == plain.token_ids
 
 
+def test_a_narrower_mlp_is_gone_on_from(target: HFTarget) -> None:
+    narrow = random_weights(target)
+    method = EagleMethod(target, EagleOptions(vocab_size=60, intermediate=128))
+    before = EagleMethod(target, EagleOptions(vocab_size=60))
+    before.start_from(narrow)
+    assert narrow.shape["layer"]["intermediate_size"] < 128
+    method.start_from(narrow)
+    assert method.module.layer.gate_proj.weight.shape[0] == 128
+    batch = with_features(target, generated_batch(target), method.features)
+    anchors = Anchors.of(batch, 2)
+    torch.testing.assert_close(method.drafts(batch, anchors), before.drafts(batch, anchors))
+    loss = method.loss(batch)[0]
+    loss.backward()  # and the channels that are new learn
+    assert bool((method.module.layer.down_proj.weight.grad[:, -8:] != 0).any())
+    with pytest.raises(ValueError, match="the options ask for"):
+        EagleMethod(target, EagleOptions(vocab_size=60, intermediate=8)).start_from(narrow)
+    with pytest.raises(ValueError, match="intermediate must be at least 0, got -1"):
+        EagleOptions(intermediate=-1)
+
+
 def test_the_states_are_chosen_within_the_target(target: HFTarget) -> None:
     with pytest.raises(ValueError, match=r"the target has 2 layers, so a state must be in 0\.\.2, got 9"):
         EagleMethod(target, EagleOptions(middle=9))
