@@ -36,6 +36,9 @@ MOST_KEPT = 256
 GROWTH = 64
 """Slots that a full cache gets beyond those needed: it is copied when it grows."""
 
+UNIT_EPS = 1e-6
+"""Of the norm that brings a state to unit size."""
+
 Angles = Callable[[int], tuple[Tensor, Tensor]]
 """Cosines and sines ``[positions, d_h]`` of so many positions at least."""
 
@@ -53,6 +56,8 @@ class CompiledDrafter:
             the embedding and of the state before it.
         head: the output head, packed.
         angles: of rotary embeddings.
+        fuse: the target's states side by side to the one that an entry holds, packed; None where entries hold none.
+        scaled: whether those states are brought to unit size first.
         mix: what attention's output is added to, of an entry, packed; None for the state itself.
         adds_normed: without ``mix``, to the normed state.
         vocabulary: ``[V']`` int64 token ids that the head is for; None for all.
@@ -66,6 +71,8 @@ class CompiledDrafter:
     norms: Sequence[tuple[Tensor, float]]
     head: Any
     angles: Angles
+    fuse: Any | None = None
+    scaled: bool = False
     mix: Any | None = None
     adds_normed: bool = False
     vocabulary: Tensor | None = None
@@ -77,7 +84,8 @@ class CompiledDrafter:
         self._kernels: Kernels = kernels
         self._vocab_size: int = self.head.packed.out_features
         self._space: Tensor | None = None
-        self._linears = [None if linear is None else Linear.of(linear.packed) for linear in (self.mix, self.head)]
+        linears = (self.fuse, self.mix, self.head)
+        self._linears = [None if linear is None else Linear.of(linear.packed) for linear in linears]
         self._layers = array_of([ctypes.addressof(layer) for layer in self.layers])
         levels = (0, 0) if self.rates is None else self.rates.shape
         if self.vocabulary is not None and not 0 <= int(self.vocabulary.min()) <= int(self.vocabulary.max()) < len(
@@ -89,28 +97,26 @@ class CompiledDrafter:
             )
         (norm, eps), before = self.norms[-1], self.norms[:-1] or ((None, 0.0),) * 2
         tensors = (self.embeddings, *(weight for weight, _ in before), norm, None, None, self.vocabulary, self.rates)
-        linears = [None if linear is None else ctypes.addressof(linear) for linear in self._linears]
+        addresses = [None if linear is None else ctypes.addressof(linear) for linear in self._linears]
         self._weights = DraftWeights(
-            ctypes.addressof(self._layers), *linears,
+            ctypes.addressof(self._layers), *addresses,
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(self.layers), *levels,
-            *(each for _, each in before), eps, self.adds_normed,
+            UNIT_EPS, *(each for _, each in before), eps, self.scaled, self.adds_normed,
         )  # fmt: skip
 
-    def enter(self, cache: KVCache, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def enter(self, cache: KVCache, tokens: Tensor, states: Sequence[Tensor] = ()) -> Tensor:
         """The layers' output ``[B, n, d]`` at entries behind the committed ones.
 
         Args:
             cache: of the layers; the entries are written, and not committed.
             tokens: ``[B, n]`` int64, their tokens.
-            hidden: ``[B, n, d]`` the states before them, where they hold one.
+            states: ``[B, n, d]`` each, the target's before them, where they hold one fused of these.
         """
         rows, count = tokens.shape
-        depth = torch.arange(count).repeat(rows, 1)
-        causal = torch.ones(count, count, dtype=torch.bool).tril_().repeat(rows, 1, 1)
         out = self.embeddings.new_empty(rows, count, self.embeddings.shape[1])
-        hidden = None if hidden is None else hidden.contiguous()
         where = self._where(cache, rows, count, rows * count, 0)
-        return self._kernels.draft_entries(self._weights, where, hidden, tokens.contiguous(), depth, causal, out)
+        read = [each.to(self.embeddings.dtype).contiguous() for each in states]
+        return self._kernels.draft_entries(self._weights, where, read, tokens.contiguous(), out)
 
     def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int, int]) -> TokenTree:
         """A tree below the entries; arguments as ``Kernels.grow_draft`` has them."""

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from specdec.attention import AttentionPass
 from specdec.batch import Batch
-from specdec.drafters.compiled import CompiledDrafter, can_compile
-from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
+from specdec.drafters.compiled import UNIT_EPS, CompiledDrafter, can_compile
+from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule, latest
 from specdec.drafters.layer import Attend, CachedAttention, DraftLayer, LayerShape, RMSNorm, rms_norm
 from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.kv_cache import KVCache
@@ -87,7 +87,7 @@ class EagleHead(HeadModule):
         if self.scaled:
             width = self.fc.out_features
             ones = torch.ones(width, dtype=dtype, device=states.device)
-            states = rms_norm(states.view(*states.shape[:-1], -1, width), ones, 1e-6).flatten(-2)
+            states = rms_norm(states.view(*states.shape[:-1], -1, width), ones, UNIT_EPS).flatten(-2)
         fused: Tensor = self.fc(states)
         return fused
 
@@ -168,13 +168,14 @@ class EagleDrafter(HeadDrafter):
         if not isinstance(module, EagleHead) or self.config.branching > MOST_TOP:
             return None
         layer = module.layer.whole()
-        if layer is None or not can_compile(table, [layer], [self._head, *([module.mix] if module.mix else [])]):
+        if not can_compile(table, [layer], [self._head, module.fc, *([module.mix] if module.mix else [])]):
             return None
+        assert layer is not None
         norms = [(norm.weight, norm.eps or torch.finfo(table.dtype).eps) for norm in module.norms]
         return CompiledDrafter(
             [layer], module.layer.shape.num_kv_heads, module.layer.shape.head_dim, table, norms, self._head,
-            lambda length: module.layer.angle_table(length, table.dtype), module.mix, module.norm_before_residual,
-            module.vocabulary, self._hit_rates,
+            lambda length: module.layer.angle_table(length, table.dtype), module.fc, module.scaled, module.mix,
+            module.norm_before_residual, module.vocabulary, self._hit_rates,
         )  # fmt: skip
 
     def begin(self, batch_size: int) -> None:
@@ -183,21 +184,21 @@ class EagleDrafter(HeadDrafter):
         self._level, self._level_first = self._start.unsqueeze(1), 0
 
     def absorb(self, features: Mapping[Feature, Tensor], tokens: Tensor, counts: Sequence[int]) -> None:
-        rows = torch.arange(len(counts), device=tokens.device)
         for start in range(0, max(counts), PREFILL_CHUNK):
             part = [min(max(count - start, 0), PREFILL_CHUNK) for count in counts]
             end, width = start + max(part), max(part)
-            hidden = self.module.fuse({name: states[:, start:end] for name, states in features.items()})
+            read = {name: states[:, start:end] for name, states in features.items()}
             if self._compiled is not None:
-                states = self._compiled.enter(self._cache, tokens[:, start:end], hidden)
+                states = self._compiled.enter(
+                    self._cache, tokens[:, start:end], [read[name] for name in self.module.features]
+                )
             else:
+                hidden = self.module.fuse(read)
                 depth = torch.arange(width, device=tokens.device).expand(len(counts), -1)
                 causal = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril()
                 states = self._run(hidden, tokens[:, start:end], depth, causal.expand(len(counts), -1, -1))
             self._cache.advance(part)
-            count = torch.tensor(part, device=tokens.device)
-            latest = states[rows, (count - 1).clamp(min=0)]
-            self._start = torch.where((count > 0).unsqueeze(1), latest, self._start)
+            self._start = latest(states, part, self._start)
 
     def _run(self, hidden: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
         """The layer over entries ``[B, n, d]`` and ``[B, n]``; depth and ancestors as ``AttentionPass`` has them."""

@@ -17,11 +17,12 @@ from specdec.drafters.foreign import read_foreign
 from specdec.drafters.growth import grow, rank
 from specdec.drafters.layer import DraftLayer
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
+from specdec.group_panels import Group8PanelWeight
 from specdec.optimal_tree import OptimalTrees
 from specdec.packing import PackedLinear, can_pack, pack_linears, pack_weight
 from specdec.panels import W8A8PanelWeight, panels_run
 from specdec.target import Feature, HFTarget, TargetOutput
-from specdec.tree import TokenTree
+from specdec.tree import TokenTree, on_path
 from specdec.verifiers.base import Verdict
 
 MOST_PLANNED = 64
@@ -119,12 +120,16 @@ def drafting_head(target: HFTarget, vocabulary: Tensor | None) -> nn.Module:
 
 
 def pack_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The head's weight in 8 bit where our kernels run: it is half of what a draft reads, and need not be exact.
-
-    The module's own layers are not: they read raw states, of which a few channels are hundreds of times the others, and
-    activations in 8 bit would lose the rest.
-    """
+    """The head's weight in 8 bit where our kernels run: it is half of what a draft reads, and need not be exact."""
     return W8A8PanelWeight(weight, bias) if W8A8PanelWeight.fits(weight) and panels_run() else pack_weight(weight, bias)
+
+
+def pack_map(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The same of maps that read raw states. A few of their channels are hundreds of times the others: activations in 8
+    bit would lose the rest, and so would weights with one scale for all inputs of a channel.
+    """
+    fits = Group8PanelWeight.fits(weight) and panels_run()
+    return Group8PanelWeight.of(weight, bias) if fits else pack_weight(weight, bias)
 
 
 def make_vocabulary(counts: Tensor, size: int, always: Sequence[int] = ()) -> Tensor:
@@ -160,6 +165,15 @@ def best_width(hit_rates: Sequence[Sequence[float]], config: HeadConfig) -> int:
     nodes = min(config.max_nodes, MOST_PLANNED)
     width = optimal_trees(hit_rates, config).best(nodes, config.depth).width
     return max(1, width) if nodes == config.max_nodes else max(config.width, width)
+
+
+def latest(states: Tensor, counts: Sequence[int], before: Tensor) -> Tensor:
+    """``[B, d]`` of ``[B, n, d]`` each row's state at the last of so many, or the one it had where there are none."""
+    if len(counts) == 1:
+        return states[:, counts[0] - 1] if counts[0] else before
+    count = torch.tensor(counts, device=states.device)
+    rows = torch.arange(len(counts), device=states.device)
+    return torch.where((count > 0).unsqueeze(1), states[rows, (count - 1).clamp(min=0)], before)
 
 
 class HeadDrafter(Drafter):
@@ -240,7 +254,7 @@ class HeadDrafter(Drafter):
             for part in self.module.modules():
                 if isinstance(part, DraftLayer):  # reads normed states, which 8 bits hold well
                     pack_linears(part, pack_head)
-            pack_linears(self.module)
+            pack_linears(self.module, pack_map)
         self._head = self.module.output or drafting_head(target, self.module.vocabulary)
         self._calibration, self._expected = weights.hit_rates or (), []
         if self.config.tree == "calibrated":
@@ -290,11 +304,9 @@ class HeadDrafter(Drafter):
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         counts = [accepted + 1 for accepted in verdict.num_accepted]
         width = max(counts)
-        path = verdict.path[:, :width]
-        rows = torch.arange(len(batch), device=path.device).unsqueeze(1)
         following = [(tokens + [0] * width)[:width] for tokens in verdict.tokens]
-        features = {name: states[rows, path] for name, states in output.features.items()}
-        self.absorb(features, torch.tensor(following, device=path.device), counts)
+        features = {name: on_path(states, verdict.path[:, :width]) for name, states in output.features.items()}
+        self.absorb(features, torch.tensor(following, device=verdict.path.device), counts)
 
     def propose(self, batch: Batch) -> TokenTree:
         depth = min(self.max_depth, max(row.max_depth for row in batch.rows))

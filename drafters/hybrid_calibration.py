@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import TypeVar
+
+K = TypeVar("K")
 
 RANKS = (0.45, 0.15, 0.08, 0.05, 0.03)
 """Chance of a node of each rank among its siblings, of parts that give no confidence; the last for all beyond."""
@@ -84,9 +87,17 @@ class PartCalibration:
 
     def _steps(self, claim: float, depth: int, rank: int) -> tuple[Odds, Odds]:
         return (
-            self._by_confidence.setdefault(bisect_right(_CONFIDENCES, claim), Odds()),
-            self._by_place.setdefault((min(depth, _DEEPEST), min(rank, _LAST_RANK)), Odds()),
+            _odds_at(self._by_confidence, bisect_right(_CONFIDENCES, claim)),
+            _odds_at(self._by_place, (min(depth, _DEEPEST), min(rank, _LAST_RANK))),
         )
+
+
+def _odds_at(known: dict[K, Odds], key: K) -> Odds:
+    """A step's odds, made where nothing was seen; in every draft for every node, so not a ``setdefault``."""
+    found = known.get(key)
+    if found is None:
+        found = known[key] = Odds()
+    return found
 
 
 def first_claim(confidence: float | None, rank: int) -> float:
@@ -120,7 +131,7 @@ class Agreement:
     def _find(self, claim: float, proposers: int, others: int) -> Odds | None:
         if (proposers | others).bit_count() < 2:
             return None
-        return self._odds.setdefault((proposers, others, bisect_right(_CONFIDENCES, claim)), Odds())
+        return _odds_at(self._odds, (proposers, others, bisect_right(_CONFIDENCES, claim)))
 
 
 class Calibration:

@@ -9,7 +9,7 @@ from specdec.drafters.hybrid_calibration import MOST, Calibration, Odds, agreed
 from specdec.tree import TokenTree
 
 
-@dataclass
+@dataclass(slots=True)
 class _Proposal:
     """What one part said of a node: its confidence given the parent, and the rank among the siblings it proposed."""
 
@@ -17,7 +17,7 @@ class _Proposal:
     rank: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Node:
     """A node of the merged tree; ``claim`` is its chance before, ``chance`` after agreement was accounted for."""
 

@@ -348,18 +348,16 @@ class AdaptiveTrees:
         self._whole = self._whole or not tree.divisible
         if width == 1:
             return  # nothing to draft, which says nothing of what is drafted elsewhere
-        most = int(tree.standing.masked_fill(~tree.valid, 0).max()) + 1
-        cut = tree.divisible and most >= self._asked
+        cut = tree.divisible and tree.last_standing + 1 >= self._asked
         if cut and self._width:
             self._width += (1 - _MEMORY) * max(width - self._width, 0.0)
             self._widest = max(self._widest, width)
         elif not cut:
             self._width += (1 - _MEMORY) * (width - self._width) if self._width else width
             self._widest = width if self._widest == RUNGS[-1] else max(self._widest, width)
-        if not bool(tree.acceptable.any()):
+        if not any(drafted for drafted, _ in tree.drafts):
             return  # only nodes that make later drafts possible
-        standing = tree.standing.gather(1, verdict.path).tolist()
-        for row, accepted, count in zip(rows, standing, verdict.num_accepted, strict=True):
+        for row, accepted, count in zip(rows, tree.standing_on(verdict.path), verdict.num_accepted, strict=True):
             known = self._asked if cut else RUNGS[-1]
             self._acceptance(row).see(accepted[1 : count + 1], known)
         if self._trial_over is not None:

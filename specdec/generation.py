@@ -300,10 +300,12 @@ class Generation:
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
-        deepest = batch.max_depth
+        deepest = [row.max_depth for row in batch.rows]
         if self.target.kv_bits is not None:
-            deepest = deepest.clamp(max=WINDOW)
-        tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
+            deepest = [min(depth, WINDOW) for depth in deepest]
+        if min(deepest) < tree.num_nodes - 1:  # a chain of them all would be deeper
+            tree = tree.limit_depth(torch.tensor(deepest, device=batch.device))
+        tree = tree.first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
@@ -323,13 +325,11 @@ class Generation:
         pieces = []
         for counted in self._counted(self._batch.rows):
             counted.steps += 1
-        depths = drafted = [0] * len(self._batch)
-        if tree.num_nodes > 1:
-            depths, drafted = tree.draft_depth.tolist(), tree.num_drafted.tolist()
+        drafts = tree.drafts if tree.num_nodes > 1 else [(0, 0)] * len(self._batch)
         for index, row in enumerate(self._batch.rows):
             accepted = verdict.num_accepted[index]
             for counted in self._counted([row]):
-                counted.count_pass(depths[index], drafted[index], accepted, plain=tree.num_nodes == 1)
+                counted.count_pass(drafts[index], accepted, plain=tree.num_nodes == 1)
             start = len(row.tokens)
             for offset, token in enumerate(verdict.tokens[index]):
                 text = row.push(token)

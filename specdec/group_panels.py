@@ -7,7 +7,7 @@ int8 with a scale for every 32 of them, and codes are multiplied as they are, fa
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,18 @@ class Group8PanelWeight(GroupPanelWeight):
         for first in range(0, len(codes), _ROWS):
             self._fill(codes[first : first + _ROWS].view(torch.uint8), first)
         self.scales.copy_(self._by_panels(scales))
+
+    @classmethod
+    def fits(cls, weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and weight.shape[1] % TOGETHER == 0
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """A weight ``[out, in]`` that ``serves``, rounded: of ``TOGETHER`` inputs each the largest becomes 127."""
+        groups = weight.float().view(len(weight), -1, TOGETHER)
+        scales = (groups.abs().amax(-1) / 127).half().clamp(min=2**-24)  # half's smallest
+        codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+        return cls(codes.flatten(1), scales, bias)
 
     def _lines(self, codes: Tensor) -> Tensor:
         return codes.view(len(codes), PANEL, -1, TOGETHER // 2, 2).permute(0, 2, 3, 1, 4)

@@ -246,10 +246,13 @@ class KVCache(SlotOrder):
             path: ``[B, P]`` int64, tree columns to keep, ascending; entries from ``counts[b]`` on are ignored.
             counts: number of nodes kept per row, ``0 <= counts[b] <= P``.
         """
+        if self._in_place(path, counts):
+            self.advance(counts)
+            return
         order = torch.arange(path.shape[1], device=path.device)
         kept = torch.tensor(counts, dtype=torch.int64, device=path.device)
-        wanted = kept.unsqueeze(1) > order
-        if bool((wanted & (path != order)).any()) and not self._moved(path, kept):
+        if not self._moved(path, kept):
+            wanted = kept.unsqueeze(1) > order
             base = self.own_lengths.unsqueeze(1)
             # A column is never left of its new place, so reading all before writing is enough; ignored entries stay.
             source = base + torch.where(wanted, path, order)
@@ -258,6 +261,15 @@ class KVCache(SlotOrder):
                 for buffer in buffers.parts:
                     buffer[rows, :, base + order] = buffer[rows, :, source]
         self.advance(counts)
+
+    @staticmethod
+    def _in_place(path: Tensor, counts: Sequence[int]) -> bool:
+        """Whether the columns that are kept are the first ones."""
+        if path.device.type == "cpu":
+            return all(row[:count] == list(range(count)) for row, count in zip(path.tolist(), counts, strict=True))
+        order = torch.arange(path.shape[1], device=path.device)
+        wanted = torch.tensor(counts, device=path.device).unsqueeze(1) > order
+        return not bool((wanted & (path != order)).any())
 
     def _moved(self, path: Tensor, kept: Tensor) -> bool:
         """``commit``'s moves by a compiled kernel, all layers in one call; False where that cannot be."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from specdec.target import Feature, TargetOutput
-from specdec.tree import PADDING, TokenTree
+from specdec.tree import PADDING, ROOT, TokenTree, on_path
 from specdec.verifiers.base import Verdict
 
 MOST_NODES = 32
@@ -83,6 +84,10 @@ class MissedPasses:
 
 def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[TokenTree, TargetOutput, Verdict]:
     """Accepted paths, which stand in the first columns of each pass, one behind the other."""
+    if len(passes) == 1:
+        tree, output, verdict = passes[0]
+        order = torch.arange(tree.num_nodes, device=tree.tokens.device).expand_as(tree.tokens)
+        return tree, output, replace(verdict, path=order)
     trees, outputs, verdicts = zip(*passes, strict=True)
     tokens = torch.cat([tree.tokens for tree in trees], dim=1)
     logits = torch.cat([output.logits for output in outputs], dim=1)
@@ -107,8 +112,9 @@ def _gather(
     tokens: Tensor, output: TargetOutput, path: Tensor, lengths: Sequence[int]
 ) -> tuple[TokenTree, TargetOutput]:
     """The chain of some columns ``[B, P]`` of each row, as many as its length; what is beyond is padding."""
-    rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
-    order = torch.arange(path.shape[1], device=tokens.device).expand_as(path)
-    beyond = order >= torch.tensor(lengths, device=tokens.device).unsqueeze(1)
-    tree = TokenTree(tokens[rows, path], (order - 1).masked_fill(beyond, PADDING))
-    return tree, TargetOutput(output.logits[rows, path], {k: v[rows, path] for k, v in output.features.items()})
+    parents = torch.arange(ROOT, path.shape[1] - 1, device=tokens.device).expand_as(path)
+    if min(lengths) < path.shape[1]:
+        beyond = parents + 1 >= torch.tensor(lengths, device=tokens.device).unsqueeze(1)
+        parents = parents.masked_fill(beyond, PADDING)
+    features = {name: on_path(states, path) for name, states in output.features.items()}
+    return TokenTree(on_path(tokens, path), parents), TargetOutput(on_path(output.logits, path), features)

@@ -76,8 +76,9 @@ class DecodeStats:
         """Emitted tokens over decode time; 0 before the first."""
         return 1000.0 * self.emitted / self.decode_ms if self.decode_ms else 0.0
 
-    def count_pass(self, depth: int, drafted: int, accepted: int, plain: bool = False) -> None:
-        """Record one pass over a tree of ``drafted`` nodes reaching ``depth``; ``plain`` if it was a root alone."""
+    def count_pass(self, drafts: tuple[int, int], accepted: int, plain: bool = False) -> None:
+        """Record one pass over a tree of so many draft nodes, reaching so deep; ``plain`` if it was a root alone."""
+        drafted, depth = drafts
         self.passes += 1
         self.plain_passes += plain
         self.drafted += drafted

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec.kernels.trees import tree_shape
+from specdec.kernels.trees import count_drafts, is_tree, tree_shape
 
 ROOT = -1
 """Parent index of the root node."""
@@ -107,14 +107,26 @@ class TokenTree:
         return self.acceptable.sum(-1)
 
     @cached_property
+    def drafts(self) -> list[tuple[int, int]]:
+        """Per row the draft nodes a verifier may accept and the depth of the deepest of them."""
+        if self.virtual is None:
+            return [(drafted, deepest) for drafted, deepest in count_drafts(self.parents, self.depth)]
+        return list(zip(self.num_drafted.tolist(), self.draft_depth.tolist(), strict=True))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Nodes of each row but padding."""
+        sizes: list[int] = self.valid.sum(1).tolist()
+        return sizes
+
+    @cached_property
     def row_sizes(self) -> list[int] | None:
-        """Nodes of each row, where padding stands at rows' ends only and there is any; else None."""
-        valid = self.valid
-        sizes: list[int] = valid.sum(1).tolist()
+        """``sizes`` where padding stands at rows' ends only and there is any; else None."""
+        sizes = self.sizes
         if min(sizes) == self.num_nodes:
             return None
-        ends = torch.tensor(sizes, device=valid.device).unsqueeze(1)
-        at_end = torch.equal(valid, torch.arange(self.num_nodes, device=valid.device) < ends)
+        ends = torch.tensor(sizes, device=self.valid.device).unsqueeze(1)
+        at_end = torch.equal(self.valid, torch.arange(self.num_nodes, device=self.valid.device) < ends)
         return sizes if at_end else None
 
     @property
@@ -129,7 +141,7 @@ class TokenTree:
     @property
     def mean_nodes(self) -> float:
         """Nodes of a row on average, padding not counted."""
-        return float(self.valid.sum()) / self.batch_size
+        return sum(self.sizes) / self.batch_size
 
     def computed_nodes(self, uneven: bool) -> float:
         """Nodes per row that a pass computes, with ``uneven`` only those that rows have (``HFTarget.takes_uneven``)."""
@@ -144,9 +156,9 @@ class TokenTree:
         child.
         """
         size, count = self.parents.shape
-        columns = torch.arange(count, device=self.parents.device).expand(size, -1)
-        if size == 1 or self.confidence is None:
-            return columns
+        if self._stands_as_it_is:
+            return torch.arange(count, device=self.parents.device).expand(size, -1)
+        assert self.confidence is not None
         likely = self.confidence.unsqueeze(1).expand(-1, count, -1)
         chance = likely.masked_fill(~self.ancestors, torch.inf).amin(-1).masked_fill(~self.valid, -torch.inf)
         chance[:, 0] = torch.inf
@@ -155,6 +167,24 @@ class TokenTree:
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         return place.view(count, size).T // size
+
+    @property
+    def _stands_as_it_is(self) -> bool:
+        """Whether a node's standing is its column."""
+        return self.batch_size == 1 or self.confidence is None
+
+    @property
+    def last_standing(self) -> int:
+        """The largest ``standing`` of a node."""
+        if self._stands_as_it_is and max(self.sizes) == self.num_nodes:
+            return self.num_nodes - 1
+        return int(self.standing.masked_fill(~self.valid, 0).max())
+
+    def standing_on(self, path: Tensor) -> list[list[int]]:
+        """``standing`` of columns ``[B, P]``."""
+        on_it = path if self._stands_as_it_is else self.standing.gather(1, path)
+        rows: list[list[int]] = on_it.tolist()
+        return rows
 
     def most_promising(self, count: int) -> TokenTree:
         """The tree of ``count`` nodes per row at most, on average; the tree itself where it is not divisible."""
@@ -173,6 +203,10 @@ class TokenTree:
         """Raise ValueError where the tree breaks one of its invariants, naming row and column."""
         if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
             raise ValueError(f"tokens and parents must be int64, got {self.tokens.dtype} and {self.parents.dtype}")
+        plain = self.virtual is None and self.draft_log_probs is None
+        alike = self.confidence is None or self.confidence.shape == self.tokens.shape
+        if plain and alike and is_tree(self.tokens, self.parents, vocab_size):
+            return
         columns = torch.arange(self.num_nodes, device=self.parents.device)
         bad = (self.parents >= columns) | (self.parents < PADDING)
         bad |= (self.parents == ROOT) != (columns == 0)
@@ -242,7 +276,7 @@ class TokenTree:
 
     def compact(self) -> TokenTree:
         """Move padding to the end and drop columns that are padding in every row."""
-        return self if bool(self.valid.all()) else self._keep_nodes(self.valid)
+        return self if min(self.sizes) == self.num_nodes else self._keep_nodes(self.valid)
 
     def _keep_nodes(self, keep: Tensor) -> TokenTree:
         columns = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(keep.sum(1).max())]
@@ -288,6 +322,13 @@ class TokenTree:
         tokens = [row.tokens + [0] * (width - len(row.tokens)) for row in rows]
         parents = [row.parents + [PADDING] * (width - len(row.parents)) for row in rows]
         return cls(torch.tensor(tokens, device=device), torch.tensor(parents, device=device))
+
+
+def on_path(values: Tensor, path: Tensor) -> Tensor:
+    """``[B, P, ...]`` of ``[B, N, ...]``: what stands in each row's columns ``[B, P]``."""
+    if len(path) == 1:
+        return values.index_select(1, path[0])
+    return values[torch.arange(len(path), device=path.device).unsqueeze(1), path]
 
 
 class TreeBuilder:

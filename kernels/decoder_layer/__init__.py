@@ -130,8 +130,9 @@ class Kernels:
         self._top = declare("top", structure(Top), ctypes.c_int)
         self._draft_space = declare("draft_space", structure(DraftWeights), number, number, result=number)
         self._draft_entries = declare(
-            "draft_entries", structure(DraftWeights), structure(DraftCache), *[pointer] * 4, number, pointer
-        )
+            "draft_entries", structure(DraftWeights), structure(DraftCache), pointer, pointer, number, pointer,
+            result=ctypes.c_int,
+        )  # fmt: skip
         self._grow_draft = declare(
             "grow_draft", structure(DraftWeights), structure(DraftCache), structure(Growth), result=number
         )
@@ -248,22 +249,21 @@ class Kernels:
         return int(self._draft_space(weights, entries, drafts))
 
     def draft_entries(
-        self, weights: DraftWeights, cache: DraftCache, states: Tensor | None, tokens: Tensor, depth: Tensor,
-        seen: Tensor, out: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """A drafter's layers over entries, to states ``[B, n, d]``.
+        self, weights: DraftWeights, cache: DraftCache, states: Sequence[Tensor], tokens: Tensor, out: Tensor
+    ) -> Tensor:
+        """A drafter's layers over committed entries, chains of n in every row, to states ``[B, n, d]``.
 
         Args:
             weights: the drafter's.
             cache: what was entered before; keys and values of these entries are written behind it.
-            states: ``[B, n, d]`` of the token before each, where entries have them.
+            states: ``[B, n, d]`` each, the target's of the token before each entry that are fused; none where entries
+                have none.
             tokens: ``[B, n]`` int64.
-            depth: ``[B, n]`` int64, positions behind the committed entries.
-            seen: ``[B, n, n]`` bool.
             out: written and returned.
         """
-        pointers = (pointer_to(tensor) for tensor in (states, tokens, depth, seen))
-        self._draft_entries(weights, cache, *pointers, tokens.shape[1], out.data_ptr())
+        addresses = array_of([each.data_ptr() for each in states])
+        if not self._draft_entries(weights, cache, addresses, tokens.data_ptr(), tokens.shape[1], out.data_ptr()):
+            raise MemoryError(f"no memory to enter {tokens.numel()} tokens")
         return out
 
     def grow_draft(

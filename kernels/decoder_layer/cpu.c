@@ -38,7 +38,7 @@ static void run_rows(const row_arguments *a, int threads) {
   run(some_rows, a, (a->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, threads);
 }
 
-/* RMSNorm (Zhang and Sennrich 2019) of d numbers, d a multiple of 16. */
+/* RMSNorm (Zhang and Sennrich 2019) of d numbers, d a multiple of 16; without `weight` to unit size alone. */
 static void norm_row(const void *pointer, long row) {
   const row_arguments *a = pointer;
   const bf16 *in = a->in + row * a->d;
@@ -49,7 +49,8 @@ static void norm_row(const void *pointer, long row) {
     squares += x * x;
   }
   float scale = 1.0f / sqrtf(sum(squares) / (float)a->d + a->eps);
-  for (long i = 0; i < a->d; i += LANES) store(out + i, load(in + i) * scale * load(a->weight + i));
+  for (long i = 0; i < a->d; i += LANES)
+    store(out + i, a->weight ? load(in + i) * scale * load(a->weight + i) : load(in + i) * scale);
 }
 
 /* SiLU(gate) * up (Shazeer 2020): in [2 d], gates first; out [d]. */

@@ -1,19 +1,22 @@
 /* ---- drafting a tree with a few decoder layers ----
 
    EAGLE (Li et al. 2024, 2025) has one that runs on its own states: an entry is the embedding of a token and the state one
-   token before, each normed, side by side. A draft model's entry is the embedding alone. Layers attend to the committed
-   entries and to those above in the tree. What the output head makes of their states ranks the children, and the tree
-   grows level by level along the most probable paths (EAGLE-2, section 4). */
+   token before, each normed, side by side. Of committed tokens that state is fused of several of the target's. A draft
+   model's entry is the embedding alone. Layers attend to the committed entries and to those above in the tree. What the
+   output head makes of their states ranks the children, and the tree grows level by level along the most probable paths
+   (EAGLE-2, section 4). */
 
 typedef struct {
   const layer *const *layers;
+  const linear *fuse;       /* of the target's states side by side; null where entries have none */
   const linear *mix, *head; /* mix: what attention's output is added to, of an entry; null for the state itself */
   const bf16 *embeddings, *embedding_norm, *state_norm, *norm; /* no embedding_norm: entries are embeddings alone */
   const bf16 *cos, *sin;     /* [positions, width] */
   const int64_t *vocabulary; /* [V'] token ids; null where the head is for all tokens */
   const float *rates;        /* [rate_levels, rate_ranks] log-confidence by depth and rank; null for the head's own */
   long count, rate_levels, rate_ranks; /* count: of layers */
-  float embedding_eps, state_eps, eps;
+  float fuse_eps, embedding_eps, state_eps, eps;
+  int scaled;      /* whether the target's states are brought to unit size before they are fused */
   int adds_normed; /* without mix: to the normed state */
 } draft_weights;
 
@@ -27,7 +30,7 @@ typedef struct {
 
 typedef struct {
   char *layer;
-  bf16 *inputs, *residual, *cos, *sin, *states, *gathered, *normed, *logits;
+  bf16 *beside, *fused, *inputs, *residual, *cos, *sin, *states, *gathered, *normed, *logits;
   uint8_t *bytes;
   char *sizes;
   float *best, *total;
@@ -37,14 +40,17 @@ typedef struct {
 static long state_width(const draft_weights *h) { return h->layers[0]->down.out_width; }
 
 static long place_draft(const draft_weights *h, long rows, long drafts, char *space, draft_buffers *b) {
-  long at = 0, d = state_width(h), width = h->layers[0]->width;
+  long at = 0, d = state_width(h), width = h->layers[0]->width, read = h->fuse ? h->fuse->in_width : 0;
+  const long widest = read > 2 * d ? read : 2 * d;
   PLACE(layer, char, layer_space(h->layers[0], rows))
+  PLACE(beside, bf16, rows * read)
+  PLACE(fused, bf16, read ? rows * d : 0)
   PLACE(inputs, bf16, rows * 2 * d)
   PLACE(residual, bf16, rows * d)
   PLACE(cos, bf16, rows * width)
   PLACE(sin, bf16, rows * width)
-  PLACE(bytes, uint8_t, rows * 2 * d)
-  PLACE(sizes, char, rows * most_input_sizes(2 * d))
+  PLACE(bytes, uint8_t, rows * widest)
+  PLACE(sizes, char, rows * most_input_sizes(widest))
   PLACE(states, bf16, drafts * d)
   PLACE(gathered, bf16, drafts * d)
   PLACE(normed, bf16, drafts * d)
@@ -115,11 +121,47 @@ static void enter(const draft_weights *h, const draft_cache *c, const draft_buff
     decoder_layer(h->layers[i], i, &p, i ? out : in, i ? out : b->residual, out);
 }
 
-void draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *states, const int64_t *tokens,
-                   const int64_t *depth, const uint8_t *seen, long nodes, bf16 *out) {
+typedef struct {
+  const draft_weights *h;
+  const bf16 *const *states;
+  bf16 *out;
+} beside_arguments;
+
+static void put_beside(const void *pointer, long index) {
+  const beside_arguments *a = pointer;
+  const long d = state_width(a->h), count = a->h->fuse->in_width / d;
+  for (long k = 0; k < count; k++) {
+    const bf16 *in = a->states[k] + index * d;
+    bf16 *out = a->out + (index * count + k) * d;
+    if (a->h->scaled)
+      norm_into(in, 0, out, d, a->h->fuse_eps);
+    else
+      __builtin_memcpy(out, in, (size_t)d * sizeof(bf16));
+  }
+}
+
+/* Committed entries, a chain of `nodes` in every row. `states`: those of the target that are fused, [B, nodes, d] each,
+   null where there are none. Returns 0 where memory is short. */
+int draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *const *states, const int64_t *tokens,
+                  long nodes, bf16 *out) {
+  const long rows = c->batch * nodes;
   draft_buffers b;
-  place_draft(h, c->batch * nodes, 0, c->space, &b);
-  enter(h, c, &b, states, tokens, depth, seen, nodes, nodes, out);
+  place_draft(h, rows, 0, c->space, &b);
+  int64_t *depth = malloc((size_t)rows * (sizeof *depth + (size_t)nodes));
+  if (!depth) return 0;
+  uint8_t *seen = (uint8_t *)(depth + rows);
+  for (long row = 0; row < rows; row++) {
+    depth[row] = row % nodes;
+    for (long node = 0; node < nodes; node++) seen[row * nodes + node] = node <= row % nodes;
+  }
+  if (h->fuse) {
+    beside_arguments a = {h, states, b.beside};
+    run(put_beside, &a, rows, rows > 8 ? c->threads : 1);
+    multiply_draft(h->fuse, &b, b.beside, b.fused, rows, c->threads);
+  }
+  enter(h, c, &b, b.fused, tokens, depth, seen, nodes, nodes, out);
+  free(depth);
+  return 1;
 }
 
 /* ---- growth ---- */

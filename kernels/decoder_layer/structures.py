@@ -151,9 +151,10 @@ class DraftWeights(ctypes.Structure):
     """``draft_weights``: weights of a drafter of a few decoder layers."""
 
     _fields_ = _fields(
-        "layers mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates",
+        "layers fuse mix head embeddings embedding_norm state_norm norm cos sin vocabulary rates",
         "count rate_levels rate_ranks",
-        *((name, ctypes.c_float) for name in ("embedding_eps", "state_eps", "eps")), ("adds_normed", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("fuse_eps", "embedding_eps", "state_eps", "eps")),
+        *((name, ctypes.c_int) for name in ("scaled", "adds_normed")),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Ancestors and depths of tree nodes."""
+"""Ancestors and depths of tree nodes, and whether they make a tree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tree_shape(parents: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[B, N, N]`` bool, set at ``[b, i, j]`` where j is i or an ancestor of i; ``[B, N]`` int64, edges above a node.
     """
-    library = _compiled() if parents.device.type == "cpu" and parents.numel() <= MOST_COMPILED else None
+    library = _compiled_for(parents)
     if library is None:
         return by_products(parents)
     rows, nodes = parents.shape
@@ -34,6 +34,40 @@ def tree_shape(parents: Tensor) -> tuple[Tensor, Tensor]:
     depth = torch.empty(rows, nodes, dtype=torch.int64)
     library.tree_shape(parents.data_ptr(), rows, nodes, ancestors.data_ptr(), depth.data_ptr())
     return ancestors, depth
+
+
+def is_tree(tokens: Tensor, parents: Tensor, vocab_size: int) -> bool:
+    """Whether a compiled look finds that each row is a tree of tokens of a vocabulary; False also where there is none.
+
+    Args:
+        tokens: ``[B, N]`` int64.
+        parents: ``[B, N]`` int64 as ``TokenTree`` has them.
+        vocab_size: tokens are below it.
+    """
+    library = _compiled_for(parents)
+    if library is None:
+        return False
+    tokens, parents = tokens.contiguous(), parents.contiguous()
+    return bool(library.is_tree(tokens.data_ptr(), parents.data_ptr(), *parents.shape, vocab_size))
+
+
+def count_drafts(parents: Tensor, depth: Tensor) -> list[list[int]]:
+    """Of each row: nodes below the root, and the depth of the deepest.
+
+    Args:
+        parents: ``[B, N]`` int64, an earlier column for every node below a root, below 0 for others.
+        depth: ``[B, N]`` int64 of ``tree_shape``.
+    """
+    library = _compiled_for(parents)
+    if library is None:
+        below = parents >= 0
+        counts = torch.stack([below.sum(1), (depth * below).amax(1)], dim=1)
+    else:
+        counts = torch.empty(len(parents), 2, dtype=torch.int64)
+        parents, depth = parents.contiguous(), depth.contiguous()
+        library.count_drafts(parents.data_ptr(), depth.data_ptr(), *parents.shape, counts.data_ptr())
+    rows: list[list[int]] = counts.tolist()
+    return rows
 
 
 def by_products(parents: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +81,10 @@ def by_products(parents: Tensor) -> tuple[Tensor, Tensor]:
     return reach > 0, (reach > 0).sum(-1) - 1
 
 
+def _compiled_for(parents: Tensor) -> ctypes.CDLL | None:
+    return _compiled() if parents.device.type == "cpu" and parents.numel() <= MOST_COMPILED else None
+
+
 @cache
 def _compiled() -> ctypes.CDLL | None:
     try:
@@ -55,4 +93,6 @@ def _compiled() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.tree_shape.argtypes, library.tree_shape.restype = (pointer, number, number, pointer, pointer), None
+    library.is_tree.argtypes, library.is_tree.restype = (pointer, pointer, number, number, ctypes.c_int64), ctypes.c_int
+    library.count_drafts.argtypes, library.count_drafts.restype = (pointer, pointer, number, number, pointer), None
     return library

@@ -236,7 +236,7 @@ def test_drafting_in_bfloat16_is_as_exact_as_the_plain_layers_are(form: str) -> 
     def drafted(target: HFTarget, plain: bool = False) -> Tensor:
         drafter = EagleDrafter(WIDE, weights)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heads, "panels_run", lambda: False)  # a head in 8 bit is not meant to be exact
+            patch.setattr(heads, "panels_run", lambda: False)  # 8 bits are not meant to be exact
             if plain:
                 patch.setattr(heads, "can_pack", lambda _: False)
             drafter.bind(target, None)

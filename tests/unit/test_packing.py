@@ -220,6 +220,20 @@ def test_groups_of_codes_give_what_their_dense_weight_gives_in_bfloat16(
         assert torch.equal(panels(states), PanelWeight(dense, bias)(states))
 
 
+def test_a_weight_rounded_to_8_bit_in_groups_is_half_a_step_off_at_most() -> None:
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    torch.manual_seed(0)
+    weight = torch.randn(33, 96).bfloat16()
+    weight[5, 40] = 300.0  # its neighbours lose what the others keep
+    weight[7, :32] = 0.0
+    groups = weight.float().view(33, 3, 32)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    found = Group8PanelWeight.of(weight, None).dense().float().view(33, 3, 32)
+    # The scale is a half, 2^-11 of it off over 127 codes, and the product a bfloat16.
+    assert ((found - groups).abs() <= (0.5 + 127 * 2.0**-11) * step + 2.0**-8 * groups.abs()).all()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 40, 300])
 @pytest.mark.parametrize("outputs", [64, 33])
 @pytest.mark.parametrize(("inputs", "group", "zero_points"), [(96, 32, False), (128, 64, True), (2304, 128, False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specdec.kernels.trees import by_products, tree_shape
+import specdec.kernels.trees as kernels_trees
+import specdec.tree as tree_module
+from specdec.kernels.trees import by_products, is_tree, tree_shape
 from specdec.tree import PADDING, ROOT, TokenTree, TreeBuilder
 
 VOCAB = 1000
@@ -96,6 +99,35 @@ def test_acceptable_nodes_are_neither_root_padding_nor_virtual(tree: TokenTree) 
     assert tree.num_drafted.tolist() == tree.acceptable.sum(1).tolist()
     depths = [int(depth) for depth in tree.depth[tree.acceptable]]
     assert int(tree.draft_depth.max()) == max(depths, default=0)
+
+
+@given(trees())
+def test_sizes_and_drafts_equal_a_count(tree: TokenTree) -> None:
+    parents = tree.parents.tolist()
+    assert tree.sizes == [sum(parent != PADDING for parent in row) for row in parents]
+    for row, (drafted, deepest) in enumerate(tree.drafts):
+        columns = tree.acceptable[row].nonzero().flatten().tolist()
+        assert (drafted, deepest) == (
+            len(columns),
+            max((len(path_of(parents[row], c)) - 1 for c in columns), default=0),
+        )
+    with mock.patch.object(kernels_trees, "_compiled", return_value=None):
+        assert replace(tree).drafts == tree.drafts
+
+
+@given(trees(), st.data())
+def test_the_compiled_look_finds_what_the_long_one_does(tree: TokenTree, data: st.DataObject) -> None:
+    plain = TokenTree(tree.tokens, tree.parents.clone())
+    row, column = data.draw(st.integers(0, tree.batch_size - 1)), data.draw(st.integers(0, tree.num_nodes - 1))
+    plain.parents[row, column] = data.draw(st.integers(-3, tree.num_nodes))
+    vocab_size = data.draw(st.sampled_from([VOCAB, VOCAB // 2]))
+    found = is_tree(plain.tokens, plain.parents, vocab_size)
+    with mock.patch.object(tree_module, "is_tree", return_value=False):
+        if found:
+            plain.validate(vocab_size)
+        else:
+            with pytest.raises(ValueError, match=f"row {row}, " if vocab_size == VOCAB else "row"):
+                plain.validate(vocab_size)
 
 
 def validate(tree: TokenTree) -> None:
