@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.attention import AttentionPass, attend
-from specdec.kernels.decoder_layer import LANES, LayerArguments, PassPart, find_kernels
+from specdec.kernels.decoder_layer import LANES, LayerArguments, LayerTable, PassPart, find_kernels
 from specdec.lean import MOST_NODES, share
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -157,8 +157,9 @@ class DraftLayer(nn.Module):
         )
         arguments = self.whole()
         if arguments is not None:
-            part = PassPart(share(kernels, arguments, angles, shared), [(buffers.keys, buffers.values)])
-            return kernels.layers([arguments], [part], inputs.contiguous(), residual.contiguous())
+            part = PassPart(share(kernels, arguments, angles, shared), [buffers.addresses], buffers.keys.shape[2])
+            states, _ = kernels.layers(LayerTable([arguments]), [part], inputs.contiguous(), residual.contiguous())
+            return states
         attended = kernels.attention(
             query.product.packed(inputs), angles, buffers.keys, buffers.values, shared.cache.lengths, shared.depth,
             shared.ancestors, shape.head_dim**-0.5,

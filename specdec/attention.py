@@ -72,6 +72,11 @@ class AttentionPass:
         """Nodes per row, n."""
         return self.ancestors.shape[1]
 
+    @property
+    def end(self) -> int:
+        """Above all positions."""
+        return self.cache.max_length + self.depth.shape[1]
+
     def spread(self, states: Tensor) -> Tensor:
         """``[1, T, ..]`` of rows that differ as ``[B, n, ..]``; what stands where a row has no node is undefined."""
         if self.places is None:
@@ -144,6 +149,11 @@ class JoinedPass:
     def longest(self) -> int:
         """Most nodes per row of a part."""
         return max(part.longest for part in self.parts)
+
+    @property
+    def end(self) -> int:
+        """Above all positions."""
+        return max(part.end for part in self.parts)
 
     def split(self, states: Tensor) -> list[Tensor]:
         """``[1, T, ...]`` to each part's ``[B_i, n_i, ...]``."""

@@ -16,6 +16,12 @@ class LayerBuffers:
     keys: Tensor
     values: Tensor
 
+    def __post_init__(self) -> None:
+        self._find_addresses()
+
+    def _find_addresses(self) -> None:
+        self.addresses = self.keys.data_ptr(), self.values.data_ptr()
+
     @property
     def parts(self) -> tuple[Tensor, Tensor]:
         """Both."""
@@ -68,6 +74,7 @@ class LayerBuffers:
         # One after the other, so that no more than one of them is there twice.
         self.keys = make(self.keys)
         self.values = make(self.values)
+        self._find_addresses()
 
     def check_integrity(self, layer: int, slots: int, lengths: Sequence[int]) -> None:
         """Raise RuntimeError where rows or slots are not as many as they should be, or an entry is not finite."""

@@ -24,10 +24,12 @@ from specdec.kernels.decoder_layer import (
     MOST_WIDTH,
     Kernels,
     LayerArguments,
+    LayerTable,
     PassArguments,
     PassPart,
     find_kernels,
 )
+from specdec.layer_buffers import LayerBuffers
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
 
@@ -160,9 +162,8 @@ class LeanLayer:
         specdec_pass: AttentionPass | JoinedPass,
     ) -> Tensor:
         if self.arguments is not None:
-            return kernels.layers(
-                self._alone.arguments, self._alone.parts(kernels, rotary, specdec_pass), hidden_states
-            )
+            alone = self._alone.parts(kernels, rotary, specdec_pass)
+            return kernels.layers(self._alone.table, alone, hidden_states)[0]
         norm = self._input_norm
         qkv = self._qkv(kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon))
         qkv = self._norm_heads(
@@ -188,9 +189,10 @@ class LeanLayer:
                 ]
             )
         (opened,), tables = self._alone.open(specdec_pass, qkv.dtype)
+        keys, values = opened.parts
         depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
         return kernels.attention(
-            qkv, rotary, *opened, lengths, depth, seen, self._scale, self.window, tables[0] if tables else None
+            qkv, rotary, keys, values, lengths, depth, seen, self._scale, self.window, tables[0] if tables else None
         )
 
     def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
@@ -221,17 +223,17 @@ class LayerRun:
     """
 
     def __init__(self, layers: Sequence[LeanLayer]) -> None:
-        self.arguments = [layer.arguments for layer in layers if layer.arguments is not None]
+        self.table = LayerTable([layer.arguments for layer in layers if layer.arguments is not None])
         self._indices = [layer.index for layer in layers]
         self._windows = {layer.index: layer.window for layer in layers}
         self._shape = layers[0].kv_heads, layers[0].head_dim
 
-    def open(self, now: AttentionPass, dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor] | None]:
+    def open(self, now: AttentionPass, dtype: torch.dtype) -> tuple[list[LayerBuffers], list[Tensor] | None]:
         """The layers' keys and values in the pass's cache, opened for a kernel that writes them, and their segments."""
         now.windows.update(self._windows)
         opened = now.cache.open_all(self._indices, now.depth.shape[1], *self._shape, dtype)
         tables = [now.cache.segment_table(index) for index in self._indices] if now.cache.shares_segments else []
-        return [pair.parts for pair in opened], [table for table in tables if table is not None] or None
+        return opened, [table for table in tables if table is not None] or None
 
     def parts(self, kernels: Kernels, rotary: tuple[Tensor, Tensor], now: AttentionPass | JoinedPass) -> list[PassPart]:
         """A pass as the compiled layers take it; all of it works in the first part's memory."""
@@ -240,8 +242,10 @@ class LayerRun:
         for each in passes:
             start, end = end, end + each.positions.numel()
             angles = rotary if len(passes) == 1 else (rotary[0][:, start:end], rotary[1][:, start:end])
-            shared = share(kernels, self.arguments[0], angles, each, total if each is passes[0] else 0)
-            parts.append(PassPart(shared, *self.open(each, rotary[0].dtype)))
+            shared = share(kernels, self.table.layers[0], angles, each, total if each is passes[0] else 0)
+            opened, tables = self.open(each, rotary[0].dtype)
+            slots = opened[0].keys.shape[2]
+            parts.append(PassPart(shared, [pair.addresses for pair in opened], slots, tables))
         return parts
 
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec.attention import AttentionPass, JoinedPass
-from specdec.kernels.decoder_layer import Kernels, find_kernels
+from specdec.kernels.decoder_layer import Kernels, Linear, PassEnd, find_kernels
 from specdec.lean import LayerRun, LeanLayer, can_be_lean, compiles, is_whole
+from specdec.packing import PackedLinear
+from specdec.panels import PanelWeight
 
 KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
 """Classes of transformers that are an embedding, rotary angles, layers and a norm."""
@@ -79,6 +81,7 @@ class LeanStack:
         self._forwards: list[Any] = []  # of the layers, as last looked at
         self._whole_run: LayerRun | None = None  # all of them, where each is one compiled call
         self._hooks: list[Any] = []  # theirs, which PyTorch fills in place
+        self._head: tuple[PanelWeight, Linear] | None = None  # that logits were asked of last
         rotary = stack.rotary_emb
         self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
         """Angles of these kinds depend on the position alone, those of others on how long the text is."""
@@ -109,31 +112,62 @@ class LeanStack:
         if not compiles(states.dtype, specdec_pass):
             kwargs |= {"inputs_embeds": states, "position_ids": position_ids, "specdec_pass": specdec_pass}
             return self._own(None, *args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self._states(kernels, states, position_ids, specdec_pass))
+        normed, _ = self._states(kernels, states, position_ids, specdec_pass)
+        return BaseModelOutputWithPast(last_hidden_state=normed)
 
-    def states(self, tokens: Tensor, positions: Tensor, now: AttentionPass | JoinedPass) -> Tensor:
-        """Normed states ``[B, n, d]`` of tokens ``[B, n]`` in a pass that it ``takes``."""
+    def states(
+        self, tokens: Tensor, positions: Tensor, now: AttentionPass | JoinedPass, head: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of tokens ``[B, n]`` in a pass that it ``takes``.
+
+        Args:
+            tokens: int64.
+            positions: ``[B, n]`` int64.
+            now: the pass.
+            head: the output head, where logits are wanted of all nodes.
+
+        Returns:
+            Normed states ``[B, n, d]``, and logits ``[B, n, V]`` where a compiled call can go on to them.
+        """
         kernels = find_kernels()
         assert kernels is not None
-        return self._states(kernels, self._embedded(kernels, tokens), positions, now)
+        return self._states(kernels, self._embedded(kernels, tokens), positions, now, head)
 
-    def _states(self, kernels: Kernels, states: Tensor, positions: Tensor, now: AttentionPass | JoinedPass) -> Tensor:
-        layers, rotary, first, copies = list(self._stack.layers), self._rotary(states, positions), 0, now.copies
+    def _states(
+        self, kernels: Kernels, states: Tensor, positions: Tensor, now: AttentionPass | JoinedPass, head: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        layers, rotary, first, copies = (
+            list(self._stack.layers),
+            self._rotary(states, positions, now.end),
+            0,
+            now.copies,
+        )
+        norm = self._stack.norm
+        hears = norm._forward_hooks or norm._forward_pre_hooks
         if 0 in copies:
             copies[0] = states
-        for index, layer in enumerate(layers if any(self._hooks) else ()):
+        if not hears and not any(self._hooks):
+            end = PassEnd(norm.weight, norm.variance_epsilon, self._linear(head))
+            return self._through(kernels, layers, 0, states, rotary, now, end)
+        for index, layer in enumerate(layers):
             if layer._forward_hooks or layer._forward_pre_hooks:
-                states = self._through(kernels, layers[first:index], first, states, rotary, now)
+                states, _ = self._through(kernels, layers[first:index], first, states, rotary, now)
                 states = layer(states, position_embeddings=rotary, specdec_pass=now)
                 if index + 1 in copies:
                     copies[index + 1] = states
                 first = index + 1
-        states = self._through(kernels, layers[first:], first, states, rotary, now)
-        norm = self._stack.norm
-        if norm._forward_hooks or norm._forward_pre_hooks:
-            normed: Tensor = norm(states)
-            return normed
-        return kernels.rms_norm(states, norm.weight, norm.variance_epsilon)
+        states, _ = self._through(kernels, layers[first:], first, states, rotary, now)
+        return norm(states) if hears else kernels.rms_norm(states, norm.weight, norm.variance_epsilon), None
+
+    def _linear(self, head: Any) -> Linear | None:
+        """An output head for a compiled call; None where it has to be called itself."""
+        packed = head.packed if type(head) is PackedLinear else None
+        heard = packed is None or head._forward_hooks or head._forward_pre_hooks
+        if heard or not isinstance(packed, PanelWeight) or "forward" in vars(head):
+            return None
+        if self._head is None or self._head[0] is not packed:
+            self._head = packed, Linear.of(packed)
+        return self._head[1]
 
     def _all_whole(self) -> bool:
         """Whether each layer runs in one compiled call."""
@@ -147,11 +181,11 @@ class LeanStack:
 
     def _through(
         self, kernels: Kernels, layers: list[Any], first: int, states: Tensor, rotary: tuple[Tensor, Tensor],
-        now: AttentionPass | JoinedPass,
-    ) -> Tensor:  # fmt: skip
-        """The layers from the ``first`` on that nobody listens to."""
+        now: AttentionPass | JoinedPass, end: PassEnd | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The layers from the ``first`` on that nobody listens to, and what follows them."""
         if not layers:
-            return states
+            return states, None
         run = self._whole_run if len(layers) == len(self._forwards) else None
         run = run or LayerRun([layer.forward for layer in layers])
         copies = None
@@ -159,7 +193,7 @@ class LeanStack:
             ends = range(first + 1, first + 1 + len(layers))
             now.copies.update({end: torch.empty_like(states) for end in ends if end in now.copies})
             copies = [now.copies.get(end) for end in ends]
-        return kernels.layers(run.arguments, run.parts(kernels, rotary, now), states, copies=copies)
+        return kernels.layers(run.table, run.parts(kernels, rotary, now), states, copies=copies, end=end)
 
     def _embedded(self, kernels: Kernels, tokens: Tensor | None) -> Tensor:
         embed: Any = self._stack.embed_tokens
@@ -170,12 +204,12 @@ class LeanStack:
             return states
         return kernels.take_rows(embed.weight, tokens.contiguous())
 
-    def _rotary(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position."""
+    def _rotary(self, states: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[B, n, d]``, looked up where they are functions of the position, below ``end``."""
         if not self.has_table:
             cos, sin = self._stack.rotary_emb(states, position_ids=positions)
             return cos.contiguous(), sin.contiguous()
-        cos, sin = self.angle_table(int(positions.max()) + 1, states.dtype)
+        cos, sin = self.angle_table(end, states.dtype)
         kernels, positions = find_kernels(), positions.contiguous()
         if kernels is None:
             return F.embedding(positions, cos), F.embedding(positions, sin)

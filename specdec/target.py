@@ -348,8 +348,11 @@ class HFTarget:
         if any(name not in places and name != "last" for name in features):
             return None
         now.copies = dict.fromkeys(places.values())
-        states = lean.states(tokens, self._positions(now), now)
-        logits: Tensor = self.model.get_output_embeddings()(states if logits_at is None else states[:, logits_at])
+        head = self.model.get_output_embeddings()
+        states, logits = lean.states(tokens, self._positions(now), now, head if logits_at is None else None)
+        if logits is None:
+            logits = head(states if logits_at is None else states[:, logits_at])
+        assert logits is not None
         found: dict[Feature, Any] = {"last": states, **{name: now.copies[at] for name, at in places.items()}}
         return TargetOutput(logits, {name: found[name] for name in features})
 

@@ -27,6 +27,7 @@ from specdec.kernels.decoder_layer.structures import (
     Panels,
     PassArguments,
     Product,
+    StackEnd,
     Top,
     pointer_to,
 )
@@ -43,10 +44,12 @@ __all__ = [
     "DraftWeights",
     "Kernels",
     "LayerArguments",
+    "LayerTable",
     "Linear",
     "Numbers",
     "Panels",
     "PassArguments",
+    "PassEnd",
     "PassPart",
     "array_of",
     "find_kernels",
@@ -80,24 +83,49 @@ class PassPart:
 
     Attributes:
         arguments: what their layers share.
-        buffers: each layer's keys and values, as ``Kernels.attention`` takes them.
+        addresses: of each layer's keys and values, as ``Kernels.attention`` takes them.
+        slots: of a row there.
         segments: each layer's, likewise; None where rows share nothing.
     """
 
     arguments: PassArguments
-    buffers: Sequence[tuple[Tensor, Tensor]]
+    addresses: Sequence[tuple[int, int]]
+    slots: int
     segments: Sequence[Tensor] | None = None
 
     def fill(self) -> list[Any]:
         """Set the layers' addresses in ``arguments``; they are those of what is returned."""
         arguments, segments = self.arguments, self.segments
-        keys, values = (array_of([pair[which].data_ptr() for pair in self.buffers]) for which in (0, 1))
+        keys, values = map(array_of, zip(*self.addresses, strict=True))
         tables = None if segments is None else array_of([table.data_ptr() for table in segments])
         arguments.keys, arguments.values = ctypes.addressof(keys), ctypes.addressof(values)
         arguments.segments, arguments.next = None if tables is None else ctypes.addressof(tables), None
-        arguments.slots = self.buffers[0][0].shape[2]
+        arguments.slots = self.slots
         arguments.levels = 0 if segments is None else _levels(segments[0])
         return [keys, values, tables]
+
+
+class LayerTable:
+    """Layers of one size in sequence, as ``Kernels.layers`` reads them."""
+
+    def __init__(self, layers: Sequence[LayerArguments]) -> None:
+        self.layers = list(layers)
+        self.addresses = array_of([ctypes.addressof(layer) for layer in layers])
+
+
+@dataclass(frozen=True)
+class PassEnd:
+    """What follows the layers in the same call.
+
+    Attributes:
+        norm: ``[d]`` factors of an RMSNorm.
+        eps: its epsilon.
+        head: an output head that reads as many channels as the layers; None for none.
+    """
+
+    norm: Tensor
+    eps: float
+    head: Linear | None = None
 
 
 class Kernels:
@@ -122,7 +150,7 @@ class Kernels:
         self._product = declare("product", structure(Product))
         self._layer_space = declare("layer_space", structure(LayerArguments), number, result=number)
         self._layers = declare(
-            "decoder_layers", pointer, number, structure(PassArguments), pointer, pointer, pointer, pointer
+            "decoder_layers", pointer, number, structure(PassArguments), *[pointer] * 4, structure(StackEnd)
         )
         self._move_slots = declare("move_slots", structure(Move), ctypes.c_int)
         self._take_rows = declare("take_rows", *[pointer] * 3, *[number] * 3, result=number)
@@ -217,13 +245,17 @@ class Kernels:
 
     def layers(
         self,
-        layers: Sequence[LayerArguments],
+        layers: LayerTable,
         parts: Sequence[PassPart],
         states: Tensor,
         residual: Tensor | None = None,
         copies: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        """Whole decoder layers in sequence: ``[B, n, d]`` to ``[B, n, d]``.
+        end: PassEnd | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whole decoder layers in sequence: ``[B, n, d]`` to ``[B, n, d]``, and logits ``[B, n, V]`` with a head.
+
+        After the call everything that Python needs has to come from memory again, through which the weights went: what
+        follows the layers in any case is part of it.
 
         Args:
             layers: their weights.
@@ -231,18 +263,25 @@ class Kernels:
             states: of the nodes; as wide as the first layer's products of queries, keys and values read.
             residual: what the first layer adds to; None for ``states``.
             copies: ``[B, n, d]`` to write each layer's output to, where it is wanted.
+            end: what follows; the states returned are normed then.
         """
         out = torch.empty_like(states if residual is None else residual)
+        found, logits, following = out, None, None
+        if end is not None:
+            found = torch.empty_like(out)
+            if end.head is not None:
+                logits = out.new_empty(*out.shape[:-1], end.head.out_width)
+            head = None if end.head is None else ctypes.addressof(end.head)
+            following = StackEnd(end.norm.data_ptr(), found.data_ptr(), head, pointer_to(logits), end.eps)
         held = [part.fill() for part in parts]
         for part, after in pairwise(parts):
             part.arguments.next = ctypes.addressof(after.arguments)
         self._layers(
-            array_of([ctypes.addressof(layer) for layer in layers]), len(layers), parts[0].arguments,
-            states.data_ptr(), pointer_to(residual), out.data_ptr(),
-            None if copies is None else array_of([pointer_to(copy) for copy in copies]),
+            layers.addresses, len(layers.layers), parts[0].arguments, states.data_ptr(), pointer_to(residual),
+            out.data_ptr(), None if copies is None else array_of([pointer_to(copy) for copy in copies]), following,
         )  # fmt: skip
         del held
-        return out
+        return found, logits
 
     def draft_space(self, weights: DraftWeights, entries: int, drafts: int = 0) -> int:
         """Bytes to draft in, for so many entries at a time, ``drafts`` of them with children."""

@@ -249,15 +249,31 @@ static void decoder_layer(const layer *l, long index, const pass *p, const bf16 
   multiply(&l->down, &b, b.gated, out, out, rows, threads);
 }
 
+/* What follows the layers: a norm, and an output head that reads no more than layers do; or no head. */
+typedef struct {
+  const bf16 *norm;
+  bf16 *normed;
+  const linear *head;
+  bf16 *logits;
+  float eps;
+} stack_end;
+
 /* Layers in sequence. The first reads `in` and adds to `residual`, `in` itself where that is null; `copies` is null, or
-   for each layer where its output is wanted too. */
+   for each layer where its output is wanted too; `end` is null, or what follows. */
 void decoder_layers(const layer *const *layers, long count, const pass *p, const bf16 *in, const bf16 *residual,
-                    bf16 *out, bf16 *const *copies) {
+                    bf16 *out, bf16 *const *copies, const stack_end *end) {
   for (long i = 0; i < count; i++) {
     decoder_layer(layers[i], i, p, i ? out : in, i ? out : residual ? residual : in, out);
     if (copies && copies[i])
       __builtin_memcpy(copies[i], out, (size_t)(all_rows(p) * layers[i]->down.out_width) * sizeof(bf16));
   }
+  if (!end) return;
+  const layer *last = layers[count - 1];
+  const long rows = all_rows(p);
+  buffers b;
+  place(last, rows, p->space, &b);
+  rms_norm(out, end->norm, end->normed, rows, last->down.out_width, end->eps, p->threads);
+  if (end->head) multiply(end->head, &b, end->normed, 0, end->logits, rows, p->threads);
 }
 
 #include "drafting.h"

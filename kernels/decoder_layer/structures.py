@@ -141,6 +141,12 @@ class PassArguments(ctypes.Structure):
         return cls(*map(pointer_to, tensors), None, None, None, None, *shape, rows, 0, 0, threads)
 
 
+class StackEnd(ctypes.Structure):
+    """``stack_end``: the norm and the output head that follow the layers."""
+
+    _fields_ = _fields("norm normed head logits", "", ("eps", ctypes.c_float))
+
+
 class Top(ctypes.Structure):
     """``top_arguments``."""
 
