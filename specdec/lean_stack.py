@@ -136,13 +136,8 @@ class LeanStack:
     def _states(
         self, kernels: Kernels, states: Tensor, positions: Tensor, now: AttentionPass | JoinedPass, head: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        layers, rotary, first, copies = (
-            list(self._stack.layers),
-            self._rotary(states, positions, now.end),
-            0,
-            now.copies,
-        )
-        norm = self._stack.norm
+        layers, norm, first, copies = list(self._stack.layers), self._stack.norm, 0, now.copies
+        rotary = self._rotary(states, positions, now.end)
         hears = norm._forward_hooks or norm._forward_pre_hooks
         if 0 in copies:
             copies[0] = states
