@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from specdec.batch import Batch
-from specdec.kernels.accept import accept, noise_keys, serves
+from specdec.kernels.accept import accept, cpu, noise_keys, serves
 from specdec.kernels.accept.acceptance import NUM_FIELDS
-from specdec.kernels.accept.cpu import walk
 from specdec.tree import TokenTree
 from specdec.verifiers.base import TreeWalk, Verdict, Verifier
 
@@ -96,12 +95,10 @@ def _accept_on_cpu(
     tree: TokenTree, logits: Tensor, parents: Tensor, keys: Tensor | None, temperature: float
 ) -> Verdict:
     """The same where the numbers are at hand: a few small tensors would take longer than the search."""
-    drafted = tree.tokens.tolist()
-    rows = walk(logits, drafted, parents.tolist(), None if keys is None else keys.tolist(), temperature)
-    most = max(len(path) for path, _, _ in rows)
-    tokens = [
-        [row[column] for column in path[1:]] + ([] if failed else [bonus])
-        for row, (path, bonus, failed) in zip(drafted, rows, strict=True)
-    ]
-    path = torch.tensor([path + path[-1:] * (most - len(path)) for path, _, _ in rows], dtype=torch.int64)
-    return Verdict(path, [len(path) - 1 for path, _, _ in rows], tokens, [failed for _, _, failed in rows])
+    found = cpu.accept(logits, tree.tokens, parents, keys, temperature)
+    num_accepted, tokens, failures = [], [], []
+    for drafted, (count, bonus, failed, *path) in zip(tree.tokens.tolist(), found.packed.tolist(), strict=True):
+        num_accepted.append(count)
+        tokens.append([drafted[column] for column in path[1 : count + 1]] + ([] if failed else [bonus]))
+        failures.append(bool(failed))
+    return Verdict(found.path[:, : max(num_accepted) + 1], num_accepted, tokens, failures)

@@ -1,4 +1,5 @@
-/* What the target chooses at a node, from one read of its logits: the largest, or the largest with Gumbel noise.
+/* What the target chooses at a node, from one read of its logits: the largest, or the largest with Gumbel noise. And the
+   walk from the root down to a choice that no child holds.
 
    The noise of a token is a function of a key and its index (specdec/sampling.py: keyed_gumbel), -log(-log(u)) in double
    precision. Taking two logarithms of a whole vocabulary costs as much as a tenth of a small model's pass. So scores are
@@ -144,4 +145,42 @@ static inline __attribute__((always_inline)) long draw(const void *row, long cou
 /* The first of the largest of numbers / temperature + noise; -1 where one is NaN. */
 long draw_best(const void *row, long count, int bytes, uint64_t key, float temperature) {
   return bytes == 2 ? draw(row, count, 2, key, temperature) : draw(row, count, 4, key, temperature);
+}
+
+/* ---- the walk ---- */
+
+typedef struct {
+  const char *logits;             /* [rows, nodes, width] of 2 or 4 bytes */
+  const int64_t *tokens, *parents; /* [rows, nodes] */
+  const uint64_t *keys;           /* [rows, levels], or null where nothing is drawn */
+  int64_t *packed;                /* [rows, 3 + nodes]: accepted nodes, the bonus token, whether it failed, the path */
+  long rows, nodes, width, levels;
+  int bytes;
+  float temperature;
+} walk_arguments;
+
+static long child_of(const int64_t *tokens, const int64_t *parents, long nodes, long node, long token) {
+  for (long i = node + 1; i < nodes; i++)
+    if (parents[i] == node && tokens[i] == token) return i;
+  return -1;
+}
+
+/* Past its end a path stays where it is. */
+void walk(const walk_arguments *a) {
+  for (long row = 0; row < a->rows; row++) {
+    const char *logits = a->logits + row * a->nodes * a->width * a->bytes;
+    int64_t *out = a->packed + row * (3 + a->nodes), *path = out + 3;
+    long count = 0, bonus;
+    path[0] = 0;
+    for (;;) {
+      const char *at = logits + path[count] * a->width * a->bytes;
+      bonus = a->keys ? draw_best(at, a->width, a->bytes, a->keys[row * a->levels + count], a->temperature)
+                      : find_best(at, a->width, a->bytes);
+      const long child = child_of(a->tokens + row * a->nodes, a->parents + row * a->nodes, a->nodes, path[count], bonus);
+      if (bonus < 0 || child < 0) break;
+      path[++count] = child;
+    }
+    out[0] = count, out[1] = bonus, out[2] = bonus < 0;
+    for (long i = count + 1; i < a->nodes; i++) path[i] = path[count];
+  }
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.accept.acceptance import Acceptance
+from specdec.kernels.accept.acceptance import NUM_FIELDS, Acceptance
 from specdec.kernels.build import NotBuilt, load_library
 from specdec.sampling import keyed_gumbel
 
@@ -19,24 +18,43 @@ _COMPILED = {torch.bfloat16: 2, torch.float32: 4}
 """Types whose rows the compiled search reads, and their sizes."""
 
 
+class _Walk(ctypes.Structure):
+    """``walk_arguments``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "tokens", "parents", "keys", "packed")),
+        *((name, ctypes.c_long) for name in ("rows", "nodes", "width", "levels")),
+        ("bytes", ctypes.c_int),
+        ("temperature", ctypes.c_float),
+    ]
+
+
 def accept(
     logits: Tensor, tokens: Tensor, parents: Tensor, keys: Tensor | None = None, temperature: float = 1.0
 ) -> Acceptance:
     """See ``specdec.kernels.accept.accept``."""
-    rows = walk(logits, tokens.tolist(), parents.tolist(), None if keys is None else keys.tolist(), temperature)
-    return Acceptance.from_rows(rows, logits.shape[1], logits.device)
+    library = _compiled()
+    if library is None or logits.dtype not in _COMPILED or not logits.is_contiguous():
+        return _accept_in_lists(logits, tokens, parents, keys, temperature)
+    rows, nodes, width = logits.shape
+    packed = torch.empty(rows, NUM_FIELDS + nodes, dtype=torch.int64)
+    tokens, parents = tokens.contiguous(), parents.contiguous()
+    keys = None if keys is None else keys.contiguous()
+    library.walk(
+        _Walk(
+            logits.data_ptr(), tokens.data_ptr(), parents.data_ptr(), None if keys is None else keys.data_ptr(),
+            packed.data_ptr(), rows, nodes, width, 0 if keys is None else keys.shape[1], _COMPILED[logits.dtype],
+            temperature,
+        )
+    )  # fmt: skip
+    return Acceptance(packed)
 
 
-def walk(
-    logits: Tensor,
-    tokens: Sequence[Sequence[int]],
-    parents: Sequence[Sequence[int]],
-    keys: Sequence[Sequence[int]] | None = None,
-    temperature: float = 1.0,
-) -> list[tuple[list[int], int, bool]]:
-    """The same on numbers: each row's path, the root first, the token chosen at its end, and whether it failed."""
+def _accept_in_lists(
+    logits: Tensor, tokens: Tensor, parents: Tensor, keys: Tensor | None, temperature: float
+) -> Acceptance:
     rows = []
-    for b, (drafted, above) in enumerate(zip(tokens, parents, strict=True)):
+    for b, (drafted, above) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
         children: dict[tuple[int, int], int] = {}
         for column in range(1, len(drafted)):
             if above[column] >= 0:
@@ -47,14 +65,14 @@ def walk(
             if keys is None:
                 bonus = find_best(scores)
             else:
-                bonus = draw_best(scores, keys[b][len(path) - 1], temperature)
+                bonus = draw_best(scores, int(keys[b, len(path) - 1]), temperature)
             failed = bonus < 0
             child = children.get((path[-1], bonus))
             if child is None:
                 rows.append((path, bonus, failed))
                 break
             path.append(child)
-    return rows
+    return Acceptance.from_rows(rows, logits.shape[1], logits.device)
 
 
 def find_best(scores: Tensor) -> int:
@@ -87,4 +105,5 @@ def _compiled() -> ctypes.CDLL | None:
     library.find_best.argtypes, library.find_best.restype = row, ctypes.c_long
     library.draw_best.argtypes = (*row, ctypes.c_uint64, ctypes.c_float)
     library.draw_best.restype = ctypes.c_long
+    library.walk.argtypes, library.walk.restype = (ctypes.POINTER(_Walk),), None
     return library
