@@ -19,6 +19,7 @@ from specdec.kernels.decoder_layer import (
     DraftWeights,
     Kernels,
     LayerArguments,
+    LayerTable,
     Linear,
     array_of,
     find_kernels,
@@ -86,7 +87,7 @@ class CompiledDrafter:
         self._space: Tensor | None = None
         linears = (self.fuse, self.mix, self.head)
         self._linears = [None if linear is None else Linear.of(linear.packed) for linear in linears]
-        self._layers = array_of([ctypes.addressof(layer) for layer in self.layers])
+        self._table = LayerTable(self.layers)
         levels = (0, 0) if self.rates is None else self.rates.shape
         if self.vocabulary is not None and not 0 <= int(self.vocabulary.min()) <= int(self.vocabulary.max()) < len(
             self.embeddings
@@ -99,7 +100,7 @@ class CompiledDrafter:
         tensors = (self.embeddings, *(weight for weight, _ in before), norm, None, None, self.vocabulary, self.rates)
         addresses = [None if linear is None else ctypes.addressof(linear) for linear in self._linears]
         self._weights = DraftWeights(
-            ctypes.addressof(self._layers), *addresses,
+            ctypes.addressof(self._table.addresses), *addresses,
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), len(self.layers), *levels,
             UNIT_EPS, *(each for _, each in before), eps, self.scaled, self.adds_normed,
         )  # fmt: skip
@@ -144,7 +145,7 @@ class CompiledDrafter:
         ]
         self._angles = self.angles(cache.max_length + slots)
         self._weights.cos, self._weights.sin = (part.data_ptr() for part in self._angles)
-        keys, values = (array_of([pair.parts[part].data_ptr() for pair in opened]) for part in (0, 1))
+        keys, values = map(array_of, zip(*(pair.addresses for pair in opened), strict=True))
         self._held = keys, values, self._memory(entries, drafts)  # until the call
         return DraftCache(
             ctypes.addressof(keys), ctypes.addressof(values), cache.lengths.data_ptr(), self._held[2].data_ptr(), rows,
@@ -195,7 +196,7 @@ def can_compile(embeddings: Tensor, layers: Sequence[LayerArguments | None], lin
     Args:
         embeddings: ``[V, d]``.
         layers: None for one that does not fit.
-        linears: output head and mix.
+        linears: output head, and what fuses and mixes states.
     """
     return (
         embeddings.device.type == "cpu"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule
+from specdec.drafters.heads import HeadConfig, HeadDrafter, HeadModule, latest
 from specdec.target import Feature
 from specdec.tree import TokenTree
 
@@ -112,10 +112,7 @@ class MedusaDrafter(HeadDrafter):
         self._logits: Tensor | None = None
 
     def absorb(self, features: Mapping[Feature, Tensor], tokens: Tensor, counts: Sequence[int]) -> None:
-        count = torch.tensor(counts, device=tokens.device)
-        rows = torch.arange(len(counts), device=tokens.device)
-        latest = features["last"][rows, (count - 1).clamp(min=0)]
-        self._hidden = torch.where((count > 0).unsqueeze(1), latest, self._hidden)
+        self._hidden = latest(features["last"], counts, self._hidden)
         self._logits = None
 
     def logits(self, tree: TokenTree, first: int, level: int) -> Tensor:

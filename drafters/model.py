@@ -14,6 +14,7 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.compiled import CompiledDrafter, compile_model
 from specdec.drafters.growth import grow, rank
+from specdec.drafters.heads import latest
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
 from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
 from specdec.drafters.weights import TargetFacts, find_pretrained
@@ -240,17 +241,15 @@ class ModelDrafter(Drafter):
     def _enter(self, batch: Batch, compiled: CompiledDrafter, cache: KVCache) -> Tensor:
         """Feed every token not seen yet, the pending one included; ``[B, d]`` the states there."""
         missing = self._missing_tokens(batch)
-        rows, latest = torch.arange(len(batch)), None
+        found = compiled.embeddings.new_empty(len(batch), compiled.embeddings.shape[1])  # each row misses one at least
         for first in range(0, max(map(len, missing)), PREFILL_CHUNK):
             part = [tokens[first : first + PREFILL_CHUNK] for tokens in missing]
             width = max(map(len, part))
             states = compiled.enter(cache, torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in part]))
-            counts = torch.tensor([len(tokens) for tokens in part])
-            cache.advance(counts.tolist())
-            ends = states[rows, (counts - 1).clamp(min=0)]
-            latest = ends if latest is None else torch.where((counts > 0).unsqueeze(1), ends, latest)
-        assert latest is not None
-        return latest
+            counts = [len(tokens) for tokens in part]
+            cache.advance(counts)
+            found = latest(states, counts, found)
+        return found
 
     def _levels(self, batch: Batch) -> Callable[[TokenTree, int, int], Tensor]:
         """Says, after catching up, the logits ``[B, n, V]`` for a level's nodes, from those of the one above."""

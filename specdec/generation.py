@@ -300,12 +300,10 @@ class Generation:
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
-        deepest = [row.max_depth for row in batch.rows]
+        deepest = batch.max_depth
         if self.target.kv_bits is not None:
-            deepest = [min(depth, WINDOW) for depth in deepest]
-        if min(deepest) < tree.num_nodes - 1:  # a chain of them all would be deeper
-            tree = tree.limit_depth(torch.tensor(deepest, device=batch.device))
-        tree = tree.first(batch.max_nodes).most_promising(budget)
+            deepest = deepest.clamp(max=WINDOW)
+        tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:

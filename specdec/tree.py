@@ -271,6 +271,8 @@ class TokenTree:
 
     def limit_depth(self, limit: Tensor) -> TokenTree:
         """Drop the nodes of each row deeper than ``limit`` ``[B]``; the tree itself where none is."""
+        if int(limit.min()) >= self.num_nodes - 1:  # a chain of all nodes is no deeper
+            return self
         keep = self.valid & (self.depth <= limit.unsqueeze(1))
         return self if torch.equal(keep, self.valid) else self._keep_nodes(keep)
 

@@ -75,7 +75,7 @@ def accept_by_kernel(tree: TokenTree, logits: Tensor, batch: Batch, coupled: boo
     keys = None
     if coupled:  # made while the device is still busy with the pass
         positions = [len(row.tokens) for row in batch.rows]
-        levels = tree.num_nodes if logits.device.type != "cpu" else int(tree.draft_depth.max()) + 1
+        levels = tree.num_nodes if logits.device.type != "cpu" else 1 + max(deepest for _, deepest in tree.drafts)
         keys = noise_keys([row.noise for row in batch.rows], positions, levels).to(logits.device)
     parents = tree.parents if tree.virtual is None else tree.parents.masked_fill(~tree.acceptable, -1)
     if logits.device.type == "cpu" and not serves(logits):
