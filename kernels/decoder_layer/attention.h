@@ -7,7 +7,7 @@
 #define KEYS 32   /* of a block: two vectors of scores */
 #define QUERIES 6 /* of a block: 24 vectors of sums with 4 of values */
 #define NODES_PER_TASK 8
-#define TASKS_PER_THREAD 3 /* fewer would leave threads waiting for the last one */
+#define TASKS_PER_THREAD 3 /* with fewer, threads would wait for the last one: the rest of them is cut */
 
 typedef struct {
   int64_t keys, values; /* addresses: [H_kv, slots, d] */
@@ -28,8 +28,14 @@ typedef struct {
   long batch, nodes, tree, heads, kv_heads, width, slots, window, levels; /* window 0: none */
   float scale;
   int threads;
-  long nodes_per_task; /* set here */
+  long most, whole, pieces; /* set here: nodes of a task; tasks that are not cut; the pieces of every other one */
 } attention_arguments;
+
+/* What a task is about: some nodes of a row of the batch, for the heads of one KV head. */
+typedef struct {
+  long row, kv, first, nodes; /* no nodes: nothing is to be done */
+  int alone;                  /* whether no other task has nodes of that row and head */
+} share;
 
 /* Keys and values that lie one behind the other. */
 typedef struct {
@@ -51,6 +57,15 @@ static inline long start_of(const attention_arguments *a, long row) {
 
 static inline long nodes_of(const attention_arguments *a, long row) {
   return a->starts ? (long)(a->starts[row + 1] - a->starts[row]) : a->nodes;
+}
+
+static share share_of(const attention_arguments *a, long task) {
+  const long parts = (a->nodes + a->most - 1) / a->most, cut = task - a->whole;
+  const long each = cut < 0 ? task : a->whole + cut / a->pieces, row = each / parts / a->kv_heads;
+  const long begin = each % parts * a->most, left = nodes_of(a, row) - begin, nodes = left < a->most ? left : a->most;
+  if (cut < 0) return (share){row, each / parts % a->kv_heads, begin, nodes, parts == 1};
+  const long size = (nodes + a->pieces - 1) / a->pieces, at = cut % a->pieces * size;
+  return (share){row, each / parts % a->kv_heads, begin + at, nodes - at < size ? nodes - at : size, 0};
 }
 
 static long shared_tokens(const attention_arguments *a, long row) {
@@ -219,9 +234,8 @@ static long find_stretches(const attention_arguments *a, long row, long kv, stre
 /* The heads of one KV head, for some nodes of one row of the batch. */
 static void attend(const void *pointer, long task) {
   const attention_arguments *a = pointer;
-  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, d = a->width, group = a->heads / a->kv_heads;
-  long part = task % parts, kv = task / parts % a->kv_heads, row = task / parts / a->kv_heads;
-  long first = part * most, nodes = nodes_of(a, row) - first < most ? nodes_of(a, row) - first : most;
+  const share part = share_of(a, task);
+  long row = part.row, kv = part.kv, first = part.first, nodes = part.nodes, d = a->width, group = a->heads / a->kv_heads;
   if (nodes <= 0) return;
   long length = a->lengths[row], tree = a->tree, queries = nodes * group, stride = length + tree + 2 * KEYS;
   stride = (stride + LANES - 1) / LANES * LANES;
@@ -231,7 +245,7 @@ static void attend(const void *pointer, long task) {
   float *scores = sums + queries * d, *rotated = scores + queries * stride;
   int32_t *query = (int32_t *)(rotated + d), *turned = query + queries * d / 2, *seen = turned + KEYS * d / 2;
 
-  if (parts == 1) write_cache(a, row, kv);
+  if (part.alone) write_cache(a, row, kv);
   long count = find_stretches(a, row, kv, stretches);
   for (long q = 0; q < queries; q++) {
     long at = start_of(a, row) + first + q / group, head = kv * group + q % group;
@@ -300,16 +314,13 @@ static void attend(const void *pointer, long task) {
 #include "unit_attention.h"
 
 void tree_attention(attention_arguments *a) {
-  int unit = unit_attends(a);
-  long most = unit ? UNIT_NODES : NODES_PER_TASK, heads = a->batch * a->kv_heads, parts;
-  if (most > a->nodes) most = a->nodes;
-  for (;; most = (most + 1) / 2) {
-    parts = (a->nodes + most - 1) / most;
-    if (most == 1 || heads * parts >= TASKS_PER_THREAD * a->threads || a->threads == 1) break;
-  }
-  a->nodes_per_task = most;
-  if (parts > 1)
-    for (long row = 0; row < a->batch; row++)
-      for (long head = 0; head < a->kv_heads; head++) write_cache(a, row, head);
-  run(unit ? unit_attend : attend, a, heads * parts, a->threads);
+  const int unit = unit_attends(a);
+  const long heads = a->batch * a->kv_heads, limit = unit ? UNIT_NODES : NODES_PER_TASK;
+  a->most = a->nodes < limit ? a->nodes : limit;
+  const long parts = (a->nodes + a->most - 1) / a->most, tasks = heads * parts;
+  const long rest = a->nodes > 1 && tasks < TASKS_PER_THREAD * a->threads ? tasks % a->threads : 0;
+  a->whole = tasks - rest;
+  a->pieces = rest ? (a->threads + rest - 1) / rest : 1;
+  for (long head = parts > 1 ? 0 : a->whole; head < heads; head++) write_cache(a, head / a->kv_heads, head % a->kv_heads);
+  run(unit ? unit_attend : attend, a, a->whole + rest * a->pieces, a->threads);
 }

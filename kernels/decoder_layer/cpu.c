@@ -239,7 +239,7 @@ static void decoder_layer(const layer *l, long index, const pass *p, const bf16 
                              part->values[index], part->lengths, part->depth, part->seen,
                              part->segments ? part->segments[index] : 0, b.attended + first * l->out.in_width,
                              part->starts, part->batch, part->nodes, part->tree, l->heads, l->kv_heads, l->width,
-                             part->slots, l->window, part->levels, l->scale, threads, 0};
+                             part->slots, l->window, part->levels, l->scale, threads, 0, 0, 0};
     tree_attention(&a);
   }
   multiply(&l->out, &b, b.attended, residual, out, rows, threads);

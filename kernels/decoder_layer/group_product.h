@@ -1,9 +1,9 @@
 /* ---- products of inputs in 8 bit with weights in groups ----
 
    Weights are codes of 4 or 8 bits with a scale and a minimum per group of inputs, and 32 inputs of a row share a scale
-   too. The sums of 32 products are whole numbers and so exact (VPDPBUSD: unsigned codes by signed inputs); they become
-   float32 one after the other, from the first input to the last, whatever other rows there are. It is
-   llama.cpp's scheme for such files, and needs a fraction of the instructions that make bfloat16 numbers of weights. */
+   too. The sums of 32 products are whole numbers and so exact, by vectors (VPDPBUSD: unsigned codes by signed inputs) as
+   by tiles; they become float32 one after the other, from the first input to the last, whatever other rows there are. It
+   is llama.cpp's scheme for such files, and needs a fraction of the instructions that make bfloat16 numbers of weights. */
 
 #define QUADS (TOGETHER / 4)
 
@@ -34,6 +34,14 @@ INLINE load_codes(const int four, const uint8_t *from, __m512i codes[QUADS][2]) 
       codes[quad][half] = four ? _mm512_and_si512(line, low) : line;
       if (four) codes[quad + 1][half] = _mm512_and_si512(_mm512_srli_epi16(line, 4), low);
     }
+}
+
+/* A row's sums of 16 channels, with 32 more products each. */
+static inline __attribute__((always_inline)) __m512 with_group(const group_factors *f, int half, const input_group *each,
+                                                               __m512i whole, __m512 sums) {
+  const __m512 factor = (__m512)(f->scale[half] * each->scale);
+  const __m512 now = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), factor, sums);
+  return _mm512_fmadd_ps((__m512)f->least[half], _mm512_set1_ps(each->total), now);
 }
 
 #define ROWS_PER_ASK 4
@@ -71,9 +79,7 @@ INLINE multiply_groups(const int four, const product_arguments *a, long panel, f
         }
         for (int half = 0; half < 2; half++) {
           float *sum = sums + row * PANEL + half * LANES;
-          const __m512 factor = (__m512)(factors.scale[half] * each->scale);
-          const __m512 now = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[half]), factor, _mm512_load_ps(sum));
-          _mm512_store_ps(sum, _mm512_fmadd_ps((__m512)factors.least[half], _mm512_set1_ps(each->total), now));
+          _mm512_store_ps(sum, with_group(&factors, half, each, whole[half], _mm512_load_ps(sum)));
         }
         in += TOGETHER;
         each++;
@@ -82,19 +88,27 @@ INLINE multiply_groups(const int four, const product_arguments *a, long panel, f
   }
 }
 
+#include "unit_groups.h"
+
 static void take_group_panels(void *pointer, int thread) {
   panel_queue *queue = pointer;
   const product_arguments *a = queue->a;
-  const int four = a->kind == BYTES_BY_4_BIT_GROUPS;
+  const int four = a->kind == BYTES_BY_4_BIT_GROUPS, unit = unit_takes_groups(a);
   int lane = thread % queue->count;
   float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64)));
+  if (unit) open_unit_for_groups(a->rows);
   for (long panel; (panel = next_panel(queue, &lane)) >= 0;) {
     __builtin_memset(sums, 0, (size_t)(a->rows * PANEL) * sizeof *sums);
-    if (four)
+    if (unit && four)
+      multiply_groups_by_tiles(1, a, panel, sums);
+    else if (unit)
+      multiply_groups_by_tiles(0, a, panel, sums);
+    else if (four)
       multiply_groups(1, a, panel, sums);
     else
       multiply_groups(0, a, panel, sums);
     for (long row = 0; row < a->rows; row++)
       finish_row(a, row, panel * PANEL, loadf(sums + row * PANEL), loadf(sums + row * PANEL + LANES));
   }
+  if (unit) close_unit();
 }

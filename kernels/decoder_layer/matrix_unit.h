@@ -6,6 +6,7 @@
    vectors' (Intel's manual, TDPBF16PS). */
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define WITH_UNIT
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -37,6 +38,11 @@ static int unit_takes(const product_arguments *a) {
   return has_matrix_unit() && !takes_groups((numbers)a->kind) && a->in_width * input_bytes((numbers)a->kind) % STEP == 0;
 }
 
+static inline void load_shapes(const tile_shapes *shapes) {
+  __asm__ volatile("" : : "r"(shapes) : "memory"); /* GCC's intrinsic says that it reads the first bytes alone */
+  _tile_loadconfig(shapes);
+}
+
 /* All tiles are 64 bytes wide; the first `count` have `first` rows, the others `second`. */
 static void shape_tiles(int count, long first, long second) {
   tile_shapes shapes = {.palette = 1};
@@ -44,8 +50,7 @@ static void shape_tiles(int count, long first, long second) {
     shapes.bytes[tile] = 64;
     shapes.rows[tile] = (uint8_t)(tile < count ? first : second);
   }
-  __asm__ volatile("" : : "r"(&shapes) : "memory"); /* GCC's intrinsic says that it reads the first bytes alone */
-  _tile_loadconfig(&shapes);
+  load_shapes(&shapes);
 }
 
 /* Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights. */
@@ -193,6 +198,7 @@ static void take_unit_panels(void *pointer, int thread) {
 
 int has_matrix_unit(void) { return 0; }
 
+static void close_unit(void) {}
 static int unit_takes(const product_arguments *a) { (void)a; return 0; }
 static void take_unit_panels(void *queue, int thread) { (void)queue, (void)thread; }
 

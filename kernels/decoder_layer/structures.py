@@ -73,7 +73,8 @@ class Attention(ctypes.Structure):
     _fields_ = _fields(
         "qkv cos sin keys values lengths depth seen segments out starts",
         "batch nodes tree heads kv_heads width slots window levels",
-        ("scale", ctypes.c_float), ("threads", ctypes.c_int), ("nodes_per_task", ctypes.c_long),
+        ("scale", ctypes.c_float), ("threads", ctypes.c_int),
+        *((name, ctypes.c_long) for name in ("most", "whole", "pieces")),
     )  # fmt: skip
 
 

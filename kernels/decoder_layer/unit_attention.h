@@ -9,6 +9,7 @@
 #define UNIT_NODES 32 /* of a task */
 #define BLOCK 32      /* positions */
 #define BLOCKS 16     /* whose values are turned at a time */
+#define AHEAD 64      /* positions; tiles are too far between for the processor to see what comes next */
 
 #ifdef TILE_ROWS
 
@@ -31,15 +32,22 @@ static void score_tiles(const bf16 *query, long d, const int32_t *turned, float 
   _tile_stored(1, scores + LANES, 4 * stride);
 }
 
+/* Asks for `count` rows of keys or values. */
+INLINE ask_rows(const bf16 *from, long count, long d) {
+  ask((const char *)from, (const char *)(from + count * d), count * d / 32);
+}
+
 /* The same for up to 16 queries in all, turned by `turn_keys`: keys lie as a tile's rows should, so it is they that need no
    turning. Products and their order are the same ones. */
-static void score_few(const int32_t *query, long queries, long d, const bf16 *keys, long count, float *scores,
-                      long stride) {
+static void score_few(const int32_t *query, long queries, long d, const bf16 *keys, const bf16 *values, long count,
+                      float *scores, long stride) {
   const __m512i column = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
   float sums[TILE_ROWS * LANES] __attribute__((aligned(64)));
   bf16 rest[TILE_ROWS * MOST_WIDTH] __attribute__((aligned(64)));
   for (long at = 0; at < count; at += TILE_ROWS) {
     const bf16 *from = keys + at * d;
+    ask_rows(from + AHEAD * d, TILE_ROWS, d);
+    ask_rows(values + at * d, TILE_ROWS, d);
     if (count - at < TILE_ROWS) {
       __builtin_memcpy(rest, from, (size_t)((count - at) * d) * sizeof(bf16));
       __builtin_memset(rest + (count - at) * d, 0, (size_t)((TILE_ROWS - count + at) * d) * sizeof(bf16));
@@ -225,12 +233,11 @@ typedef struct {
 
 /* Returns whether there is anything to do. */
 static int prepare(unit_work *w, const attention_arguments *a, long task) {
-  long most = a->nodes_per_task, parts = (a->nodes + most - 1) / most, part = task % parts, d = a->width;
+  const share part = share_of(a, task);
+  const long d = a->width;
+  if (part.nodes <= 0) return 0;
   w->a = a, w->d = d, w->group = a->heads / a->kv_heads;
-  w->kv = task / parts % a->kv_heads, w->row = task / parts / a->kv_heads;
-  w->first = part * most, w->nodes = nodes_of(a, w->row) - w->first;
-  if (w->nodes <= 0) return 0;
-  if (w->nodes > most) w->nodes = most;
+  w->kv = part.kv, w->row = part.row, w->first = part.first, w->nodes = part.nodes;
   w->queries = w->nodes * w->group, w->rows = (w->queries + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   w->length = a->lengths[w->row], w->earlier = a->tree - a->nodes + w->first;
   w->end = w->length + w->earlier + w->nodes;
@@ -248,7 +255,7 @@ static int prepare(unit_work *w, const attention_arguments *a, long task) {
   w->own = w->begun + w->most_own * w->block_size;
   w->seen = w->own + w->most_own * w->block_size;
   w->rotated = (float *)(w->seen + a->tree);
-  if (parts == 1) write_cache(a, w->row, w->kv);
+  if (part.alone) write_cache(a, w->row, w->kv);
   w->count = find_stretches(a, w->row, w->kv, w->stretches);
   const stretch *last = w->stretches + w->count - 1;
   w->behind = last->values + (w->length - last->first) * d;
@@ -268,8 +275,10 @@ static void score_all(const unit_work *w) {
   if (few) turn_keys(query, w->queries, d, w->turned);
   for (const stretch *s = w->stretches; s < w->stretches + w->count; s++) {
     long keys = s->count < w->end - s->first ? s->count : w->end - s->first;
-    if (few) score_few(w->turned, w->queries, d, s->keys, keys, w->scores + s->first, w->stride);
+    if (few) score_few(w->turned, w->queries, d, s->keys, s->values, keys, w->scores + s->first, w->stride);
     for (long at = 0; !few && at < keys; at += KEYS) {
+      ask_rows(s->keys + (at + AHEAD) * d, KEYS, d);
+      ask_rows(s->values + at * d, KEYS, d);
       turn_keys(s->keys + at * d, s->count - at, d, w->turned);
       turn_keys(s->keys + (at + LANES) * d, s->count - at - LANES, d, w->turned + LANES);
       for (long q = 0; q < w->rows; q += TILE_ROWS)

@@ -269,6 +269,21 @@ def test_groups_of_codes_times_bytes_give_the_product_in_float64(
             assert torch.equal(panels(states[first : first + 1].clone())[0], panels(states)[first])
 
 
+@pytest.mark.parametrize(("inputs", "group"), [(1440, 32), (1408, 128)])
+def test_groups_of_codes_times_bytes_are_the_same_whatever_rows_there_are(inputs: int, group: int) -> None:
+    """Few rows are multiplied by vectors, more by tiles of 16 where the processor has them."""
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    torch.manual_seed(0)
+    stored, blocks = random_groups((70, inputs), group, False)
+    scales = blocks.scales[:, :: group // 32]
+    states = torch.randn(300, inputs).bfloat16()
+    for panels in (W4A8PanelWeight(stored, None), GroupW8A8PanelWeight(blocks.codes, scales, None)):
+        alone = torch.cat([panels(row.clone()) for row in states.split(1)])
+        for rows in (*range(2, 40), 256, 257, 300):
+            assert torch.equal(panels(states[:rows].clone()), alone[:rows])
+
+
 def _scales(panels: Any) -> torch.Tensor:
     return panels.scales[:, :, 0] if isinstance(panels, W4A8PanelWeight) else panels.scales  # type: ignore[no-any-return]
 
