@@ -86,6 +86,13 @@ class AttentionPass:
         shape = (*self.ancestors.shape[:2], states.shape[-1])
         return kernels.put_rows(states[0], self.places, unfilled(states, shape))
 
+    def padded(self, states: Tensor) -> Tensor:
+        """The same with zeros there."""
+        if self.places is None:
+            return states
+        out = states.new_zeros(self.ancestors.shape[:2].numel(), states.shape[-1])
+        return out.index_copy_(0, self.places, states[0]).view(*self.ancestors.shape[:2], -1)
+
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
         if not self._masks:

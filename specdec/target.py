@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -155,22 +156,39 @@ class HFTarget:
         step = min(PREFILL_CHUNK, cache.longest_pass or PREFILL_CHUNK)
         for start in range(0, longest, step):
             chunk = [list(row[start : start + step]) for row in rows]
-            width = max(len(part) for part in chunk)
-            cache.make_room(width)
-            tokens = torch.tensor([part + [0] * (width - len(part)) for part in chunk], device=self.device)
-            ends = sorted({len(part) - 1 for part in chunk if part})
-            depth = torch.arange(width, device=self.device).expand(len(rows), -1)
-            causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(len(rows), -1, -1)
-            out = self.run(tokens, None, cache, depth, causal, features, ends)
+            out = self._extend_by(chunk, cache, features)
             cache.advance([len(part) for part in chunk])
-            for row, part in enumerate(chunk):
-                if part:
-                    logits[row] = out.logits[row, ends.index(len(part) - 1)]
+            ends = iter(out.logits[0])
+            logits = [next(ends) if part else before for part, before in zip(chunk, logits, strict=True)]
             for name in features:
                 collected[name].append(out.features[name])
         filler = torch.full_like(next(row for row in logits if row is not None), torch.nan)
         stacked = torch.stack([filler if row is None else row for row in logits]).unsqueeze(1)
         return TargetOutput(stacked, {name: torch.cat(parts, dim=1) for name, parts in collected.items()})
+
+    def _extend_by(
+        self, chunk: Sequence[Sequence[int]], cache: KVCache, features: Sequence[Feature] = ()
+    ) -> TargetOutput:
+        """A pass over some tokens of each row, maybe none; nothing is committed.
+
+        Returns:
+            Logits ``[1, R, V]`` after the last token of each of the R rows that have one; features are padded.
+        """
+        counts, width = [len(part) for part in chunk], max(map(len, chunk))
+        cache.make_room(width)
+        depth = torch.arange(width, device=self.device).expand(len(chunk), -1)
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(len(chunk), -1, -1)
+        if min(counts) < width <= MOST_NODES and self.takes_uneven and cache.regular:  # no time is lost on padding
+            now = AttentionPass(cache, depth, causal, counts)
+            tokens = torch.tensor([[token for part in chunk for token in part]])
+            ends = [end - 1 for count, end in zip(counts, accumulate(counts), strict=True) if count]
+            out = self._run(now, tokens, None, features, ends)
+            return TargetOutput(out.logits, {name: now.padded(states) for name, states in out.features.items()})
+        tokens = torch.tensor([[*part, *[0] * (width - len(part))] for part in chunk], device=self.device)
+        wanted = sorted({count - 1 for count in counts if count})
+        out = self.run(tokens, None, cache, depth, causal, features, wanted)
+        found = [out.logits[row, wanted.index(count - 1)] for row, count in enumerate(counts) if count]
+        return TargetOutput(torch.stack(found).unsqueeze(0), out.features)
 
     def forward(
         self, tree: TokenTree, cache: KVCache, features: Sequence[Feature] = (), first_node: int = 0

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdec.kernels.trees import count_drafts, is_tree, tree_shape
+from specdec.kernels.trees import count_drafts, is_tree, keep_best, standing, tree_shape
 
 ROOT = -1
 """Parent index of the root node."""
@@ -155,18 +155,10 @@ class TokenTree:
         of all rows, counted per row: what some rows do not make use of, others may. A parent never stands behind its
         child.
         """
-        size, count = self.parents.shape
         if self._stands_as_it_is:
-            return torch.arange(count, device=self.parents.device).expand(size, -1)
+            return torch.arange(self.num_nodes, device=self.parents.device).expand(self.batch_size, -1)
         assert self.confidence is not None
-        likely = self.confidence.unsqueeze(1).expand(-1, count, -1)
-        chance = likely.masked_fill(~self.ancestors, torch.inf).amin(-1).masked_fill(~self.valid, -torch.inf)
-        chance[:, 0] = torch.inf
-        # Column by column, so that of equals a parent stands before its child.
-        order = chance.T.flatten().sort(descending=True, stable=True).indices
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return place.view(count, size).T // size
+        return standing(self.parents, self.confidence)
 
     @property
     def _stands_as_it_is(self) -> bool:
@@ -190,7 +182,13 @@ class TokenTree:
         """The tree of ``count`` nodes per row at most, on average; the tree itself where it is not divisible."""
         if count >= self.num_nodes or not self.divisible:
             return self
-        return self._keep_nodes(self.valid & (self.standing < count))
+        places = self.standing
+        if self.confidence is not None and self.draft_log_probs is None:
+            kept = keep_best(self.tokens, self.parents, self.confidence, places, count)
+            if kept is not None:
+                tokens, parents, confidence = kept
+                return TokenTree(tokens, parents, confidence=confidence)
+        return self._keep_nodes(self.valid & (places < count))
 
     def first(self, count: int) -> TokenTree:
         """The tree of the first ``count`` columns; the tree itself where it has no more or is not divisible."""

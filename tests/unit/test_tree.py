@@ -338,6 +338,22 @@ def test_the_most_promising_nodes_are_those_of_all_rows() -> None:
 
 
 @given(trees(), st.integers(1, 10), st.integers(0, 99))
+def test_the_compiled_choice_of_nodes_is_the_one_without_a_compiler(tree: TokenTree, count: int, seed: int) -> None:
+    chances = torch.randint(1, 5, tree.tokens.shape, generator=torch.Generator().manual_seed(seed)) / 4  # many alike
+    found = []
+    for compiled in (kernels_trees._compiled(), None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels_trees, "_compiled", lambda compiled=compiled: compiled)
+            each = TokenTree(tree.tokens, tree.parents, confidence=chances)
+            found.append((each.standing, each.most_promising(count)))
+    (places, kept), (expected_places, expected) = found
+    assert torch.equal(places, expected_places)
+    assert torch.equal(kept.parents, expected.parents)
+    assert torch.equal(kept.tokens[kept.valid], expected.tokens[expected.valid])
+    assert torch.equal(kept.confidence[kept.valid], expected.confidence[expected.valid])
+
+
+@given(trees(), st.integers(1, 10), st.integers(0, 99))
 def test_how_nodes_stand_leaves_trees_whole(tree: TokenTree, count: int, seed: int) -> None:
     confidence = torch.rand(tree.tokens.shape, generator=torch.Generator().manual_seed(seed))
     tree = TokenTree(tree.tokens, tree.parents, confidence=confidence)  # a child may seem likelier than its parent
