@@ -7,7 +7,7 @@ Three parts decide the next tree's size:
 - *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
 - *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
   not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
-  passes once per call.
+  passes once per call; less in a call that follows one that lost them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from operator import truediv
 from typing import NamedTuple, Protocol
 
 from specdec.batch import Row
-from specdec.planner import RUNGS, PassTimes, best_budget
+from specdec.planner import RUNGS, SPIKE, PassTimes, best_budget
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
 
@@ -32,6 +32,9 @@ SHARE = 0.01
 
 CREDIT = 2.5
 """Plain passes' time that may be lost before anything was gained."""
+
+LEAST_CREDIT = 1.0
+"""The same after a text in which it was lost: what did not pay in one text is tried less in the next one."""
 
 UNMEASURED = 1.5
 """The same while it is a guess what a plain pass takes."""
@@ -56,6 +59,9 @@ _STEP = 4
 
 _TRIED = 16
 """Nodes that a trial may have in any case, of all rows together."""
+
+_HOPED = 1.5
+"""Times the accepted nodes expected of a larger tree; were it not better even with these, it is not tried."""
 
 _UNCHECKED = 8
 """Passes that may speculate before plain ones are run to compare with."""
@@ -165,7 +171,19 @@ class _Draft(NamedTuple):
     nodes: float  # per row
     batch: int
     length: int
-    ms: float
+    draft_ms: float
+    pass_ms: float = 0.0
+
+
+class Account:
+    """Kept by the decoder from call to call.
+
+    Attributes:
+        credit: plain passes' time that the next call may lose before it gained anything.
+    """
+
+    def __init__(self) -> None:
+        self.credit = CREDIT
 
 
 class AdaptiveTrees:
@@ -173,12 +191,21 @@ class AdaptiveTrees:
 
     Args:
         times: what passes cost; kept by the decoder from call to call.
+        account: what the call may lose, and where it leaves what the next one may; one of its own where None.
         hopes: accepted nodes to expect of trees of each of ``RUNGS`` before anything was seen, as calibrated.
         uneven: whether rows of a batch take only the nodes they have; else each takes as many as the largest.
     """
 
-    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None, uneven: bool = True) -> None:
+    def __init__(
+        self,
+        times: PassTimes,
+        hopes: Sequence[float] | None = None,
+        uneven: bool = True,
+        account: Account | None = None,
+    ) -> None:
         self._times, self._hopes, self._uneven = times, hopes, uneven
+        self._account = account or Account()
+        self._credit = self._account.credit
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest: float = RUNGS[-1]  # of these
@@ -230,6 +257,8 @@ class AdaptiveTrees:
         if best == sizes[-1] > 1 or (best > 1 and self._whole):
             return best
         larger = [size for size in sizes if best < size <= max(_STEP * best, _TRIED // self._size)]
+        if best > 1:
+            larger = [size for size in larger if self._rate(offer[size], _HOPED) > self._rate(offer[best])]
         if self._wait == 0 and larger:
             self._trial_over = best
             return larger[-1]
@@ -275,20 +304,24 @@ class AdaptiveTrees:
         # Where the drafter makes no larger trees as a rule, a limit would only cut those that promise more than usual.
         return sizes[-1] if best > 1 and best >= self._width > 0 else best
 
+    def _rate(self, offer: _Offer, hope: float = 1.0) -> float:
+        """Tokens per millisecond of a tree, were ``hope`` times as many nodes accepted as expected."""
+        return (1.0 + hope * (offer.tokens - 1.0)) / (offer.mean_ms + self._times.draft_ms)
+
     def _acceptance(self, row: Row) -> Acceptance:
         return self._rows.setdefault(row.row_id, Acceptance(self._hopes))
 
     @property
     def balance(self) -> float:
         """What may still be lost, in plain passes."""
-        credit = CREDIT if self._comparable else UNMEASURED
+        credit = self._credit if self._comparable else min(self._credit, UNMEASURED)
         return self._gained + sum(map(self._gain, self._open)) + credit + SHARE * self._passes
 
     def _gain(self, draft: _Draft) -> float:
-        """Plain passes' time saved by a pass, by what such passes take as a rule: single times are too noisy."""
-        plain = self._times.estimate(1, draft.batch, draft.length)
-        taken = self._times.estimate(draft.nodes, draft.batch, draft.length) if draft.nodes else 0.0
-        return draft.tokens - (taken + draft.ms) / plain
+        """Plain passes' time saved by a pass: by the times it took, not by what it takes as a rule, which is less."""
+        plain = self._times.average(1, draft.batch, draft.length)
+        usual = self._times.estimate(draft.nodes, draft.batch, draft.length) if draft.nodes else 0.0
+        return draft.tokens - (min(draft.pass_ms, SPIKE * usual) + draft.draft_ms) / plain
 
     def _explain(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> str:
         size = sizes[1] if len(sizes) > 1 else RUNGS[1]
@@ -335,13 +368,15 @@ class AdaptiveTrees:
                 drafting = 0.0  # the first draft reads the prompt
             self._drafts += 1
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
-            self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting))
+            taken = sum(ms.values()) - ms["draft"]
+            self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting, taken))
             self._learn(rows, tree, verdict)
         checks = self._times.learns and (self._size > 1 or not self._comparable)
         self._unchecked = self._unchecked + 1 if checks and self._asked > 1 else 0
         if self._comparable:
             self._gained += sum(map(self._gain, self._open))
             self._open = []
+            self._account.credit = min(max(self.balance, LEAST_CREDIT), CREDIT)
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
         width = tree.computed_nodes(self._uneven)

@@ -23,6 +23,12 @@ CAUTIOUS_GPU = LatencyCurve.simple({1: 1.0, 16: 1.1, 64: 1.3, 256: 2.0, 512: 3.2
 _SAMPLES = 5
 """Passes of about the same width that are remembered."""
 
+SPIKE = 1.5
+"""Times what a pass usually takes, beyond which its time is the machine's affair."""
+
+_MEMORY = 0.9
+"""Weight of a pass relative to the next one of its width, in what passes take on average."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -80,6 +86,7 @@ class PassTimes:
         self._learn = learn
         self._factors: dict[int, deque[float]] = {}  # by rung of the pass's rows: time over the curve's
         self._usual: dict[int, float] = {}  # their medians: asked for many times per pass
+        self._mean: dict[int, float] = {}
         self._rungs: list[int] = []
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._delays: deque[float] = deque(maxlen=_SAMPLES)
@@ -89,8 +96,11 @@ class PassTimes:
         if self._learn:
             factor, rung = ms / self._curve.at(nodes, batch, length), _rung(nodes * batch)
             seen = self._factors.setdefault(rung, deque(maxlen=_SAMPLES))
+            known = len(seen) == _SAMPLES
             seen.append(factor)
-            self._usual[rung] = _low_median(seen)
+            self._usual[rung] = usual = _low_median(seen)
+            recent = min(factor, SPIKE * usual)
+            self._mean[rung] = _MEMORY * self._mean[rung] + (1 - _MEMORY) * recent if known else usual
             self._rungs = sorted(self._factors)
 
     @property
@@ -130,6 +140,11 @@ class PassTimes:
     def estimate(self, nodes: float, batch: int, length: int) -> float:
         """Milliseconds of a pass; in the curve's unit before the first one."""
         return self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
+
+    def average(self, nodes: int, batch: int, length: int) -> float:
+        """Milliseconds of such a pass on average; on a machine that others use too, that is more than ``estimate`` has."""
+        estimate, rung = self.estimate(nodes, batch, length), _rung(nodes * batch)
+        return estimate * self._mean[rung] / self._usual[rung] if rung in self._mean else estimate
 
     def _factor(self, rows: float) -> float:
         rungs = self._rungs

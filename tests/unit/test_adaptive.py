@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit_rows import make_row
 
-from specdec.adaptive import CREDIT, SHARE, Acceptance, AdaptiveTrees
+from specdec.adaptive import CREDIT, LEAST_CREDIT, SHARE, Acceptance, Account, AdaptiveTrees
 from specdec.batch import Row
 from specdec.latency import LatencyCurve
 from specdec.planner import CAUTIOUS_CPU, RUNGS, PassTimes
@@ -300,3 +300,28 @@ def test_rows_that_end_take_their_acceptance_with_them() -> None:
     run.run(800)
     tail = run.speculating[-200:]
     assert sum(tail) < 0.1 * len(tail)
+
+
+def test_the_next_text_may_lose_less_after_one_that_lost() -> None:
+    """What texts of one kind lose in trying does not add up; after a text that gained, all may be tried again."""
+    account = Account()
+
+    def lost(accept: Accept) -> float:
+        run = Machine(STEEP, [accept])
+        run.policy = AdaptiveTrees(PassTimes(STEEP, learn=False), account=account)
+        run.run(60)
+        return run.ms / 10.0 - run.tokens
+
+    first, second = lost(never), lost(never)
+    assert account.credit == LEAST_CREDIT
+    assert second <= LEAST_CREDIT + SHARE * 61 < first <= CREDIT + SHARE * 61
+    assert lost(always) < 0.0
+    assert account.credit == CREDIT
+
+
+def test_no_larger_tree_is_tried_that_could_not_pay() -> None:
+    """Beyond some nodes passes are as long as they are wide: a trial of more would cost what many passes gain."""
+    curve = LatencyCurve.simple({1: 10.0, 4: 12.0, 64: 612.0})
+    run = Machine(curve, [coin(0, 0.5)]).run(400)
+    assert max(run.widths[20:]) <= 6
+    assert run.slowdown < 0.8
