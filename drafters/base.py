@@ -32,10 +32,15 @@ class Drafter(ABC):
     name: str
     Config: ClassVar[type[Any]]
     features: Sequence[Feature] = ()
-    reads_logits: ClassVar[bool] = True
+    reads_logits: bool = True
     virtual_nodes: ClassVar[bool] = False
     takes_rows: bool = False
     parts: Sequence[Drafter] = ()
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``observe`` is its own; passes are kept for no other drafter."""
+        return type(self).observe is not Drafter.observe
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         """Meet the target; allocate what depends on it. Raises ValueError where the two do not fit."""

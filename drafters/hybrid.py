@@ -105,6 +105,7 @@ class HybridDrafter(Drafter):
         names = [part.name for part in self.parts]
         self.name = "+".join(names)
         check_names(names)
+        self.reads_logits = any(part.observes and part.reads_logits for part in self.parts)
         for part in self.parts:
             if part.virtual_nodes:
                 raise ValueError(

@@ -308,6 +308,8 @@ class Generation:
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """Show the drafter a pass, or keep it for later where it was not asked for a draft."""
+        if not self.drafter.observes:
+            return
         if budget > 1:
             self._guarded(lambda: self._observe(tree, output, verdict))
             return

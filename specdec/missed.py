@@ -39,7 +39,8 @@ class MissedPasses:
     ) -> None:
         """Remember the accepted path of a pass, with these of its features, or all."""
         names = output.features if features is None else features
-        logits = output.logits if self._logits else output.logits[..., :0]
+        logits = output.logits  # a view of none of them would keep their memory
+        logits = logits if self._logits else logits.new_empty(*logits.shape[:-1], 0)
         kept = TargetOutput(logits, {name: output.features[name] for name in names})
         if tree.num_nodes > 1:
             width = max(verdict.num_accepted) + 1

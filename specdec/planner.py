@@ -142,7 +142,7 @@ class PassTimes:
         return self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
 
     def average(self, nodes: int, batch: int, length: int) -> float:
-        """Milliseconds of such a pass on average; on a machine that others use too, that is more than ``estimate`` has."""
+        """Milliseconds of such a pass on average: where others use the machine too, more than ``estimate`` has."""
         estimate, rung = self.estimate(nodes, batch, length), _rung(nodes * batch)
         return estimate * self._mean[rung] / self._usual[rung] if rung in self._mean else estimate
 
