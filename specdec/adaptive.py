@@ -7,7 +7,7 @@ Three parts decide the next tree's size:
 - *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
 - *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
   not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
-  passes once per call; less in a call that follows one that lost them.
+  passes once per call; less where earlier calls lost them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ SHARE = 0.01
 CREDIT = 2.5
 """Plain passes' time that may be lost before anything was gained."""
 
-LEAST_CREDIT = 1.0
-"""The same after a text in which it was lost: what did not pay in one text is tried less in the next one."""
+LEAST_CREDIT = 0.5
+"""The same after texts in which it was lost: what did not pay in some texts is tried less in the next one."""
+
+MOST_SAVED = 10.0
+"""Plain passes' time gained in earlier texts that counts against what later ones lose."""
 
 UNMEASURED = 1.5
 """The same while it is a guess what a plain pass takes."""
@@ -176,14 +179,15 @@ class _Draft(NamedTuple):
 
 
 class Account:
-    """Kept by the decoder from call to call.
-
-    Attributes:
-        credit: plain passes' time that the next call may lose before it gained anything.
-    """
+    """What calls gained and lost, in plain passes' time; kept by the decoder from call to call."""
 
     def __init__(self) -> None:
-        self.credit = CREDIT
+        self.saved = CREDIT
+
+    @property
+    def credit(self) -> float:
+        """What the next call may lose before it gained anything."""
+        return min(max(self.saved, LEAST_CREDIT), CREDIT)
 
 
 class AdaptiveTrees:
@@ -205,7 +209,7 @@ class AdaptiveTrees:
     ) -> None:
         self._times, self._hopes, self._uneven = times, hopes, uneven
         self._account = account or Account()
-        self._credit = self._account.credit
+        self._credit, self._saved = self._account.credit, self._account.saved
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest: float = RUNGS[-1]  # of these
@@ -266,7 +270,7 @@ class AdaptiveTrees:
         if best == 1:
             self.reason = self._why_not = self._explain(offer, sizes)
             if not larger:
-                self._wait = max(self._wait, _FIRST_GAP)  # what may be lost grows by little a pass
+                self._wait = max(self._wait, self._passes_to_rest(offer))
         return best
 
     @property
@@ -292,11 +296,25 @@ class AdaptiveTrees:
 
     def _affordable(self, offers: dict[int, _Offer]) -> list[int]:
         """Sizes of which a pass could accept nothing without overdrawing the account."""
-        draft_ms = self._times.draft_ms if self._drafts else 0.0  # the first draft of a call is always made
-        if not self._speculates:
-            draft_ms += self._times.delay_ms  # of the plain pass that follows a trial
-        most = (1.0 + self.balance) * offers[1].worst_ms - draft_ms
+        most = (1.0 + self.balance) * offers[1].worst_ms - self._draft_ms
         return [size for size, offer in offers.items() if size == 1 or offer.worst_ms <= most]
+
+    @property
+    def _draft_ms(self) -> float:
+        """What the next draft takes, and by how much it delays the plain pass that follows a trial."""
+        draft_ms = self._times.draft_ms if self._drafts else self._times.first_draft_ms if self._counts_first else 0.0
+        return draft_ms if self._speculates else draft_ms + self._times.delay_ms
+
+    @property
+    def _counts_first(self) -> bool:
+        """Whether a call's first draft, which reads the prompt, has to be paid for; not as long as all drafts do that."""
+        return self._credit < CREDIT
+
+    def _passes_to_rest(self, offers: dict[int, _Offer]) -> int:
+        """Until a draft may be made, as ``SHARE`` of each pass adds to what may be lost."""
+        least = min((offer.worst_ms for size, offer in offers.items() if size > 1), default=0.0)
+        missing = (least + self._draft_ms) / offers[1].worst_ms - 1.0 - self.balance
+        return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_GAP)
 
     def _best(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> int:
         draft_ms = self._times.draft_ms if self._drafts else 0.0
@@ -363,9 +381,9 @@ class AdaptiveTrees:
             for row in rows:
                 self._acceptance(row).fade()
         else:
-            self._times.observe_draft(drafting, at_most=self._drafts == 0)
-            if self._drafts == 0:
-                drafting = 0.0  # the first draft reads the prompt
+            self._times.observe_draft(drafting, first=self._drafts == 0)
+            if self._drafts == 0 and not self._counts_first:
+                drafting = 0.0
             self._drafts += 1
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
             taken = sum(ms.values()) - ms["draft"]
@@ -376,7 +394,7 @@ class AdaptiveTrees:
         if self._comparable:
             self._gained += sum(map(self._gain, self._open))
             self._open = []
-            self._account.credit = min(max(self.balance, LEAST_CREDIT), CREDIT)
+            self._account.saved = min(max(self._saved + self._gained + SHARE * self._passes, 0.0), MOST_SAVED)
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
         width = tree.computed_nodes(self._uneven)
