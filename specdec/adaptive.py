@@ -182,7 +182,7 @@ class Account:
     """What calls gained and lost, in plain passes' time; kept by the decoder from call to call."""
 
     def __init__(self) -> None:
-        self.saved = CREDIT
+        self.saved = MOST_SAVED  # a few texts must have lost before that says anything of the next one
 
     @property
     def credit(self) -> float:
@@ -307,11 +307,13 @@ class AdaptiveTrees:
 
     @property
     def _counts_first(self) -> bool:
-        """Whether a call's first draft, which reads the prompt, has to be paid for; not as long as all drafts do that."""
+        """Whether a call's first draft, which reads the prompt, has to be paid for: where texts lost of late."""
         return self._credit < CREDIT
 
     def _passes_to_rest(self, offers: dict[int, _Offer]) -> int:
         """Until a draft may be made, as ``SHARE`` of each pass adds to what may be lost."""
+        if not self._comparable:
+            return _FIRST_GAP  # then more may be
         least = min((offer.worst_ms for size, offer in offers.items() if size > 1), default=0.0)
         missing = (least + self._draft_ms) / offers[1].worst_ms - 1.0 - self.balance
         return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_GAP)
