@@ -33,14 +33,14 @@ SHARE = 0.01
 CREDIT = 2.5
 """Plain passes' time that may be lost before anything was gained."""
 
+UNMEASURED = 1.5
+"""The same while it is a guess what a plain pass takes."""
+
 LEAST_CREDIT = 0.5
-"""The same after texts in which it was lost: what did not pay in some texts is tried less in the next one."""
+"""``CREDIT`` after texts in which it was lost: what did not pay in some texts is tried less in the next one."""
 
 MOST_SAVED = 10.0
 """Plain passes' time gained in earlier texts that counts against what later ones lose."""
-
-UNMEASURED = 1.5
-"""The same while it is a guess what a plain pass takes."""
 
 _MEMORY = 0.9
 """Weight of a pass relative to the next one."""
@@ -338,10 +338,11 @@ class AdaptiveTrees:
         return self._gained + sum(map(self._gain, self._open)) + credit + SHARE * self._passes
 
     def _gain(self, draft: _Draft) -> float:
-        """Plain passes' time saved by a pass: by the times it took, not by what it takes as a rule, which is less."""
+        """Plain passes' time saved by a pass: by the time it took, where a given curve does not say what it takes."""
         plain = self._times.average(1, draft.batch, draft.length)
         usual = self._times.estimate(draft.nodes, draft.batch, draft.length) if draft.nodes else 0.0
-        return draft.tokens - (min(draft.pass_ms, SPIKE * usual) + draft.draft_ms) / plain
+        taken = min(draft.pass_ms, SPIKE * usual) if self._times.learns else usual
+        return draft.tokens - (taken + draft.draft_ms) / plain
 
     def _explain(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> str:
         size = sizes[1] if len(sizes) > 1 else RUNGS[1]

@@ -219,8 +219,8 @@ class HFTarget:
 
     @property
     def takes_uneven(self) -> bool:
-        """Whether ``forward`` computes the nodes that rows have alone, where their trees differ in size; else it
-        computes as many of each as the largest has. Passes in which prompts ride along always do.
+        """Whether ``forward`` and ``extend`` compute the nodes that rows have alone, where they differ in number; else
+        as many of each as the largest has. Passes in which prompts ride along always do.
         """
         compiled = self._compiled
         return compiled is not None and compiled.compiles(self.dtype) and self.kv_bits is None
@@ -260,7 +260,8 @@ class HFTarget:
         out = self._run(joined, tokens, virtual, _wanted(chunks, features), list(range(nodes)))
         self._commit(chunks, out, nodes)
         shape = tree.tokens.shape
-        features_of = {name: out.features[name][0, :nodes].view(*shape, -1) for name in features}
+        # Copies: who keeps them would keep the prompts' too.
+        features_of = {name: out.features[name][0, :nodes].clone().view(*shape, -1) for name in features}
         return TargetOutput(out.logits[0].view(*shape, -1), features_of)
 
     def extend_all(self, chunks: Sequence[Chunk]) -> None:

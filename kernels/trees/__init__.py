@@ -81,7 +81,7 @@ def standing(parents: Tensor, confidence: Tensor) -> Tensor:
 
     Args:
         parents: ``[B, N]`` int64 as ``TokenTree`` has them.
-        confidence: ``[B, N]``, how likely each is.
+        confidence: ``[B, N]``, how likely each is; NaN counts as 0.
     """
     library, (rows, nodes) = _compiled_for(parents), parents.shape
     if library is None:
@@ -94,7 +94,7 @@ def standing(parents: Tensor, confidence: Tensor) -> Tensor:
 
 def _standing_by_sort(parents: Tensor, confidence: Tensor) -> Tensor:
     size, count = parents.shape
-    likely = confidence.unsqueeze(1).expand(-1, count, -1)
+    likely = confidence.masked_fill(confidence.isnan(), 0.0).unsqueeze(1).expand(-1, count, -1)
     chance = (
         likely.masked_fill(~tree_shape(parents)[0], torch.inf).amin(-1).masked_fill(parents == _PADDING, -torch.inf)
     )

@@ -1,5 +1,6 @@
-/* What the parents of a tree's nodes say of ancestors and depths, and whether they make a tree. Parents stand before their
-   children, so one walk over the columns does it, where products of matrices take a dozen calls. */
+/* What the parents of a tree's nodes say of ancestors and depths, whether they make a tree, and which nodes of several trees
+   are the most promising. Parents stand before their children, so one walk over the columns does it, where products of
+   matrices take a dozen calls. */
 
 #include <math.h>
 #include <stddef.h>
@@ -65,6 +66,7 @@ void standing(const int64_t *parents, const float *confidence, long rows, long n
     for (long i = 0; i < nodes; i++) {
       const int64_t parent = parents[row * nodes + i];
       float chance = parent == PADDING ? -INFINITY : confidence[row * nodes + i];
+      if (chance != chance) chance = 0; /* NaN has no place in an order */
       if (parent >= 0 && all[parent * rows + row].chance < chance) chance = all[parent * rows + row].chance;
       all[i * rows + row] = (candidate){chance, i * rows + row};
     }

@@ -353,6 +353,15 @@ def test_the_compiled_choice_of_nodes_is_the_one_without_a_compiler(tree: TokenT
     assert torch.equal(kept.confidence[kept.valid], expected.confidence[expected.valid])
 
 
+def test_a_confidence_that_is_no_number_counts_as_none() -> None:
+    parents = torch.tensor([[ROOT, 0, 1, 2], [ROOT, 0, 1, 2]])
+    chances = torch.tensor([[1.0, torch.nan, 0.9, 0.8], [1.0, 0.6, 0.5, torch.nan]])
+    tree = TokenTree(torch.arange(8).view(2, 4), parents, confidence=chances)
+    for found in (tree.standing, kernels_trees._standing_by_sort(parents, chances)):
+        assert found.tolist() == [[0, 2, 2, 3], [0, 1, 1, 3]]
+    assert tree.most_promising(2).parents.tolist() == [[ROOT, *[PADDING] * 2], [ROOT, 0, 1]]
+
+
 @given(trees(), st.integers(1, 10), st.integers(0, 99))
 def test_how_nodes_stand_leaves_trees_whole(tree: TokenTree, count: int, seed: int) -> None:
     confidence = torch.rand(tree.tokens.shape, generator=torch.Generator().manual_seed(seed))
