@@ -7,7 +7,7 @@ Three parts decide the next tree's size:
 - *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
 - *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
   not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
-  passes once per call; less where earlier calls lost them.
+  passes once per call.
 """
 
 from __future__ import annotations
@@ -36,12 +36,6 @@ CREDIT = 2.5
 UNMEASURED = 1.5
 """The same while it is a guess what a plain pass takes."""
 
-LEAST_CREDIT = 0.5
-"""``CREDIT`` after texts in which it was lost: what did not pay in some texts is tried less in the next one."""
-
-MOST_SAVED = 10.0
-"""Plain passes' time gained in earlier texts that counts against what later ones lose."""
-
 _MEMORY = 0.9
 """Weight of a pass relative to the next one."""
 
@@ -56,6 +50,9 @@ _HOPE_PER_DOUBLING = 0.6
 
 _FIRST_GAP, _LONGEST_GAP = 4, 64
 """Passes between trials of larger trees; doubled after each that changed nothing."""
+
+_LONGEST_REST = 16
+"""Passes at most for which nothing is decided: what passes and drafts take may change."""
 
 _STEP = 4
 """Times the nodes that are best that a trial has at most."""
@@ -178,38 +175,17 @@ class _Draft(NamedTuple):
     pass_ms: float = 0.0
 
 
-class Account:
-    """What calls gained and lost, in plain passes' time; kept by the decoder from call to call."""
-
-    def __init__(self) -> None:
-        self.saved = MOST_SAVED  # a few texts must have lost before that says anything of the next one
-
-    @property
-    def credit(self) -> float:
-        """What the next call may lose before it gained anything."""
-        return min(max(self.saved, LEAST_CREDIT), CREDIT)
-
-
 class AdaptiveTrees:
     """The policy of one call.
 
     Args:
         times: what passes cost; kept by the decoder from call to call.
-        account: what the call may lose, and where it leaves what the next one may; one of its own where None.
         hopes: accepted nodes to expect of trees of each of ``RUNGS`` before anything was seen, as calibrated.
         uneven: whether rows of a batch take only the nodes they have; else each takes as many as the largest.
     """
 
-    def __init__(
-        self,
-        times: PassTimes,
-        hopes: Sequence[float] | None = None,
-        uneven: bool = True,
-        account: Account | None = None,
-    ) -> None:
+    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None, uneven: bool = True) -> None:
         self._times, self._hopes, self._uneven = times, hopes, uneven
-        self._account = account or Account()
-        self._credit, self._saved = self._account.credit, self._account.saved
         self._rows: dict[int, Acceptance] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest: float = RUNGS[-1]  # of these
@@ -302,13 +278,8 @@ class AdaptiveTrees:
     @property
     def _draft_ms(self) -> float:
         """What the next draft takes, and by how much it delays the plain pass that follows a trial."""
-        draft_ms = self._times.draft_ms if self._drafts else self._times.first_draft_ms if self._counts_first else 0.0
+        draft_ms = self._times.draft_ms if self._drafts else 0.0  # the first draft of a call is always made
         return draft_ms if self._speculates else draft_ms + self._times.delay_ms
-
-    @property
-    def _counts_first(self) -> bool:
-        """Whether a call's first draft, which reads the prompt, has to be paid for: where texts lost of late."""
-        return self._credit < CREDIT
 
     def _passes_to_rest(self, offers: dict[int, _Offer]) -> int:
         """Until a draft may be made, as ``SHARE`` of each pass adds to what may be lost."""
@@ -316,7 +287,7 @@ class AdaptiveTrees:
             return _FIRST_GAP  # then more may be
         least = min((offer.worst_ms for size, offer in offers.items() if size > 1), default=0.0)
         missing = (least + self._draft_ms) / offers[1].worst_ms - 1.0 - self.balance
-        return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_GAP)
+        return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_REST)
 
     def _best(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> int:
         draft_ms = self._times.draft_ms if self._drafts else 0.0
@@ -334,7 +305,7 @@ class AdaptiveTrees:
     @property
     def balance(self) -> float:
         """What may still be lost, in plain passes."""
-        credit = self._credit if self._comparable else min(self._credit, UNMEASURED)
+        credit = CREDIT if self._comparable else UNMEASURED
         return self._gained + sum(map(self._gain, self._open)) + credit + SHARE * self._passes
 
     def _gain(self, draft: _Draft) -> float:
@@ -384,9 +355,9 @@ class AdaptiveTrees:
             for row in rows:
                 self._acceptance(row).fade()
         else:
-            self._times.observe_draft(drafting, first=self._drafts == 0)
-            if self._drafts == 0 and not self._counts_first:
-                drafting = 0.0
+            self._times.observe_draft(drafting, at_most=self._drafts == 0)
+            if self._drafts == 0:
+                drafting = 0.0  # the first draft reads the prompt
             self._drafts += 1
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
             taken = sum(ms.values()) - ms["draft"]
@@ -397,7 +368,6 @@ class AdaptiveTrees:
         if self._comparable:
             self._gained += sum(map(self._gain, self._open))
             self._open = []
-            self._account.saved = min(max(self._saved + self._gained + SHARE * self._passes, 0.0), MOST_SAVED)
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
         width = tree.computed_nodes(self._uneven)

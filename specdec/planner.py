@@ -89,7 +89,6 @@ class PassTimes:
         self._mean: dict[int, float] = {}
         self._rungs: list[int] = []
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
-        self._first_drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._delays: deque[float] = deque(maxlen=_SAMPLES)
 
     def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
@@ -109,22 +108,15 @@ class PassTimes:
         """Whether passes correct the curve."""
         return self._learn
 
-    def observe_draft(self, ms: float, first: bool = False) -> None:
-        """Drafting a tree took so long; the ``first`` of a call may have read the prompt."""
-        if first:
-            self._first_drafts.append(ms)
-        if not first or (self._drafts and ms < self.draft_ms):
+    def observe_draft(self, ms: float, at_most: bool = False) -> None:
+        """Drafting a tree took so long; with ``at_most`` other work was part of it."""
+        if not at_most or (self._drafts and ms < self.draft_ms):
             self._drafts.append(ms)
 
     @property
     def draft_ms(self) -> float:
         """Milliseconds of drafting a tree; 0 before the first."""
         return _low_median(self._drafts) if self._drafts else 0.0
-
-    @property
-    def first_draft_ms(self) -> float:
-        """The same of a call's first tree."""
-        return _low_median(self._first_drafts) if self._first_drafts else 0.0
 
     def observe_after_draft(self, batch: int, length: int, ms: float) -> None:
         """The plain pass after a draft took so long."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit_rows import make_row
 
-from specdec.adaptive import CREDIT, LEAST_CREDIT, SHARE, Acceptance, Account, AdaptiveTrees
+from specdec.adaptive import CREDIT, SHARE, Acceptance, AdaptiveTrees
 from specdec.batch import Row
 from specdec.latency import LatencyCurve
 from specdec.planner import CAUTIOUS_CPU, RUNGS, PassTimes
@@ -302,26 +302,6 @@ def test_rows_that_end_take_their_acceptance_with_them() -> None:
     run.run(800)
     tail = run.speculating[-200:]
     assert sum(tail) < 0.1 * len(tail)
-
-
-def test_the_next_text_may_lose_less_after_texts_that_lost() -> None:
-    """What texts of one kind lose in trying does not add up; after one that gained, all may be tried again."""
-    account = Account()
-
-    def lost(accept: Accept) -> float:
-        run = Machine(STEEP, [accept], draft_ms=1.0)
-        run.policy = AdaptiveTrees(PassTimes(STEEP, learn=False), account=account)
-        run.run(60)
-        return run.ms / 10.0 - run.tokens  # in plain passes
-
-    losses = [lost(never) for _ in range(8)]
-    assert max(losses[:3]) <= CREDIT + SHARE * 61
-    assert max(losses[-3:]) <= LEAST_CREDIT + SHARE * 61 < min(losses[:3])
-    assert account.credit == LEAST_CREDIT
-    assert lost(always) < -10.0
-    assert account.credit == CREDIT
-    assert lost(never) > LEAST_CREDIT + SHARE * 61
-    assert account.credit == CREDIT, "one text that lost is no matter after one that gained"
 
 
 def test_no_larger_tree_is_tried_that_could_not_pay() -> None:
