@@ -189,7 +189,7 @@ class HybridDrafter(Drafter):
             if current.asked:
                 expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
                 # The first time it reads the prompt, once for all of the call: no single pass would pay for that.
-                known = timed and part not in self._fresh
+                known = timed and (part not in self._fresh or self._economy.doubts(part))
                 if known and not self._pays(part, batch, expected, self._size(chosen), usual):
                     return
                 current.before[part], current.expected[part] = chosen, expected

@@ -43,6 +43,9 @@ _PRIOR = 3.0
 _TRIED = frozenset(RUNGS) | {2 * size for size in RUNGS} | {3 * size for size in RUNGS}
 """Numbers of nodes of a pass that are compared."""
 
+_UNPAID = 3
+"""Calls in a row in which a part never paid after its first draft, until that one has to pay as well."""
+
 _FEW = 16
 """States that take about as long to read as one."""
 
@@ -103,6 +106,8 @@ class _Part:
         self.long_lessons: deque[float] = deque(maxlen=_SAMPLES)  # ms per state, of many at once
         self.nodes = 0.0  # of trees it had a share in
         self.surplus = 0.0  # of passes it was not asked in, on average: below 0
+        self.was_asked = self.paid = False  # in this call
+        self.unpaid = 0  # calls in a row in which it was asked and never paid
 
     def ms(self, states: int = 0) -> float | None:
         """Of asking it when so many states wait to be read; None before it was asked."""
@@ -131,6 +136,10 @@ class Economy:
     def begin(self) -> None:
         """Another call, and another text: what passes of the last one made of their time says nothing of it."""
         self._tokens = self._ms = 0.0
+        for part in self._parts:
+            if part.was_asked:
+                part.unpaid = 0 if part.paid else part.unpaid + 1
+            part.was_asked = part.paid = False
 
     def order(self, parts: Sequence[int]) -> list[int]:
         """The parts, the cheapest first; those never asked keep their place at the front."""
@@ -188,6 +197,7 @@ class Economy:
         ms += self._passes.estimate(wider, batch, length) - self._passes.estimate(nodes, batch, length)
         surplus = gain - ms * self.rate(batch, length)
         if surplus > 0.0:
+            known.paid = True
             return True
         # A trial is to say whether it would pay after all, so it is made where that is likeliest.
         likely = surplus >= known.surplus
@@ -197,6 +207,10 @@ class Economy:
             return False
         self._probes_ms -= ms
         return True
+
+    def doubts(self, part: int) -> bool:
+        """Whether a part's first draft of a call, which reads the prompt, has to pay like any other."""
+        return self._parts[part].unpaid >= _UNPAID
 
     def read(self, part: int, ms: float, states: int) -> None:
         """Showing a part so many states took so long."""
@@ -210,6 +224,7 @@ class Economy:
         """Asking a part took so long, and the tree had so many nodes then; the first time of a call it may have read
         the prompt, which says at most that it takes no longer."""
         known = self._parts[part]
+        known.was_asked = True
         if not first or (known.asks and ms < low_median(known.asks)):
             known.asks.append(ms)
         known.nodes += 0.2 * (nodes - known.nodes) if known.nodes else nodes

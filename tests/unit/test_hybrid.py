@@ -99,6 +99,24 @@ def test_trials_of_a_part_that_does_not_pay_are_a_bounded_share_of_the_time() ->
     assert 5.0 * asked <= PROBE_SHARE * 5000 * 10.0
 
 
+def test_a_part_that_never_paid_has_to_pay_for_its_first_draft_too() -> None:
+    economy = Economy(2, LatencyCurve.simple({1: 10.0}))
+    economy.passed(1, 1, 100, 10.0, 10.0, 1.0)
+    for _ in range(3):
+        economy.begin()
+        assert not economy.doubts(1)
+        economy.asked(1, 50.0, 8)
+        assert not economy.pays(1, 0.1, 4, 16, 1, 100, 0)
+    economy.begin()
+    assert economy.doubts(1)
+    economy.begin()
+    assert economy.doubts(1), "a call in which it was not asked says nothing"
+    assert economy.pays(1, 20.0, 4, 16, 1, 100, 0)
+    economy.asked(1, 50.0, 8)
+    economy.begin()
+    assert not economy.doubts(1)
+
+
 def test_what_a_part_adds_to_trees_of_one_class_says_a_little_of_the_others() -> None:
     gains = Gains()
     before = gains.at(5)
