@@ -91,6 +91,6 @@ def kv_bytes_per_token(target: HFTarget) -> int:
 
 
 def latency_curve(target: HFTarget, repeats: int = 5) -> list[tuple[int, float]]:
-    """Pairs of tree nodes and median milliseconds of a pass, over 512 cached tokens or what the model's context has."""
+    """Pairs of tree nodes and milliseconds of a pass, over 512 cached tokens or what the model's context has."""
     curve = measure_curve(target, CURVE_NODES, (CURVE_CONTEXT,), (1,), rounds=repeats)
     return [(nodes, curve.at(nodes, length=CURVE_CONTEXT)) for nodes in curve.nodes]

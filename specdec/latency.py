@@ -208,10 +208,11 @@ def measure_curve(
     rounds: int = 7,
     seconds: float = SECONDS,
 ) -> LatencyCurve:
-    """Median milliseconds of passes over stars of n nodes.
+    """Milliseconds of passes over stars of n nodes, the lower quartile of some.
 
-    A round takes every combination once, so that a slow spell of the machine touches all of them alike. The first round
-    warms up and is not counted. What the model's context has no room for is left out.
+    A round takes every combination once, so that a slow spell of the machine touches all of them alike; what others do
+    on it only adds to a time. The first round warms up and is not counted. What the model's context has no room for is
+    left out.
 
     Args:
         target: the model.
@@ -241,10 +242,10 @@ def measure_curve(
         if round_ > 0 and perf_counter() - start > seconds:
             break
 
-    def median(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
+    def quartile(values: list[float]) -> float:
+        return sorted(values)[len(values) // 4]
 
-    table = tuple(tuple(tuple(median(samples[b, k, n]) for n in nodes) for k in lengths) for b in batches)
+    table = tuple(tuple(tuple(quartile(samples[b, k, n]) for n in nodes) for k in lengths) for b in batches)
     return LatencyCurve(tuple(nodes), tuple(lengths), tuple(batches), table)
 
 
