@@ -278,8 +278,12 @@ class AdaptiveTrees:
     @property
     def _draft_ms(self) -> float:
         """What the next draft takes, and by how much it delays the plain pass that follows a trial."""
-        draft_ms = self._times.draft_ms if self._drafts else 0.0  # the first draft of a call is always made
-        return draft_ms if self._speculates else draft_ms + self._times.delay_ms
+        return self._usual_draft_ms if self._speculates else self._usual_draft_ms + self._times.delay_ms
+
+    @property
+    def _usual_draft_ms(self) -> float:
+        """What drafts take; 0 before a call's first one, which is always made."""
+        return self._times.draft_ms if self._drafts else 0.0
 
     def _passes_to_rest(self, offers: dict[int, _Offer]) -> int:
         """Until a draft may be made, as ``SHARE`` of each pass adds to what may be lost."""
@@ -290,7 +294,7 @@ class AdaptiveTrees:
         return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_REST)
 
     def _best(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> int:
-        draft_ms = self._times.draft_ms if self._drafts else 0.0
+        draft_ms = self._usual_draft_ms
         best = best_budget(sizes, lambda n: offers[n].tokens, lambda n: offers[n].mean_ms, lambda _: draft_ms).nodes
         # Where the drafter makes no larger trees as a rule, a limit would only cut those that promise more than usual.
         return sizes[-1] if best > 1 and best >= self._width > 0 else best
@@ -341,15 +345,16 @@ class AdaptiveTrees:
         if self._comparing and self._asked == 1:
             self._comparing -= 1
         drafting, nodes = ms["draft"], tree.computed_nodes(self._uneven)
+        taken = sum(ms.values()) - drafting
         self._passes += 1
         if self._asked > 1 or not after_draft:
-            self._times.observe(nodes, self._size, self._length, sum(ms.values()) - drafting)
+            self._times.observe(nodes, self._size, self._length, taken)
             self._timed_plain = self._timed_plain or self._asked == 1
         if self._asked == 1:
             lost = drafting + self._rested_ms  # learning from plain passes
             self._rested_ms = 0.0
             if after_draft and self._comparable:
-                self._times.observe_after_draft(self._size, self._length, sum(ms.values()) - drafting)
+                self._times.observe_after_draft(self._size, self._length, taken)
                 lost += self._times.delay_ms
             self._open.append(_Draft(0.0, 0, self._size, self._length, lost))
             for row in rows:
@@ -360,7 +365,6 @@ class AdaptiveTrees:
                 drafting = 0.0  # the first draft reads the prompt
             self._drafts += 1
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
-            taken = sum(ms.values()) - ms["draft"]
             self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting, taken))
             self._learn(rows, tree, verdict)
         checks = self._times.learns and (self._size > 1 or not self._comparable)
