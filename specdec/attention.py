@@ -6,7 +6,7 @@ only. It writes them to our cache and attends over it. Nothing here depends on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -79,19 +79,19 @@ class AttentionPass:
 
     def spread(self, states: Tensor) -> Tensor:
         """``[1, T, ..]`` of rows that differ as ``[B, n, ..]``; what stands where a row has no node is undefined."""
+        return self._put_into(states, unfilled)
+
+    def padded(self, states: Tensor) -> Tensor:
+        """The same with zeros there."""
+        return self._put_into(states, Tensor.new_zeros)
+
+    def _put_into(self, states: Tensor, make: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
         if self.places is None:
             return states
         kernels = find_kernels()
         assert kernels is not None
         shape = (*self.ancestors.shape[:2], states.shape[-1])
-        return kernels.put_rows(states[0], self.places, unfilled(states, shape))
-
-    def padded(self, states: Tensor) -> Tensor:
-        """The same with zeros there."""
-        if self.places is None:
-            return states
-        out = states.new_zeros(self.ancestors.shape[:2].numel(), states.shape[-1])
-        return out.index_copy_(0, self.places, states[0]).view(*self.ancestors.shape[:2], -1)
+        return kernels.put_rows(states[0], self.places, make(states, shape))
 
     def mask(self, window: int | None) -> Tensor:
         """``[B, n, S]`` bool, the slots each node may see; ``window`` limits it to that many positions back."""
