@@ -70,6 +70,8 @@ class _Round:
         max_nodes: of a tree, on average over the rows.
         before: per asked part beyond the first, per row: the nodes chosen without it.
         expected: the same, accepted nodes expected of these.
+        chosen: per row the nodes of a tree that no pass checks; what passes without drafts emit says as much. None for
+            one that a pass checks.
     """
 
     start: float
@@ -78,7 +80,15 @@ class _Round:
     asked: list[int] = field(default_factory=list)
     before: dict[int, list[list[int]]] = field(default_factory=dict)
     expected: dict[int, list[float]] = field(default_factory=dict)
+    chosen: list[list[int]] | None = None
     end: float = 0.0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in the order given."""
+        self.merged = [self.merged[row] for row in rows]
+        self.before = {part: [nodes[row] for row in rows] for part, nodes in self.before.items()}
+        self.expected = {part: [values[row] for row in rows] for part, values in self.expected.items()}
+        self.chosen = None if self.chosen is None else [self.chosen[row] for row in rows]
 
 
 class HybridDrafter(Drafter):
@@ -188,8 +198,9 @@ class HybridDrafter(Drafter):
             nonlocal chosen
             if current.asked:
                 expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
-                # The first time it reads the prompt, once for all of the call: no single pass would pay for that.
-                known = timed and (part not in self._fresh or self._economy.doubts(part))
+                # The first time it reads the prompt, once for all of the call: no single pass would pay for that. For
+                # a tree that is not checked it does not have to.
+                known = timed and (part not in self._fresh or batch.unchecked or self._economy.doubts(part))
                 if known and not self._pays(part, batch, expected, self._size(chosen), usual):
                     return
                 current.before[part], current.expected[part] = chosen, expected
@@ -203,6 +214,7 @@ class HybridDrafter(Drafter):
 
         self._each(ask, self._order(timed))
         tree = _assemble(batch, merged, chosen)
+        current.chosen = chosen if batch.unchecked else None
         current.end = self._now()
         return tree
 
@@ -268,7 +280,8 @@ class HybridDrafter(Drafter):
         if current is not None:
             self._learn(current, batch, verdict)
         view = _view(batch, batch.max_nodes)
-        asked = () if current is None else current.asked
+        checked = current is not None and current.chosen is None
+        asked = current.asked if current is not None and checked else ()
 
         def show(part: int) -> None:
             drafter = self.parts[part]
@@ -284,7 +297,7 @@ class HybridDrafter(Drafter):
                 self._economy.read(part, 1000.0 * (self._now() - shown), len(batch))
 
         self._each(show)
-        if current is not None:
+        if current is not None and checked:
             tokens = float(sum(map(len, verdict.tokens)))
             pass_ms, all_ms = 1000.0 * (began - current.end), 1000.0 * (self._now() - current.start)
             nodes = tree.computed_nodes(self._uneven)
@@ -293,9 +306,12 @@ class HybridDrafter(Drafter):
     def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:
         for index, (row, merged) in enumerate(zip(batch.rows, current.merged, strict=True)):
             state, tokens = self._rows[row.row_id], verdict.tokens[index]
+            accepted = verdict.num_accepted[index]
+            if current.chosen is not None:
+                accepted = merged.accepted(current.chosen[index], tokens)
             for place, (part, before) in enumerate(current.before.items()):
                 later = list(current.before.values())[place + 1 :]
-                got = merged.accepted(later[0][index], tokens) if later else verdict.num_accepted[index]
+                got = merged.accepted(later[0][index], tokens) if later else accepted
                 gain, expected = float(got - merged.accepted(before[index], tokens)), current.expected[part][index]
                 state.gains[part].see(gain, self._economy.gain(part, expected, current.max_nodes))
                 self._economy.added(part, expected, current.max_nodes, gain)
@@ -324,6 +340,8 @@ class HybridDrafter(Drafter):
         self._rows = {row.row_id: self._rows[row.row_id] for row in (batch.rows[index] for index in rows)}
         for missed in self._missed:
             missed.keep(rows)
+        if self._round is not None:
+            self._round.keep(rows)
 
         def keep(part: int) -> None:
             if not rows and part in self._unstarted:

@@ -13,12 +13,12 @@ Three parts decide the next tree's size:
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from operator import truediv
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+from specdec.acceptance import Acceptance, Experience, HeldDraft
 from specdec.batch import Row
 from specdec.planner import RUNGS, SPIKE, PassTimes, best_budget
 from specdec.tree import TokenTree
@@ -38,15 +38,6 @@ UNMEASURED = 1.5
 
 _MEMORY = 0.9
 """Weight of a pass relative to the next one."""
-
-_CALIBRATED = 3.0
-"""Passes that a calibration weighs as much as, where a mere hope weighs as one: an unlucky start says little."""
-
-_FADING = 0.98
-"""The same for what was seen before a pass that drafted nothing: texts change."""
-
-_HOPE_PER_DOUBLING = 0.6
-"""Accepted nodes per doubling of the tree, where no calibration says what to expect."""
 
 _FIRST_GAP, _LONGEST_GAP = 4, 64
 """Passes between trials of larger trees; doubled after each that changed nothing."""
@@ -69,6 +60,9 @@ _UNCHECKED = 8
 _RECHECKED = 48
 """The same once there were, of several rows: there drafts gain little, and what a plain pass takes changes."""
 
+_HEAD_START = 50
+"""Passes for which ``SHARE`` is at hand from the start, for drafts that no pass checks."""
+
 _COMPARED = 3
 """Plain passes run to compare with. The first one's time is another matter: a draft leaves less of the target's weights
 in the caches than plain decoding does, by a tenth of a pass, or a third where passes are short."""
@@ -79,9 +73,11 @@ class TreePolicy(Protocol):
 
     Attributes:
         reason: why the last budget was 1; None where it was not.
+        beside: nodes per row to draft although the last budget was 1, for ``hold``; 1 for none.
     """
 
     reason: str | None
+    beside: int
 
     @property
     def trying(self) -> bool:
@@ -92,6 +88,9 @@ class TreePolicy(Protocol):
 
         ``most`` is what a single row may have.
         """
+
+    def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
+        """``tree`` was drafted beside the plain pass that comes now, to be held against the tokens that follow."""
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         """A pass was run over ``tree`` for the rows last asked about.
@@ -104,6 +103,7 @@ class FixedTrees:
     """Trees as the drafter makes them."""
 
     reason: str | None = None
+    beside = 1
 
     @property
     def trying(self) -> bool:
@@ -112,48 +112,11 @@ class FixedTrees:
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         return most
 
-    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
+    def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
         pass
 
-
-class Acceptance:
-    """Expected accepted nodes of one row by size of the tree.
-
-    Args:
-        hopes: what to expect of each of ``RUNGS`` before anything was seen, by calibration.
-    """
-
-    def __init__(self, hopes: Sequence[float] | None = None) -> None:
-        weight = 1.0 if hopes is None else _CALIBRATED
-        hopes = hopes or [_HOPE_PER_DOUBLING * math.log2(size) for size in RUNGS]
-        # Of the accepted nodes that a size has and the next smaller one has not.
-        self._sums = [0.0, *(weight * (more - less) for less, more in pairwise(hopes))]
-        self._weights = [weight] * len(RUNGS)
-
-    def see(self, columns: Sequence[int], known: int) -> None:
-        """How a tree's accepted nodes stand, and up to which size it says what would have been accepted.
-
-        Of larger sizes it is assumed that they had as much more, or less, than expected.
-        """
-        end = bisect_right(RUNGS, known)  # the first size that is not known
-        hits = [0.0] * len(RUNGS)
-        for column in columns:
-            hits[bisect_right(RUNGS, column)] += 1.0
-        if end < len(RUNGS):
-            expected = self.by_size()[end - 1]
-            surprise = min(sum(hits[:end]) / expected, 2.0) if expected > 0 else 1.0
-            hits[end:] = [surprise * s / w for s, w in zip(self._sums[end:], self._weights[end:], strict=True)]
-        self._sums = [_MEMORY * value + hit for value, hit in zip(self._sums, hits, strict=True)]
-        self._weights = [_MEMORY * value + 1.0 for value in self._weights]
-
-    def fade(self) -> None:
-        """Nothing was drafted: what was seen before counts less from now on."""
-        self._sums = [_FADING * value for value in self._sums]
-        self._weights = [_FADING * value for value in self._weights]
-
-    def by_size(self) -> list[float]:
-        """Expected accepted nodes of trees of each of ``RUNGS``."""
-        return list(accumulate(map(truediv, self._sums, self._weights)))
+    def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
+        pass
 
 
 class _Offer(NamedTuple):
@@ -175,18 +138,35 @@ class _Draft(NamedTuple):
     pass_ms: float = 0.0
 
 
+@dataclass
+class _KnownRow:
+    """What was observed of a row, of how many drafts, and after how many plain passes."""
+
+    acceptance: Acceptance
+    plain: int
+    drafts: int = 0
+
+
 class AdaptiveTrees:
     """The policy of one call.
 
     Args:
         times: what passes cost; kept by the decoder from call to call.
-        hopes: accepted nodes to expect of trees of each of ``RUNGS`` before anything was seen, as calibrated.
+        experience: what to expect before anything was seen; kept likewise.
         uneven: whether rows of a batch take only the nodes they have; else each takes as many as the largest.
+        foretells: whether texts do not depend on trees and drafts need no passes of their own, so that a draft may be
+            tried without a pass.
     """
 
-    def __init__(self, times: PassTimes, hopes: Sequence[float] | None = None, uneven: bool = True) -> None:
-        self._times, self._hopes, self._uneven = times, hopes, uneven
-        self._rows: dict[int, Acceptance] = {}
+    def __init__(
+        self, times: PassTimes, experience: Experience | None = None, uneven: bool = True, foretells: bool = False
+    ) -> None:
+        self._times, self._experience, self._uneven = times, experience or Experience(), uneven
+        self._foretells = foretells
+        self._held: HeldDraft | None = None
+        self._watched = 0.0  # what held drafts took, in plain passes
+        self._doubtful: bool | None = None  # whether at first drafts were not expected to pay; None while it is a guess
+        self._rows: dict[int, _KnownRow] = {}
         self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
         self._widest: float = RUNGS[-1]  # of these
         self._whole = False  # trees come whole or not at all
@@ -194,7 +174,7 @@ class AdaptiveTrees:
         self._trial_over: int | None = None  # the size that would have been chosen, while a larger one is tried
         self._speculates = True
         self._gap = self._wait = _FIRST_GAP
-        self._passes = self._drafts = 0
+        self._passes = self._plain = self._drafts = 0
         self._unchecked = 0  # passes that speculated since a plain one
         self._comparing = 0  # plain passes still to be run to compare with
         self._timed_plain = False  # whether the time of a plain pass was taken
@@ -205,17 +185,22 @@ class AdaptiveTrees:
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
         self.reason: str | None = None
+        self.beside = 1
+        times.begin_call()
 
     @property
     def trying(self) -> bool:
         return self._trial_over == 1
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
-        self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)
-        self._trial_over = None
-        self._resting = not self._speculates and self._wait > 0
+        self._trial_over, self.beside = None, 1
+        self._resting = self._held is None and not self._speculates and self._wait > 0
         if self._resting:  # nothing is learnt meanwhile
             self._wait -= 1
+            self._asked, self.reason = 1, self._why_not
+            return 1
+        self._size, self._length = len(rows), sum(len(row.tokens) for row in rows) // len(rows)
+        if self._held is not None:
             self._asked, self.reason = 1, self._why_not
             return 1
         self.reason = None
@@ -229,6 +214,8 @@ class AdaptiveTrees:
             self.reason = "a plain pass, to compare with"
             return 1
         offer = self._offers(rows)
+        if self._doubtful is None and self._comparable:
+            self._doubtful = self._best(offer, list(offer)) == 1
         sizes = self._affordable(offer)
         best = self._best(offer, sizes)
         if (best > 1) != self._speculates:
@@ -236,17 +223,24 @@ class AdaptiveTrees:
             self._gap = self._wait = _FIRST_GAP
         if best == sizes[-1] > 1 or (best > 1 and self._whole):
             return best
-        larger = [size for size in sizes if best < size <= max(_STEP * best, _TRIED // self._size)]
+        tried = max(_STEP * best, _TRIED // self._size)
+        larger = [size for size in sizes if best < size <= tried]
         if best > 1:
             larger = [size for size in larger if self._rate(offer[size], _HOPED) > self._rate(offer[best])]
+        elif self._foretells:  # a pass is tried where only the draft is too dear
+            larger = [size for size in larger if offer[size].tokens * offer[1].mean_ms >= offer[size].mean_ms]
         if self._wait == 0 and larger:
             self._trial_over = best
             return larger[-1]
-        self._wait = max(self._wait - 1, 0)
         if best == 1:
             self.reason = self._why_not = self._explain(offer, sizes)
-            if not larger:
-                self._wait = max(self._wait, self._passes_to_rest(offer))
+            held = max((size for size in offer if 1 < size <= tried), default=1) if self._foretells else 1
+            if held > 1 and self._wait == 0 and self._draft_ms <= self._to_watch * offer[1].worst_ms:
+                self._trial_over, self.beside = best, held
+                return best
+        self._wait = max(self._wait - 1, 0)
+        if best == 1 and not larger:
+            self._wait = max(self._wait, self._passes_to_rest(offer))
         return best
 
     @property
@@ -257,7 +251,7 @@ class AdaptiveTrees:
     def _offers(self, rows: Sequence[Row]) -> dict[int, _Offer]:
         """What can be had, by size, up to a little more than the largest trees that the drafter makes."""
         sizes = [1, *(size for below, size in pairwise(RUNGS) if below <= self._widest)]
-        known = [self._acceptance(row).by_size() for row in rows]
+        known = [self._known(row.row_id).acceptance.by_size() for row in rows]
         tau = [1.0 + sum(values) / len(rows) for values in zip(*known, strict=True)]
         if self._whole:
             tau[1 : len(sizes)] = [tau[len(sizes) - 1]] * (len(sizes) - 1)
@@ -282,19 +276,30 @@ class AdaptiveTrees:
 
     @property
     def _usual_draft_ms(self) -> float:
-        """What drafts take; 0 before a call's first one, which is always made."""
-        return self._times.draft_ms if self._drafts else 0.0
+        """What drafts take; 0 before a call's first one, which is always made where drafts are expected to pay."""
+        if self._drafts:
+            return self._times.draft_ms
+        return self._times.first_draft_ms if self._doubtful else 0.0
+
+    @property
+    def _to_watch(self) -> float:
+        """What a draft that no pass checks may cost, in plain passes."""
+        return min(SHARE * (self._passes + _HEAD_START) - self._watched, self.balance)
 
     def _passes_to_rest(self, offers: dict[int, _Offer]) -> int:
         """Until a draft may be made, as ``SHARE`` of each pass adds to what may be lost."""
         if not self._comparable:
             return _FIRST_GAP  # then more may be
-        least = min((offer.worst_ms for size, offer in offers.items() if size > 1), default=0.0)
-        missing = (least + self._draft_ms) / offers[1].worst_ms - 1.0 - self.balance
+        plain_ms = offers[1].worst_ms
+        if self._foretells:
+            missing = self._draft_ms / plain_ms - self._to_watch
+        else:
+            least = min((offer.worst_ms for size, offer in offers.items() if size > 1), default=plain_ms)
+            missing = (least + self._draft_ms) / plain_ms - 1.0 - self.balance
         return min(max(math.ceil(missing / SHARE), _FIRST_GAP), _LONGEST_REST)
 
     def _best(self, offers: dict[int, _Offer], sizes: Sequence[int]) -> int:
-        draft_ms = self._usual_draft_ms
+        draft_ms = self._times.draft_ms
         best = best_budget(sizes, lambda n: offers[n].tokens, lambda n: offers[n].mean_ms, lambda _: draft_ms).nodes
         # Where the drafter makes no larger trees as a rule, a limit would only cut those that promise more than usual.
         return sizes[-1] if best > 1 and best >= self._width > 0 else best
@@ -303,8 +308,13 @@ class AdaptiveTrees:
         """Tokens per millisecond of a tree, were ``hope`` times as many nodes accepted as expected."""
         return (1.0 + hope * (offer.tokens - 1.0)) / (offer.mean_ms + self._times.draft_ms)
 
-    def _acceptance(self, row: Row) -> Acceptance:
-        return self._rows.setdefault(row.row_id, Acceptance(self._hopes))
+    def _known(self, row_id: int) -> _KnownRow:
+        if row_id not in self._rows:
+            self._rows[row_id] = _KnownRow(self._experience.new_row(), self._plain)
+        row = self._rows[row_id]
+        row.acceptance.fade(self._plain - row.plain)
+        row.plain = self._plain
+        return row
 
     @property
     def balance(self) -> float:
@@ -329,14 +339,31 @@ class AdaptiveTrees:
         accepted = offers[size].tokens - 1.0
         return f"{accepted:.2f} tokens accepted per pass of late; drafting {size} nodes costs {cost:.2f} plain passes"
 
+    def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
+        known = self._known_by(tree, self.beside)
+        if known is None:
+            self._wait = _FIRST_GAP
+        else:
+            self._held = HeldDraft(rows, tree, known)
+
+    def _follow(self, rows: Sequence[Row], verdict: Verdict) -> None:
+        """Hold a draft against what a plain pass wrote."""
+        assert self._held is not None
+        for row_id, columns in self._held.follow(rows, verdict.tokens).items():
+            self._see(row_id, columns, self._held.known)
+        if self._held.settled:
+            self._held = None
+            self._wait = 0 if self._pays(rows, 1) else _FIRST_GAP
+
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
-        after_draft, self._after_draft = self._after_draft, self._asked > 1
+        if self._held is not None:
+            self._follow(rows, verdict)
+        after_draft, self._after_draft = self._after_draft or self.beside > 1, self._asked > 1
         unnoted = self._resting and not after_draft and self._comparable and self._wait % _FIRST_GAP > 0
         if unnoted and ms is not None:  # where passes are short, so must this be; every fourth one's time is taken
             self._passes += 1
+            self._plain += 1
             self._rested_ms += ms["draft"]
-            for row in rows:
-                self._acceptance(row).fade()
             return
         if ms is None:
             if self._asked > 1:
@@ -350,20 +377,24 @@ class AdaptiveTrees:
         if self._asked > 1 or not after_draft:
             self._times.observe(nodes, self._size, self._length, taken)
             self._timed_plain = self._timed_plain or self._asked == 1
+        if self._asked > 1 or self.beside > 1:
+            first = self._drafts == 0
+            self._times.observe_draft(drafting, first)
+            if first and not self._doubtful:
+                drafting = 0.0  # it reads the prompt
+            self._drafts += 1
         if self._asked == 1:
             lost = drafting + self._rested_ms  # learning from plain passes
             self._rested_ms = 0.0
             if after_draft and self._comparable:
                 self._times.observe_after_draft(self._size, self._length, taken)
                 lost += self._times.delay_ms
-            self._open.append(_Draft(0.0, 0, self._size, self._length, lost))
-            for row in rows:
-                self._acceptance(row).fade()
+            self._plain += 1
+            if self.beside > 1:
+                self._watched += lost / self._times.average(1, self._size, self._length)
+            if lost:
+                self._open.append(_Draft(0.0, 0, self._size, self._length, lost))
         else:
-            self._times.observe_draft(drafting, at_most=self._drafts == 0)
-            if self._drafts == 0:
-                drafting = 0.0  # the first draft reads the prompt
-            self._drafts += 1
             tokens = sum(verdict.num_accepted) / len(rows) + 1.0
             self._open.append(_Draft(tokens, nodes, self._size, self._length, drafting, taken))
             self._learn(rows, tree, verdict)
@@ -374,11 +405,26 @@ class AdaptiveTrees:
             self._open = []
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
+        known = self._known_by(tree, self._asked)
+        if known is None:
+            return
+        for row, accepted, count in zip(rows, tree.standing_on(verdict.path), verdict.num_accepted, strict=True):
+            self._see(row.row_id, accepted[1 : count + 1], known)
+        if self._trial_over is not None:
+            found = self._pays(rows, self._trial_over)
+            self._gap = _FIRST_GAP if found else min(2 * self._gap, _LONGEST_GAP)
+            self._wait = 0 if found and self._trial_over == 1 else self._gap
+
+    def _known_by(self, tree: TokenTree, asked: int) -> int | None:
+        """Up to which size of trees a verdict on this one tells what would have been accepted; None for nothing.
+
+        What trees the drafter makes is noted by the way.
+        """
         width = tree.computed_nodes(self._uneven)
         self._whole = self._whole or not tree.divisible
         if width == 1:
-            return  # nothing to draft, which says nothing of what is drafted elsewhere
-        cut = tree.divisible and tree.last_standing + 1 >= self._asked
+            return None  # nothing to draft, which says nothing of what is drafted elsewhere
+        cut = tree.divisible and tree.last_standing + 1 >= asked
         if cut and self._width:
             self._width += (1 - _MEMORY) * max(width - self._width, 0.0)
             self._widest = max(self._widest, width)
@@ -386,12 +432,16 @@ class AdaptiveTrees:
             self._width += (1 - _MEMORY) * (width - self._width) if self._width else width
             self._widest = width if self._widest == RUNGS[-1] else max(self._widest, width)
         if not any(drafted for drafted, _ in tree.drafts):
-            return  # only nodes that make later drafts possible
-        for row, accepted, count in zip(rows, tree.standing_on(verdict.path), verdict.num_accepted, strict=True):
-            known = self._asked if cut else RUNGS[-1]
-            self._acceptance(row).see(accepted[1 : count + 1], known)
-        if self._trial_over is not None:
-            offers = self._offers(rows)
-            found = self._best(offers, list(offers)) > self._trial_over
-            self._gap = _FIRST_GAP if found else min(2 * self._gap, _LONGEST_GAP)
-            self._wait = 0 if found and self._trial_over == 1 else self._gap
+            return None  # only nodes that make later drafts possible
+        return asked if cut else RUNGS[-1]
+
+    def _see(self, row_id: int, columns: Sequence[int], known: int) -> None:
+        row = self._known(row_id)
+        row.acceptance.see(columns, known)
+        self._experience.see(row.drafts, columns, known)
+        row.drafts += 1
+
+    def _pays(self, rows: Sequence[Row], over: int) -> bool:
+        """Whether more than so many nodes pay by all that is known now."""
+        offers = self._offers(rows)
+        return self._best(offers, list(offers)) > over

@@ -131,6 +131,8 @@ class Batch:
         """Most nodes of the next trees on average over the rows, where it is known which are the most promising."""
         self.trying = False
         """Whether the next trees are a trial: what they are worth is to be found out, so nothing is to be spared."""
+        self.unchecked = False
+        """Whether the next trees are not checked by a pass but held against the text as it goes on without them."""
         self.cache: KVCache | None = None
         """The target's, which holds every token of each row but the last; what a drafter writes behind the committed
         tokens, the next pass overwrites. None before the first pass."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from specdec.acceptance import Experience
 from specdec.adaptive import NO_LIMIT, AdaptiveTrees, FixedTrees, TreePolicy
 from specdec.batch import Row
 from specdec.drafters.base import Drafter
@@ -166,6 +167,7 @@ class SpecDecoder:
         self._on_drafter_error = on_drafter_error
         self._adaptive = adaptive and not isinstance(drafter, NoneDrafter)
         self._times = None if latency is None else PassTimes(latency, learn=False)
+        self._experience: Experience | None = None
         self._shape: ModelShape | None = None
         self._held: int | None = None  # bytes of the drafter's weights
         self._calls = 0
@@ -391,7 +393,10 @@ class SpecDecoder:
         if self._times is None:
             cautious = CAUTIOUS_CPU if self.target.device.type == "cpu" else CAUTIOUS_GPU
             self._times = PassTimes(load_curve(LatencyKey.of(self.target)) or cautious)
-        return AdaptiveTrees(self._times, self.drafter.expected_accepted(RUNGS), self.target.takes_uneven)
+        if self._experience is None:
+            self._experience = Experience(self.drafter.expected_accepted(RUNGS))
+        foretells = (params.greedy or verifier.coupled) and not self.drafter.virtual_nodes
+        return AdaptiveTrees(self._times, self._experience, self.target.takes_uneven, foretells)
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
         """Rows with their noise.

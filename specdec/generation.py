@@ -250,8 +250,13 @@ class Generation:
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
         budget = self._policy.budget(rows, self._most_of_a_row(NO_LIMIT))
-        with clock.phase("draft"):
-            tree = self._draft(budget)
+        tree = TokenTree.from_pending(batch.pending)
+        if not isinstance(self.drafter, NoneDrafter):
+            if max(budget, self._policy.beside) > 1:
+                with clock.phase("draft"):
+                    tree = self._draft(budget) or tree
+            if budget == 1:
+                self._explain_plain_pass()
         with clock.phase("target"):
             cache.make_room(tree.num_nodes)
             chunks = self._chunks(tree)
@@ -260,8 +265,9 @@ class Generation:
             verdict = self.verifier.accept(tree, output.logits, batch)
         with clock.phase("commit"):
             cache.commit(verdict.path, [count + 1 for count in verdict.num_accepted])
-        with clock.phase("draft"):
-            self._learn(budget, tree, output, verdict)
+        if self.drafter.observes:
+            with clock.phase("draft"):
+                self._learn(budget, tree, output, verdict)
         pieces = self._emit(tree, output.logits, verdict)
         self._retire(cache)
         milliseconds = clock.stop()
@@ -276,26 +282,31 @@ class Generation:
         uneven = self.target.takes_uneven and not self._filling  # prompts ride along with rows of one size
         return min(budget * min(size, _UNEVEN if uneven else 1), self._most_nodes, room)
 
-    def _draft(self, budget: int) -> TokenTree:
-        """Trees of ``budget`` nodes per row at most, on average; roots where that is 1 or the drafter fails."""
-        root = TokenTree.from_pending(self._batch.pending)
-        if isinstance(self.drafter, NoneDrafter):
-            return root
+    def _draft(self, budget: int) -> TokenTree | None:
+        """Trees of ``budget`` nodes per row at most, on average; None where that is 1 or the drafter fails.
+
+        With 1, the draft is the policy's to compare with the text.
+        """
         if budget > 1:
-            return self._guarded(lambda: self._propose(budget)) or root
+            return self._guarded(lambda: self._propose(budget))
+        held = self._guarded(lambda: self._propose(self._policy.beside, unchecked=True))
+        if held is not None:
+            self._policy.hold(self._batch.rows, held)
+        return None
+
+    def _explain_plain_pass(self) -> None:
         reason = self._policy.reason if self._most_nodes > 1 else "memory leaves no room for drafts"
         for counted in self._counted(self._batch.rows):
             counted.plain_reason = reason
-        return root
 
-    def _propose(self, budget: int) -> TokenTree:
+    def _propose(self, budget: int, unchecked: bool = False) -> TokenTree:
         """The drafter's tree, checked and cut to what can still be emitted and is to be checked: ``budget`` nodes per
         row at most, of which some rows may have more where others have less.
         """
         batch = self._batch
         self._missed.hand_over(self._observe)
         batch.max_nodes, batch.mean_nodes = self._most_of_a_row(budget), budget
-        batch.trying = self._policy.trying
+        batch.trying, batch.unchecked = self._policy.trying, unchecked
         tree = self.drafter.propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
         if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
@@ -308,8 +319,6 @@ class Generation:
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """Show the drafter a pass, or keep it for later where it was not asked for a draft."""
-        if not self.drafter.observes:
-            return
         if budget > 1:
             self._guarded(lambda: self._observe(tree, output, verdict))
             return

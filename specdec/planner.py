@@ -30,6 +30,10 @@ _MEMORY = 0.9
 """Weight of a pass relative to the next one of its width, in what passes take on average."""
 
 
+_FORGETTING = 0.5
+"""What a draft is taken to cost after a call without one."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """The best size of a tree.
@@ -89,6 +93,8 @@ class PassTimes:
         self._mean: dict[int, float] = {}
         self._rungs: list[int] = []
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
+        self._first_drafts: deque[float] = deque(maxlen=_SAMPLES)
+        self._idle = False  # whether nothing was drafted in the call so far
         self._delays: deque[float] = deque(maxlen=_SAMPLES)
 
     def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
@@ -108,10 +114,27 @@ class PassTimes:
         """Whether passes correct the curve."""
         return self._learn
 
-    def observe_draft(self, ms: float, at_most: bool = False) -> None:
-        """Drafting a tree took so long; with ``at_most`` other work was part of it."""
-        if not at_most or (self._drafts and ms < self.draft_ms):
+    def begin_call(self) -> None:
+        """A call begins. Where the last one had no draft, drafts are taken to be a little cheaper than they were: one
+        slow spell must not end drafting for good.
+        """
+        if self._idle:
+            for known in (self._drafts, self._first_drafts):
+                known.extend([_FORGETTING * ms for ms in known])
+        self._idle = True
+
+    def observe_draft(self, ms: float, first: bool = False) -> None:
+        """Drafting a tree took so long; a call's ``first`` draft reads the prompt as well."""
+        self._idle = False
+        if first and self._drafts:  # a decoder's very first draft is another matter: much is done for the first time
+            self._first_drafts.append(ms)
+        if not first or (self._drafts and ms < self.draft_ms):
             self._drafts.append(ms)
+
+    @property
+    def first_draft_ms(self) -> float:
+        """Milliseconds of a call's first draft; 0 before there was one."""
+        return _low_median(self._first_drafts) if self._first_drafts else 0.0
 
     @property
     def draft_ms(self) -> float:

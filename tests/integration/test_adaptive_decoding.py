@@ -45,17 +45,23 @@ def plain_texts(target: HFTarget, prompts: Sequence[Sequence[int]], **fields: An
 
 
 class OnAndOff:
-    """A policy that speculates in bursts."""
+    """A policy that speculates in bursts, and has drafts made now and then that no pass checks."""
 
     reason = "planted"
     trying = False
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step, self.beside = 0, 1
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self.step += 1
-        return (1, 1, 1, 6, 1, 24, 24, *[1] * 40)[self.step % 47]
+        budget = (1, 1, 1, 6, 1, 24, 24, *[1] * 40)[self.step % 47]
+        self.beside = 5 if budget == 1 and self.step % 9 == 1 else 1
+        return budget
+
+    def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
+        assert len(rows) == tree.batch_size
+        assert self.beside > 1
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         assert len(rows) == tree.batch_size == len(verdict.num_accepted)

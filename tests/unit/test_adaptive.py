@@ -9,7 +9,8 @@ import pytest
 import torch
 from unit_rows import make_row
 
-from specdec.adaptive import CREDIT, SHARE, Acceptance, AdaptiveTrees
+from specdec.acceptance import Acceptance, Experience, HeldDraft
+from specdec.adaptive import CREDIT, SHARE, AdaptiveTrees
 from specdec.batch import Row
 from specdec.latency import LatencyCurve
 from specdec.planner import CAUTIOUS_CPU, RUNGS, PassTimes
@@ -34,18 +35,24 @@ class Machine:
         known: whether the policy is told the curve; else it sees times only.
         noise: share by which times vary.
         after_draft: factor on the time of a plain pass that comes after a draft.
+        foretells: whether drafts may be held against the text.
+        experience: what earlier texts were like.
     """
 
     def __init__(
         self, curve: LatencyCurve, accept: Sequence[Accept], width: int = 16, draft_ms: float = 0.0,
         known: bool = True, noise: float = 0.0, virtual: bool = False, after_draft: float = 1.0,
+        foretells: bool = False, experience: Experience | None = None,
     ) -> None:  # fmt: skip
         self.curve, self.accept, self.width, self.draft_ms = curve, accept, width, draft_ms
         self.rows: list[Row] = [make_row([1], 10) for _ in accept]
-        self.policy = AdaptiveTrees(PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU))
+        times = PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU)
+        self.policy = AdaptiveTrees(times, experience, foretells=foretells)
         self.virtual, self.noise, self.random = virtual, noise, random.Random(0)
         self.after_draft = after_draft
         self.widths: list[int] = []
+        self.held: list[int] = []  # passes beside which something was drafted
+        self._foretold: list[list[int]] = [[] for _ in accept]  # tokens that a held draft says or not, still to come
         self.tokens = self.ms = 0.0
 
     def run(self, tokens: int) -> Machine:
@@ -58,17 +65,25 @@ class Machine:
         budget = self.policy.budget(self.rows)
         width = self.width if self.virtual and budget > 1 else min(budget, self.width)
         size, columns = len(self.rows), torch.arange(width)
-        parents = (columns - 1).expand(size, -1)
+        if self.policy.beside > 1:
+            self.held.append(len(self.widths))
+            nodes = min(self.policy.beside, self.width)
+            self.policy.hold(self.rows, chains(size, nodes))
+            said = [min(accept(len(self.widths)), nodes - 1) for accept in self.accept]
+            self._foretold = [[1] * count + [2] for count in said]
         virtual = (columns >= width - 1).expand(size, -1) if self.virtual and width > 1 else None
-        embeddings = None if virtual is None else torch.zeros(size, width, 2)
-        tree = TokenTree(torch.ones(size, width, dtype=torch.int64), parents, virtual=virtual, embeddings=embeddings)
+        tree = chains(size, width, virtual)
         limit = width - 1 - (virtual is not None)
         accepted = [min(accept(len(self.widths)), limit) for accept in self.accept]
-        verdict = Verdict(columns.expand(size, -1), accepted, [[1] * (n + 1) for n in accepted], [False] * size)
+        tokens = [[1] * (n + 1) for n in accepted]
+        if width == 1:
+            tokens = [[next_.pop(0) if next_ else 3] for next_ in self._foretold]
+        verdict = Verdict(columns.expand(size, -1), accepted, tokens, [False] * size)
         target = self.curve.at(width, size) * (1 + self.noise * self.random.expovariate(1.0))
-        if width == 1 and self.widths and self.widths[-1] > 1:
+        beside = self.policy.beside > 1
+        if width == 1 and (beside or (self.widths and self.widths[-1] > 1)):
             target *= self.after_draft
-        draft = self.draft_ms if budget > 1 else 0.0
+        draft = self.draft_ms if budget > 1 or beside else 0.0
         self.policy.observe(self.rows, tree, verdict, {"draft": draft, "target": target})
         self.widths.append(width)
         self.tokens += 1 + sum(accepted) / size
@@ -82,6 +97,13 @@ class Machine:
     @property
     def speculating(self) -> list[bool]:
         return [width > 1 for width in self.widths]
+
+
+def chains(rows: int, nodes: int, virtual: torch.Tensor | None = None) -> TokenTree:
+    """A chain of ones per row."""
+    embeddings = None if virtual is None else torch.zeros(rows, nodes, 2)
+    parents = torch.arange(-1, nodes - 1).expand(rows, -1)
+    return TokenTree(torch.ones(rows, nodes, dtype=torch.int64), parents, virtual=virtual, embeddings=embeddings)
 
 
 def never(_: int) -> int:
@@ -132,7 +154,8 @@ def test_a_machine_unlike_any_guess_is_found_out_in_one_pass() -> None:
 def test_the_first_tree_is_what_calibration_says_and_later_ones_what_is_seen(share: float) -> None:
     """Of trees that pay as soon as half a node is accepted."""
     hopes = [share * min(size - 1, 4) for size in RUNGS]
-    policy = AdaptiveTrees(PassTimes(LatencyCurve.simple({1: 10.0, 2: 12.0, 64: 60.0}), learn=False), hopes)
+    times = PassTimes(LatencyCurve.simple({1: 10.0, 2: 12.0, 64: 60.0}), learn=False)
+    policy = AdaptiveTrees(times, Experience(hopes))
     rows = [make_row([1], 10)]
     first = policy.budget(rows)
     assert first == {0.0: 1, 0.3: 6, 1.0: 6}[share]
@@ -244,6 +267,100 @@ def test_speculation_stops_when_text_turns_hostile() -> None:
     assert not any(hostile[60:63])
 
 
+# Drafts that no pass checks
+
+LINES = LatencyCurve.simple({1: 10.0, 2: 12.0, 4: 15.0, 64: 120.0})  # a tree pays where half of it is right
+
+
+def doubts() -> Experience:
+    """Earlier texts of which nothing was foreseen."""
+    known = Experience()
+    for draft in range(200):
+        known.see(draft % 4, [], RUNGS[-1])
+    return known
+
+
+@pytest.mark.parametrize("width", [2, 16])
+@pytest.mark.parametrize("draft_ms", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("known", [True, False])
+def test_where_drafts_are_not_expected_to_pay_they_are_held_against_the_text(
+    width: int, draft_ms: float, known: bool
+) -> None:
+    for tokens in (128, 1000):
+        run = Machine(LINES, [never], width, draft_ms, known, foretells=True, experience=doubts()).run(tokens)
+        first = 0 if known else 8  # passes, until it is known what a plain one takes
+        assert not any(run.speculating[first:])
+        assert run.held
+        surprise = draft_ms / 10.0 + (0 if known else 2.0)  # it is not known before what a draft takes
+        assert run.ms / 10.0 <= (1.0 + SHARE) * tokens + SHARE * 50 + surprise
+
+
+def test_a_text_that_turns_good_is_found_out_by_held_drafts() -> None:
+    run = Machine(
+        LINES, [lambda step: 0 if step < 100 else 100], 16, 1.0, foretells=True, experience=doubts()
+    ).run(100)  # fmt: skip
+    assert not any(run.speculating)
+    run.run(600)
+    late = run.speculating[100:]
+    assert late.index(True) <= 24
+    assert late[late.index(True) :].count(False) == 0
+
+
+def test_in_a_batch_each_row_is_held_against_its_own_text() -> None:
+    run = Machine(LINES, [always, never, never, never], 8, 1.0, foretells=True, experience=doubts())
+    for _ in range(60):
+        run.step()
+    found = [run.policy._known(row.row_id).acceptance.by_size()[3] for row in run.rows]
+    assert found[0] > 0.5 > 0.2 > max(found[1:])
+
+
+def test_a_held_draft_says_what_a_pass_would_have_accepted() -> None:
+    """The text goes 0 -> 2 -> 5 -> out; the nodes stand in columns."""
+    tokens = torch.tensor([[9, 7, 8, 7, 8, 6, 0]])
+    parents = torch.tensor([[-1, 0, 0, 2, 2, 3, -2]])
+    row = make_row([1], 10)
+    held = HeldDraft([row], TokenTree(tokens, parents), known=7)
+    assert held.follow([row], [[8]]) == {}
+    assert held.follow([row], [[7]]) == {}
+    assert not held.settled
+    assert held.follow([row], [[0]]) == {row.row_id: [2, 3]}  # the padding's token is no node
+    assert held.settled
+
+
+def test_a_held_draft_ends_with_its_rows() -> None:
+    rows = [make_row([1], 10) for _ in range(2)]
+    held = HeldDraft(rows, chains(2, 3), known=3)
+    assert held.follow(rows, [[1], [2]]) == {rows[1].row_id: []}
+    assert held.follow(rows[1:], [[1]]) == {}
+    assert held.settled
+
+
+def test_after_a_few_right_nodes_no_more_is_waited_for() -> None:
+    row = make_row([1], 10)
+    held = HeldDraft([row], chains(1, 12), known=12)
+    found = [held.follow([row], [[1]]) for _ in range(4)]
+    assert found == [{}, {}, {}, {row.row_id: [1, 2, 3, 4]}]
+
+
+def test_a_passes_own_kind_of_trial_is_made_where_only_the_draft_is_too_dear() -> None:
+    """Passes over more nodes cost nothing here, so they are not spared."""
+    flat = LatencyCurve.simple({1: 10.0, 64: 10.0})
+    run = Machine(flat, [coin(0, 0.2)], 4, draft_ms=4.0, foretells=True, experience=doubts()).run(1000)
+    assert any(run.speculating)
+    assert not run.held
+
+
+def test_what_earlier_texts_were_like_decides_the_first_tree() -> None:
+    known = Experience()
+    first = Machine(STEEP, [never], 16, foretells=True, experience=known)
+    first.run(128)
+    assert first.speculating[0]
+    second = Machine(STEEP, [never], 16, foretells=True, experience=known).run(128)
+    assert not any(second.speculating)
+    third = Machine(STEEP, [always], 16, foretells=True, experience=known).run(128)
+    assert third.speculating.count(True) > 0.5 * len(third.widths)
+
+
 # Drafters of all kinds
 
 
@@ -275,7 +392,7 @@ def test_a_drafter_dearer_than_its_tokens_is_left_alone() -> None:
 def test_one_slow_draft_does_not_end_drafting_for_good() -> None:
     run = Machine(FLAT, [always])
     run.policy._times.observe_draft(500.0)  # of an earlier call
-    assert all(run.run(400).speculating)
+    assert all(run.run(400).speculating[8:])
 
 
 # Batches

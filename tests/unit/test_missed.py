@@ -48,6 +48,7 @@ class Bursts:
 
     reason = "planted"
     trying = False
+    beside = 1
 
     def __init__(self) -> None:
         self.step = 0
@@ -55,6 +56,9 @@ class Bursts:
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self.step += 1
         return 16 if self.step % 11 > 8 else 1
+
+    def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
+        pass
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         pass
