@@ -105,19 +105,23 @@ class CompiledDrafter:
             UNIT_EPS, *(each for _, each in before), eps, self.scaled, self.adds_normed,
         )  # fmt: skip
 
-    def enter(self, cache: KVCache, tokens: Tensor, states: Sequence[Tensor] = ()) -> Tensor:
+    def enter(
+        self, cache: KVCache, tokens: Tensor, states: Sequence[Tensor] = (), columns: Tensor | None = None
+    ) -> Tensor:
         """The layers' output ``[B, n, d]`` at entries behind the committed ones.
 
         Args:
             cache: of the layers; the entries are written, and not committed.
             tokens: ``[B, n]`` int64, their tokens.
-            states: ``[B, n, d]`` each, the target's before them, where they hold one fused of these.
+            states: ``[B, N, d]`` each, the target's before them, where they hold one fused of these.
+            columns: ``[B, n]`` int64, where among the N these stand; None where N is n.
         """
         rows, count = tokens.shape
         out = self.embeddings.new_empty(rows, count, self.embeddings.shape[1])
         where = self._where(cache, rows, count, rows * count, 0)
         read = [each.to(self.embeddings.dtype).contiguous() for each in states]
-        return self._kernels.draft_entries(self._weights, where, read, tokens.contiguous(), out)
+        at = None if columns is None else columns.contiguous()
+        return self._kernels.draft_entries(self._weights, where, read, tokens.contiguous(), out, at)
 
     def grow(self, cache: KVCache, pending: Tensor, start: Tensor, sizes: tuple[int, int, int, int, int]) -> TokenTree:
         """A tree below the entries; arguments as ``Kernels.grow_draft`` has them."""

@@ -200,6 +200,16 @@ class EagleDrafter(HeadDrafter):
             self._cache.advance(part)
             self._start = latest(states, part, self._start)
 
+    def absorb_path(
+        self, features: Mapping[Feature, Tensor], path: Tensor, tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        if self._compiled is None or path.shape[1] > PREFILL_CHUNK:
+            super().absorb_path(features, path, tokens, counts)
+            return
+        states = self._compiled.enter(self._cache, tokens, [features[name] for name in self.module.features], path)
+        self._cache.advance(counts)
+        self._start = latest(states, counts, self._start)
+
     def _run(self, hidden: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
         """The layer over entries ``[B, n, d]`` and ``[B, n]``; depth and ancestors as ``AttentionPass`` has them."""
         needed = self._cache.max_length + depth.shape[1]

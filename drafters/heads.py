@@ -305,8 +305,14 @@ class HeadDrafter(Drafter):
         counts = [accepted + 1 for accepted in verdict.num_accepted]
         width = max(counts)
         following = [(tokens + [0] * width)[:width] for tokens in verdict.tokens]
-        features = {name: on_path(states, verdict.path[:, :width]) for name, states in output.features.items()}
-        self.absorb(features, torch.tensor(following, device=verdict.path.device), counts)
+        path = verdict.path[:, :width]
+        self.absorb_path(output.features, path, torch.tensor(following, device=path.device), counts)
+
+    def absorb_path(
+        self, features: Mapping[Feature, Tensor], path: Tensor, tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        """``absorb`` of a tree's hidden states ``[B, N, d]``, those in columns ``[B, A]``."""
+        self.absorb({name: on_path(states, path) for name, states in features.items()}, tokens, counts)
 
     def propose(self, batch: Batch) -> TokenTree:
         depth = min(self.max_depth, max(row.max_depth for row in batch.rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ Observe = Callable[[TokenTree, TargetOutput, Verdict], None]
 
 
 class MissedPasses:
-    """Passes as one: a chain of the tokens that were accepted, whatever else was checked with them.
+    """Several passes as one: a chain of the tokens that were accepted, whatever else was checked with them.
 
     A drafter that reads hidden states learns from many tokens at once for little more than from a single one.
 
@@ -32,36 +31,31 @@ class MissedPasses:
 
     def __init__(self, logits: bool = True) -> None:
         self._logits = logits
+        self.num_nodes = 0
+        """Nodes kept, those of all rows."""
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
 
     def add(
         self, tree: TokenTree, output: TargetOutput, verdict: Verdict, features: Sequence[Feature] | None = None
     ) -> None:
-        """Remember the accepted path of a pass, with these of its features, or all."""
-        names = output.features if features is None else features
+        """Remember a pass, with these of its features, or all."""
+        kept = output.features if features is None else {name: output.features[name] for name in features}
         logits = output.logits  # a view of none of them would keep their memory
         logits = logits if self._logits else logits.new_empty(*logits.shape[:-1], 0)
-        kept = TargetOutput(logits, {name: output.features[name] for name in names})
-        if tree.num_nodes > 1:
-            width = max(verdict.num_accepted) + 1
-            lengths = [count + 1 for count in verdict.num_accepted]
-            tree, kept = _gather(tree.tokens, kept, verdict.path[:, :width], lengths)
-        self._passes.append((tree, kept, verdict))
+        self._passes.append((tree, TargetOutput(logits, kept), verdict))
+        self.num_nodes += tree.tokens.numel()
 
     @property
     def full(self) -> bool:
         """Whether it is time to hand over what there is."""
         return self.num_nodes >= (MOST_NODES if self._logits else MOST_STATES)
 
-    @property
-    def num_nodes(self) -> int:
-        """Nodes kept, those of all rows."""
-        return sum(tree.tokens.numel() for tree, _, _ in self._passes)
-
     def hand_over(self, observe: Observe) -> None:
-        """Show what was missed, if anything, and forget it."""
-        passes, self._passes = self._passes, []
-        if passes:
+        """Show what was missed, if anything, and forget it: a single pass as it was."""
+        passes, self._passes, self.num_nodes = self._passes, [], 0
+        if len(passes) == 1:
+            observe(*passes[0])
+        elif passes:
             observe(*_chain(passes))
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -81,26 +75,23 @@ class MissedPasses:
             for tree, output, verdict in self._passes
             if len(rows)
         ]
+        self.num_nodes = sum(tree.tokens.numel() for tree, _, _ in self._passes)
 
 
 def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[TokenTree, TargetOutput, Verdict]:
-    """Accepted paths, which stand in the first columns of each pass, one behind the other."""
-    if len(passes) == 1:
-        tree, output, verdict = passes[0]
-        order = torch.arange(tree.num_nodes, device=tree.tokens.device).expand_as(tree.tokens)
-        return tree, output, replace(verdict, path=order)
+    """Accepted paths, one behind the other."""
     trees, outputs, verdicts = zip(*passes, strict=True)
     tokens = torch.cat([tree.tokens for tree in trees], dim=1)
     logits = torch.cat([output.logits for output in outputs], dim=1)
     features = {name: torch.cat([out.features[name] for out in outputs], dim=1) for name in outputs[0].features}
     output = TargetOutput(logits, features)
     emitted = [[token for verdict in verdicts for token in verdict.tokens[row]] for row in range(len(tokens))]
-    starts = [sum(tree.num_nodes for tree in trees[:index]) for index in range(len(trees))]
-    columns = [
-        [start + place for start, verdict in zip(starts, verdicts, strict=True)
-         for place in range(verdict.num_accepted[row] + 1)]
-        for row in range(len(tokens))
-    ]  # fmt: skip
+    columns: list[list[int]] = [[] for _ in emitted]
+    start = 0
+    for tree, verdict in zip(trees, verdicts, strict=True):
+        for row, path, count in zip(columns, verdict.path.tolist(), verdict.num_accepted, strict=True):
+            row += [start + column for column in path[: count + 1]]
+        start += tree.num_nodes
     lengths = [len(row) for row in columns]
     width = max(lengths)
     path = torch.tensor([row + [0] * (width - len(row)) for row in columns], device=tokens.device)

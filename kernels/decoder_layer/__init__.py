@@ -158,7 +158,7 @@ class Kernels:
         self._top = declare("top", structure(Top), ctypes.c_int)
         self._draft_space = declare("draft_space", structure(DraftWeights), number, number, result=number)
         self._draft_entries = declare(
-            "draft_entries", structure(DraftWeights), structure(DraftCache), pointer, pointer, number, pointer,
+            "draft_entries", structure(DraftWeights), structure(DraftCache), pointer, pointer, number, pointer, number, pointer,
             result=ctypes.c_int,
         )  # fmt: skip
         self._grow_draft = declare(
@@ -288,20 +288,25 @@ class Kernels:
         return int(self._draft_space(weights, entries, drafts))
 
     def draft_entries(
-        self, weights: DraftWeights, cache: DraftCache, states: Sequence[Tensor], tokens: Tensor, out: Tensor
-    ) -> Tensor:
+        self, weights: DraftWeights, cache: DraftCache, states: Sequence[Tensor], tokens: Tensor, out: Tensor,
+        columns: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """A drafter's layers over committed entries, chains of n in every row, to states ``[B, n, d]``.
 
         Args:
             weights: the drafter's.
             cache: what was entered before; keys and values of these entries are written behind it.
-            states: ``[B, n, d]`` each, the target's of the token before each entry that are fused; none where entries
+            states: ``[B, N, d]`` each, the target's that are fused, the token's before each entry; none where entries
                 have none.
             tokens: ``[B, n]`` int64.
             out: written and returned.
+            columns: ``[B, n]`` int64, contiguous, where among the N an entry's states stand; None where N is n.
         """
         addresses = array_of([each.data_ptr() for each in states])
-        if not self._draft_entries(weights, cache, addresses, tokens.data_ptr(), tokens.shape[1], out.data_ptr()):
+        given = states[0].shape[1] if states else 0
+        if not self._draft_entries(
+            weights, cache, addresses, pointer_to(columns), given, tokens.data_ptr(), tokens.shape[1], out.data_ptr()
+        ):
             raise MemoryError(f"no memory to enter {tokens.numel()} tokens")
         return out
 

@@ -124,14 +124,17 @@ static void enter(const draft_weights *h, const draft_cache *c, const draft_buff
 typedef struct {
   const draft_weights *h;
   const bf16 *const *states;
+  const int64_t *columns;
+  long nodes, given;
   bf16 *out;
 } beside_arguments;
 
 static void put_beside(const void *pointer, long index) {
   const beside_arguments *a = pointer;
   const long d = state_width(a->h), count = a->h->fuse->in_width / d;
+  const long from = a->columns ? index / a->nodes * a->given + (long)a->columns[index] : index;
   for (long k = 0; k < count; k++) {
-    const bf16 *in = a->states[k] + index * d;
+    const bf16 *in = a->states[k] + from * d;
     bf16 *out = a->out + (index * count + k) * d;
     if (a->h->scaled)
       norm_into(in, 0, out, d, a->h->fuse_eps);
@@ -140,10 +143,11 @@ static void put_beside(const void *pointer, long index) {
   }
 }
 
-/* Committed entries, a chain of `nodes` in every row. `states`: those of the target that are fused, [B, nodes, d] each,
-   null where there are none. Returns 0 where memory is short. */
-int draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *const *states, const int64_t *tokens,
-                  long nodes, bf16 *out) {
+/* Committed entries, a chain of `nodes` in every row. `states`: those of the target that are fused, [B, given, d] each,
+   null where there are none; an entry's stands in the column [B, nodes] named, or its own where these are null. Returns 0
+   where memory is short. */
+int draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *const *states, const int64_t *columns,
+                  long given, const int64_t *tokens, long nodes, bf16 *out) {
   const long rows = c->batch * nodes;
   draft_buffers b;
   place_draft(h, rows, 0, c->space, &b);
@@ -155,7 +159,7 @@ int draft_entries(const draft_weights *h, const draft_cache *c, const bf16 *cons
     for (long node = 0; node < nodes; node++) seen[row * nodes + node] = node <= row % nodes;
   }
   if (h->fuse) {
-    beside_arguments a = {h, states, b.beside};
+    beside_arguments a = {h, states, columns, nodes, given, b.beside};
     run(put_beside, &a, rows, rows > 8 ? c->threads : 1);
     multiply_draft(h->fuse, &b, b.beside, b.fused, rows, c->threads);
   }
