@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import mul
@@ -14,13 +13,12 @@ import torch
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
-from specdec.drafters.hybrid_calibration import Calibration, Odds, row_odds
 from specdec.drafters.hybrid_cost import Economy, Ratio
-from specdec.drafters.hybrid_tree import MergedTree
+from specdec.drafters.hybrid_merger import MergedTrees, Merger
 from specdec.missed import MissedPasses
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU
 from specdec.target import HFTarget, TargetOutput
-from specdec.tree import PADDING, TokenTree
+from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
 
 
@@ -54,41 +52,22 @@ class PartError(RuntimeError):
 
 
 @dataclass
-class _RowState:
-    """What is kept of one row."""
-
-    odds: list[Odds]
-    gains: list[Ratio]
-
-
-@dataclass
 class _Round:
     """A pass from proposal to verdict.
 
     Attributes:
-        merged: per row.
+        merged: chosen from anew after every asked part.
         max_nodes: of a tree, on average over the rows.
-        before: per asked part beyond the first, per row: the nodes chosen without it.
-        expected: the same, accepted nodes expected of these.
-        chosen: per row the nodes of a tree that no pass checks; what passes without drafts emit says as much. None for
-            one that a pass checks.
+        checked: whether a pass checks it; else what passes without drafts emit says as much.
+        asked: parts, in this order.
     """
 
     start: float
-    merged: list[MergedTree]
+    merged: MergedTrees
     max_nodes: int
+    checked: bool
     asked: list[int] = field(default_factory=list)
-    before: dict[int, list[list[int]]] = field(default_factory=dict)
-    expected: dict[int, list[float]] = field(default_factory=dict)
-    chosen: list[list[int]] | None = None
     end: float = 0.0
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, in the order given."""
-        self.merged = [self.merged[row] for row in rows]
-        self.before = {part: [nodes[row] for row in rows] for part, nodes in self.before.items()}
-        self.expected = {part: [values[row] for row in rows] for part, values in self.expected.items()}
-        self.chosen = None if self.chosen is None else [self.chosen[row] for row in rows]
 
 
 class HybridDrafter(Drafter):
@@ -125,13 +104,14 @@ class HybridDrafter(Drafter):
         self._clock = clock
         self._finish: Callable[[], None] | None = None
         self._uneven = True  # rows of a batch take only the nodes they have
-        self._calibrations: dict[tuple[bool, bool], Calibration] = {}
+        self._merger = Merger(len(self.parts))
         self._economy = Economy(len(self.parts), CAUTIOUS_CPU)
         self._begin([])
 
     def _begin(self, rows: Sequence[int]) -> None:
         count = range(len(self.parts))
-        self._rows = {row: _RowState(row_odds(len(self.parts)), [Ratio() for _ in count]) for row in rows}
+        self._gains = {row: [Ratio() for _ in count] for row in rows}  # of each part in each text
+        self._merger.keep(())
         self._alive = list(count)
         self._fresh = set(count)  # not asked yet in this call
         self._unstarted: dict[int, tuple[Batch, TargetOutput]] = {}  # parts that have not read the prompt
@@ -186,73 +166,57 @@ class HybridDrafter(Drafter):
         if max_nodes < 2 or max(row.max_depth for row in batch.rows) < 1:
             return TokenTree.from_pending(batch.pending)
         view = _view(batch, max_nodes)
-        way = (batch.greedy, batch.coupled)
-        calibration = self._calibrations.setdefault(way, Calibration(len(self.parts)))
-        merged = [MergedTree(row.pending, calibration, self._rows[row.row_id].odds) for row in batch.rows]
+        merged = self._merger.trees((batch.greedy, batch.coupled), batch.rows)
         usual = min(batch.mean_nodes, max_nodes)  # of a row
-        self._round = current = _Round(self._now(), merged, usual)
-        chosen = [[0] for _ in batch.rows]
+        self._round = current = _Round(self._now(), merged, usual, checked=not batch.unchecked)
         timed = self.config.ask == "paying" and not _repeatable_by_tree(batch)
 
         def ask(part: int) -> None:
-            nonlocal chosen
             if current.asked:
-                expected = [tree.expected(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
                 # The first time it reads the prompt, once for all of the call: no single pass would pay for that. For
                 # a tree that is not checked it does not have to.
                 known = timed and (part not in self._fresh or batch.unchecked or self._economy.doubts(part))
-                if known and not self._pays(part, batch, expected, self._size(chosen), usual):
+                if known and not self._pays(part, batch, merged, usual):
                     return
-                current.before[part], current.expected[part] = chosen, expected
             self._catch_up(part, view)
             began = self._now()
             self._ask(part, view, merged)
-            chosen = self._choose(batch, merged, max_nodes, timed)
-            self._economy.asked(part, 1000.0 * (self._now() - began), self._size(chosen), part in self._fresh)
+            self._choose(batch, merged, max_nodes, timed)
+            self._economy.asked(part, 1000.0 * (self._now() - began), self._size(merged), part in self._fresh)
             self._fresh.discard(part)
             current.asked.append(part)
 
         self._each(ask, self._order(timed))
-        tree = _assemble(batch, merged, chosen)
-        current.chosen = chosen if batch.unchecked else None
+        tokens, parents, confidence = merged.columns()
+        tree = TokenTree(tokens, parents, confidence=confidence).to(batch.device)
         current.end = self._now()
         return tree
 
-    def _choose(self, batch: Batch, merged: Sequence[MergedTree], max_nodes: int, timed: bool) -> list[list[int]]:
-        """Per row the nodes to check: the best that there may be, and where a clock may decide, of these what pays."""
-        chosen = [tree.best(max_nodes, self.config.min_probability) for tree in merged]
-        most = batch.total_nodes(max_nodes) - len(chosen)  # beyond the roots
-        if not timed and sum(map(len, chosen)) - len(chosen) <= most:
-            return chosen
-        joint = sorted(
-            (
-                (tree.nodes[node].joint, -place, -row)
-                for row, (tree, nodes) in enumerate(zip(merged, chosen, strict=True))
-                for place, node in enumerate(nodes[1:])
-            ),
-            reverse=True,
-        )
-        count = most
-        if timed:
-            count = self._economy.size([chance for chance, *_ in joint[:most]], len(batch), _mean_length(batch))
-        sizes = Counter(-row for *_, row in joint[:count])
-        return [nodes[: 1 + sizes[row]] for row, nodes in enumerate(chosen)]
+    def _choose(self, batch: Batch, merged: MergedTrees, max_nodes: int, timed: bool) -> None:
+        """Choose the nodes to check: the best that there may be, and where a clock may decide, of these what pays."""
 
-    def _size(self, chosen: Sequence[Sequence[int]]) -> float:
-        """Nodes of a row that a pass computes."""
-        return sum(map(len, chosen)) / len(chosen) if self._uneven else max(map(len, chosen))
+        def worth(chances: Sequence[float]) -> int:
+            return self._economy.size(chances, len(batch), _mean_length(batch))
+
+        most = batch.total_nodes(max_nodes) - len(batch)  # beyond the roots
+        merged.choose(max_nodes, self.config.min_probability, most, worth if timed else None)
+
+    def _size(self, merged: MergedTrees) -> float:
+        """Nodes of a row that a pass over the trees chosen last computes."""
+        sizes = merged.sizes[-1]
+        return sum(sizes) / len(sizes) if self._uneven else max(sizes)
 
     def _order(self, timed: bool) -> list[int]:
         """Parts that read no hidden states, then the others, as named; by what they took where that counts."""
         order = sorted(self._alive, key=lambda part: bool(self.parts[part].features))
         return self._economy.order(order) if timed else order
 
-    def _pays(self, part: int, batch: Batch, expected: Sequence[float], nodes: float, max_nodes: int) -> bool:
-        factors = [self._rows[row.row_id].gains[part].factor for row in batch.rows]
+    def _pays(self, part: int, batch: Batch, merged: MergedTrees, max_nodes: int) -> bool:
+        factors = [self._gains[row.row_id][part].factor for row in batch.rows]
         if batch.trying:  # after an unlucky stretch: it may be as good here as in other texts
             factors = [max(factor, 1.0) for factor in factors]
-        gains = (self._economy.gain(part, value, max_nodes) for value in expected)
-        gain = sum(map(mul, gains, factors))
+        gains = (self._economy.gain(part, value, max_nodes) for value in merged.expected[-1])
+        gain, nodes = sum(map(mul, gains, factors)), self._size(merged)
         return self._economy.pays(part, gain, nodes, max_nodes, len(batch), _mean_length(batch), self._unread(part))
 
     def _catch_up(self, part: int, view: Batch) -> None:
@@ -263,24 +227,21 @@ class HybridDrafter(Drafter):
         if states:
             self._economy.read(part, 1000.0 * (self._now() - began), states)
 
-    def _ask(self, part: int, view: Batch, merged: Sequence[MergedTree]) -> None:
+    def _ask(self, part: int, view: Batch, merged: MergedTrees) -> None:
         """Merge what a part proposes."""
         drafter = self.parts[part]
-        tree = drafter.propose(view).to(view.device)
+        tree = drafter.propose(view)
         tree.validate(view.vocab_size)
         if tree.virtual is not None or tree.siblings != "deterministic":
             raise ValueError(f"drafter {drafter.name!r} proposed nodes that cannot be merged: virtual, or drawn")
-        if tree.batch_size != len(view) or not torch.equal(tree.tokens[:, 0], view.pending):
-            raise ValueError(f"drafter {drafter.name!r} must root one tree per row at the pending tokens")
-        for index, (row, into) in enumerate(zip(view.rows, merged, strict=True)):
-            into.add(part, tree, index, row.max_depth)
+        merged.add(part, tree.tokens, tree.parents, tree.confidence)
 
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         current, self._round, began = self._round, None, self._now()
         if current is not None:
             self._learn(current, batch, verdict)
         view = _view(batch, batch.max_nodes)
-        checked = current is not None and current.chosen is None
+        checked = current is not None and current.checked
         asked = current.asked if current is not None and checked else ()
 
         def show(part: int) -> None:
@@ -304,26 +265,20 @@ class HybridDrafter(Drafter):
             self._economy.passed(nodes, len(batch), _mean_length(batch), pass_ms, all_ms, tokens)
 
     def _learn(self, current: _Round, batch: Batch, verdict: Verdict) -> None:
-        for index, (row, merged) in enumerate(zip(batch.rows, current.merged, strict=True)):
-            state, tokens = self._rows[row.row_id], verdict.tokens[index]
-            accepted = verdict.num_accepted[index]
-            if current.chosen is not None:
-                accepted = merged.accepted(current.chosen[index], tokens)
-            for place, (part, before) in enumerate(current.before.items()):
-                later = list(current.before.values())[place + 1 :]
-                got = merged.accepted(later[0][index], tokens) if later else accepted
-                gain, expected = float(got - merged.accepted(before[index], tokens)), current.expected[part][index]
-                state.gains[part].see(gain, self._economy.gain(part, expected, current.max_nodes))
-                self._economy.added(part, expected, current.max_nodes, gain)
-            merged.learn(tokens)
+        """From a verdict: what each part beyond the first added to the trees chosen before it was asked."""
+        accepted, expected = current.merged.learn(verdict.tokens), current.merged.expected
+        if current.checked:
+            accepted[-1] = verdict.num_accepted
+        for choice, part in enumerate(current.asked[1:], start=1):
+            for index, row in enumerate(batch.rows):
+                gain, before = float(accepted[choice + 1][index] - accepted[choice][index]), expected[choice][index]
+                self._gains[row.row_id][part].see(gain, self._economy.gain(part, before, current.max_nodes))
+                self._economy.added(part, before, current.max_nodes, gain)
 
     def join(self, batch: Batch, count: int, output: TargetOutput | None = None) -> None:
         view, before = _view(batch, batch.max_nodes), _view(batch, batch.max_nodes)
         before.rows = batch.rows[:-count]
-        parts = len(self.parts)
-        self._rows |= {
-            row.row_id: _RowState(row_odds(parts), [Ratio() for _ in range(parts)]) for row in batch.rows[-count:]
-        }
+        self._gains |= {row.row_id: [Ratio() for _ in self.parts] for row in batch.rows[-count:]}
 
         def join(part: int) -> None:
             drafter = self.parts[part]
@@ -337,11 +292,12 @@ class HybridDrafter(Drafter):
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:
         view = _view(batch, batch.max_nodes)
-        self._rows = {row.row_id: self._rows[row.row_id] for row in (batch.rows[index] for index in rows)}
+        self._gains = {row_id: self._gains[row_id] for row_id in (batch.rows[index].row_id for index in rows)}
+        self._merger.keep(self._gains)
         for missed in self._missed:
             missed.keep(rows)
         if self._round is not None:
-            self._round.keep(rows)
+            self._round.merged.keep(rows)
 
         def keep(part: int) -> None:
             if not rows and part in self._unstarted:
@@ -421,17 +377,3 @@ def _repeatable_by_tree(batch: Batch) -> bool:
 
 def _mean_length(batch: Batch) -> int:
     return sum(len(row.tokens) for row in batch.rows) // len(batch)
-
-
-def _assemble(batch: Batch, merged: Sequence[MergedTree], chosen: Sequence[Sequence[int]]) -> TokenTree:
-    """The chosen nodes of all rows, padded at the end."""
-    rows = [tree.columns(nodes) for tree, nodes in zip(merged, chosen, strict=True)]
-    width = max(map(len, chosen))
-    tokens = [row + [0] * (width - len(row)) for row, _, _ in rows]
-    parents = [row + [PADDING] * (width - len(row)) for _, row, _ in rows]
-    chances = [row + [0.0] * (width - len(row)) for _, _, row in rows]
-    return TokenTree(
-        torch.tensor(tokens, device=batch.device),
-        torch.tensor(parents, device=batch.device),
-        confidence=torch.tensor(chances, device=batch.device),
-    )

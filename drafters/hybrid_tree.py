@@ -1,12 +1,20 @@
-"""Trees of several drafters as one: equal tokens under equal parents are one node, the most promising come first."""
+"""Trees of several drafters as one: equal tokens under equal parents are one node, the most promising come first.
+
+The reference of ``specdec.kernels.merge``, and what serves where that does not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from specdec.drafters.hybrid_calibration import MOST, Calibration, Odds, agreed
-from specdec.tree import TokenTree
+from specdec.tree import PADDING, ROOT
 
 
 @dataclass(slots=True)
@@ -36,28 +44,28 @@ class MergedTree:
 
     Args:
         pending: the root's token.
+        max_depth: below it nodes are left out.
         calibration: what chances are corrected by.
         row: how each part does in this text.
     """
 
-    def __init__(self, pending: int, calibration: Calibration, row: Sequence[Odds]) -> None:
+    def __init__(self, pending: int, max_depth: int, calibration: Calibration, row: Sequence[Odds]) -> None:
         self.nodes = [_Node(pending, -1, 0)]
+        self._max_depth = max_depth
         self._calibration = calibration
         self._row = row
 
-    def add(self, part: int, tree: TokenTree, index: int, max_depth: int) -> None:
-        """Merge row ``index`` of a part's tree, as far as ``max_depth``, and score all nodes anew."""
-        tokens, parents = tree.tokens[index].tolist(), tree.parents[index].tolist()
-        confidence = None if tree.confidence is None else tree.confidence[index].tolist()
+    def add(self, part: int, tokens: list[int], parents: list[int], confidence: list[float] | None) -> None:
+        """Merge a part's tree and score all nodes anew."""
         place = {0: 0}  # column of the part's tree -> node
         for column in range(1, len(tokens)):
             parent = place.get(parents[column])
-            if parent is None or self.nodes[parent].depth >= max_depth:
+            if parent is None or self.nodes[parent].depth >= self._max_depth:
                 continue
             place[column] = self._child(parent, tokens[column])
             above = self.nodes[parent]
             rank = sum(part in self.nodes[child].proposals for child in above.children.values())
-            given = None if confidence is None else confidence[column] / max(confidence[parents[column]], 1e-9)
+            given = None if confidence is None else _given(confidence[column], confidence[parents[column]])
             self.nodes[place[column]].proposals.setdefault(part, _Proposal(given, rank))
         self._score()
 
@@ -76,7 +84,7 @@ class MergedTree:
             for node in children:
                 node.claim = agreed([self._chance(part, node) for part in node.proposals])
             # Only one of them can be right.
-            share = min(1.0, MOST / sum(node.claim for node in children)) if children else 1.0
+            share = min(1.0, MOST / _total(node.claim for node in children)) if children else 1.0
             spoke = _bits(part for node in children for part in node.proposals)
             for node in children:
                 node.claim *= share
@@ -101,13 +109,10 @@ class MergedTree:
 
     def expected(self, chosen: Sequence[int]) -> float:
         """Accepted nodes to be expected of a tree of some nodes."""
-        return sum(self.nodes[node].joint for node in chosen) - 1.0
+        return _total(self.nodes[node].joint for node in chosen) - 1.0
 
     def accepted(self, chosen: Sequence[int], tokens: Sequence[int]) -> int:
-        """How many of the tokens that followed the root a tree of some nodes would have had accepted.
-
-        One less than the tokens where it holds them all, as far as is known: the last one may be the bonus token.
-        """
+        """How many of the tokens that followed the root a tree of some nodes would have had accepted."""
         among, node, count = set(chosen), 0, 0
         for token in tokens:
             child = self.nodes[node].children.get(token)
@@ -141,11 +146,95 @@ class MergedTree:
             node = following
 
     def columns(self, chosen: Sequence[int]) -> tuple[list[int], list[int], list[float]]:
-        """Tokens, parents (as columns; -1 for the root) and chances of a tree of some nodes."""
+        """Tokens, parents (as columns) and chances of a tree of some nodes."""
         column = {node: place for place, node in enumerate(chosen)}
         tokens = [self.nodes[node].token for node in chosen]
-        parents = [-1 if node == 0 else column[self.nodes[node].parent] for node in chosen]
+        parents = [ROOT if node == 0 else column[self.nodes[node].parent] for node in chosen]
         return tokens, parents, [self.nodes[node].joint for node in chosen]
+
+
+class PythonTrees:
+    """One tree per row, of a root before anything is added: a ``MergedTrees`` of ``specdec.drafters.hybrid_merger``.
+
+    Args:
+        pending: the roots' tokens.
+        max_depth: of each row, depth below which nodes are left out.
+        calibration: what chances are corrected by; learns.
+        rows: how parts do in each row's text; learn.
+    """
+
+    def __init__(
+        self, pending: Sequence[int], max_depth: Sequence[int], calibration: Calibration, rows: Sequence[Sequence[Odds]]
+    ) -> None:
+        self.sizes, self.expected = [[1] * len(pending)], [[0.0] * len(pending)]
+        self._trees = [
+            MergedTree(token, deepest, calibration, row)
+            for token, deepest, row in zip(pending, max_depth, rows, strict=True)
+        ]
+        self._chosen = [[[0] for _ in pending]]  # per choice, per row
+
+    def add(self, part: int, tokens: Tensor, parents: Tensor, confidence: Tensor | None) -> None:
+        if tokens[:, 0].tolist() != [tree.nodes[0].token for tree in self._trees]:
+            raise ValueError("there must be one tree per row, rooted at its pending token")
+        chances = [None] * len(tokens) if confidence is None else confidence.float().tolist()
+        for tree, *proposed in zip(self._trees, tokens.tolist(), parents.tolist(), chances, strict=True):
+            tree.add(part, *proposed)
+
+    def choose(
+        self, max_nodes: int, least: float, most: int, worth: Callable[[Sequence[float]], int] | None = None
+    ) -> None:
+        best = [tree.best(max_nodes, least) for tree in self._trees]
+        joint = sorted(
+            (
+                (tree.nodes[node].joint, -place, -row)
+                for row, (tree, nodes) in enumerate(zip(self._trees, best, strict=True))
+                for place, node in enumerate(nodes[1:])
+            ),
+            reverse=True,
+        )
+        count = most if worth is None else worth([chance for chance, *_ in joint[:most]])
+        taken = Counter(-row for *_, row in joint[:count])
+        chosen = [nodes[: 1 + taken[row]] for row, nodes in enumerate(best)]
+        self._chosen.append(chosen)
+        self.sizes.append([len(nodes) for nodes in chosen])
+        self.expected.append([tree.expected(nodes) for tree, nodes in zip(self._trees, chosen, strict=True)])
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        width = max(self.sizes[-1])
+        rows = [tree.columns(nodes) for tree, nodes in zip(self._trees, self._chosen[-1], strict=True)]
+        tokens = [row + [0] * (width - len(row)) for row, _, _ in rows]
+        parents = [row + [PADDING] * (width - len(row)) for _, row, _ in rows]
+        chances = [row + [0.0] * (width - len(row)) for _, _, row in rows]
+        return torch.tensor(tokens), torch.tensor(parents), torch.tensor(chances, dtype=torch.float32)
+
+    def learn(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        accepted = [
+            [tree.accepted(*each) for tree, *each in zip(self._trees, chosen, tokens, strict=True)]
+            for chosen in self._chosen
+        ]
+        for tree, emitted in zip(self._trees, tokens, strict=True):
+            tree.learn(emitted)
+        return accepted
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._trees = [self._trees[row] for row in rows]
+        self._chosen = [[chosen[row] for row in rows] for chosen in self._chosen]
+        self.sizes = [[sizes[row] for row in rows] for sizes in self.sizes]
+        self.expected = [[expected[row] for row in rows] for expected in self.expected]
+
+
+def _given(confidence: float, above: float) -> float | None:
+    """A part's confidence in a node given its parent; one that is no number counts as none."""
+    given = confidence / max(above, 1e-9)
+    return None if math.isnan(given) else given
+
+
+def _total(values: Iterable[float]) -> float:
+    """Plain additions: from Python 3.12 on ``sum`` makes up for their rounding, which compiled ones do not."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def _bits(parts: Iterable[int]) -> int:
