@@ -348,6 +348,16 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build.load_library(source, tmp_path / "made")
 
 
+def test_what_the_compiler_is_told_besides_makes_another_library(tmp_path: Path) -> None:
+    source = tmp_path / "two.c"
+    source.write_text("int two(void) { return NUMBER; }\n")
+    try:
+        libraries = [build.load_library(source, tmp_path / "made", [f"-DNUMBER={number}"]) for number in (2, 3)]
+    except build.NotBuilt:
+        pytest.skip("no C compiler")
+    assert [library.two() for library in libraries] == [2, 3]
+
+
 def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
     source = tmp_path / "bad.c"
     source.write_text("int two(void) { return }")
