@@ -158,7 +158,8 @@ class Kernels:
         self._top = declare("top", structure(Top), ctypes.c_int)
         self._draft_space = declare("draft_space", structure(DraftWeights), number, number, result=number)
         self._draft_entries = declare(
-            "draft_entries", structure(DraftWeights), structure(DraftCache), pointer, pointer, number, pointer, number, pointer,
+            "draft_entries", structure(DraftWeights), structure(DraftCache), pointer, pointer, number, pointer, number,
+            pointer,
             result=ctypes.c_int,
         )  # fmt: skip
         self._grow_draft = declare(
