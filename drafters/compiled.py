@@ -21,7 +21,6 @@ from specdec.kernels.decoder_layer import (
     LayerArguments,
     LayerTable,
     Linear,
-    array_of,
     find_kernels,
 )
 from specdec.kv_cache import KVCache
@@ -149,11 +148,11 @@ class CompiledDrafter:
         ]
         self._angles = self.angles(cache.max_length + slots)
         self._weights.cos, self._weights.sin = (part.data_ptr() for part in self._angles)
-        keys, values = map(array_of, zip(*(pair.addresses for pair in opened), strict=True))
-        self._held = keys, values, self._memory(entries, drafts)  # until the call
+        lie = cache.addresses(opened)
+        self._held = lie, self._memory(entries, drafts)  # until the call
         return DraftCache(
-            ctypes.addressof(keys), ctypes.addressof(values), cache.lengths.data_ptr(), self._held[2].data_ptr(), rows,
-            opened[0].keys.shape[2], torch.get_num_threads(),
+            lie.keys, lie.values, cache.lengths.data_ptr(), self._held[1].data_ptr(), rows, opened[0].keys.shape[2],
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def _memory(self, entries: int, drafts: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from specdec.attention import AttentionPass, attend
 from specdec.kernels.decoder_layer import LANES, LayerArguments, LayerTable, PassPart, find_kernels
+from specdec.layer_buffers import LayerAddresses
 from specdec.lean import MOST_NODES, share
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -157,7 +158,9 @@ class DraftLayer(nn.Module):
         )
         arguments = self.whole()
         if arguments is not None:
-            part = PassPart(share(kernels, arguments, angles, shared), [buffers.addresses], buffers.keys.shape[2])
+            lie = LayerAddresses([buffers])
+            slots = buffers.keys.shape[2]
+            part = PassPart(share(kernels, arguments, angles, shared), lie.keys, lie.values, slots)
             states, _ = kernels.layers(LayerTable([arguments]), [part], inputs.contiguous(), residual.contiguous())
             return states
         attended = kernels.attention(

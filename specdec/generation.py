@@ -279,8 +279,9 @@ class Generation:
         """Nodes that a row may have where rows have ``budget`` on average."""
         cache, size = self._batch.cache, len(self._batch)
         room = NO_LIMIT if self._grows or cache is None else cache.room
-        uneven = self.target.takes_uneven and not self._filling  # prompts ride along with rows of one size
-        return min(budget * min(size, _UNEVEN if uneven else 1), self._most_nodes, room)
+        # Prompts ride along with rows of one size.
+        uneven = size > 1 and self.target.takes_uneven and not self._filling
+        return min(budget * min(size, _UNEVEN) if uneven else budget, self._most_nodes, room)
 
     def _draft(self, budget: int) -> TokenTree | None:
         """Trees of ``budget`` nodes per row at most, on average; None where that is 1 or the drafter fails.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
-from specdec.layer_buffers import LayerBuffers
+from specdec.layer_buffers import LayerAddresses, LayerBuffers
 from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
 
@@ -40,6 +40,7 @@ class KVCache(SlotOrder):
         self._fitted: list[int] | None = None  # each row's capacity; None where all have the cache's
         self._own: Tensor | None = None  # lengths, where rows share something
         self._set_shares([()] * batch_size)
+        self._addresses: LayerAddresses | None = None  # of those asked for last
         self.layers: dict[int, LayerBuffers] = {}
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._host_lengths = [0] * batch_size
@@ -217,6 +218,12 @@ class KVCache(SlotOrder):
         self._end(num_nodes)
         return [known[layer] for layer in layers]
 
+    def addresses(self, layers: Sequence[LayerBuffers]) -> LayerAddresses:
+        """Where some layers' buffers lie."""
+        if self._addresses is None or not self._addresses.hold(layers):
+            self._addresses = LayerAddresses(layers)
+        return self._addresses
+
     def _end(self, num_nodes: int) -> int:
         """The first slot behind so many nodes."""
         end = max(self._host_own) + num_nodes
@@ -273,13 +280,13 @@ class KVCache(SlotOrder):
 
     def _moved(self, path: Tensor, kept: Tensor) -> bool:
         """``commit``'s moves by a compiled kernel, all layers in one call; False where that cannot be."""
-        buffers = [buffer for pair in self.layers.values() for buffer in pair.parts]
-        alike = all(part.shape == buffers[0].shape and part.is_contiguous() for part in buffers)
-        kernels = find_kernels() if alike and path.device.type == "cpu" else None
-        if kernels is None:
+        kernels, layers = find_kernels() if path.device.type == "cpu" else None, list(self.layers.values())
+        if kernels is None or not layers:
             return False
-        kernels.move_slots(buffers, self.own_lengths, path, kept)
-        return True
+        addresses = self.addresses(layers)
+        if addresses.alike:
+            kernels.move_slots(addresses.keys, 2 * len(layers), layers[0].keys, self.own_lengths, path, kept)
+        return addresses.alike
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget tokens from ``lengths[b]`` on; where that is within a segment, the row uses less of it from now on.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
+
+from specdec.kernels.decoder_layer import array_of
 
 
 @dataclass
@@ -86,3 +90,31 @@ class LayerBuffers:
             for row, length in enumerate(lengths):
                 if not bool(buffer[row, :, :length].isfinite().all()):
                     raise RuntimeError(f"{name} of layer {layer}, row {row} hold a value that is not finite")
+
+
+class LayerAddresses:
+    """Where the buffers of some layers lie, for kernels: good as long as none of them is replaced.
+
+    Attributes:
+        keys: address of the addresses of the layers' keys.
+        values: the same of their values, which stand behind them.
+        alike: whether all of these buffers, keys and values, have one shape and dtype and no gaps.
+
+    Args:
+        layers: the layers.
+    """
+
+    def __init__(self, layers: Sequence[LayerBuffers]) -> None:
+        self._of = [pair.addresses for pair in layers]
+        self._held = array_of([key for key, _ in self._of] + [value for _, value in self._of])
+        self.keys = ctypes.addressof(self._held)
+        self.values = self.keys + ctypes.sizeof(self._held) // 2
+        parts = [part for pair in layers for part in pair.parts]
+        first = parts[0]
+        self.alike = all(
+            part.shape == first.shape and part.dtype == first.dtype and part.is_contiguous() for part in parts
+        )
+
+    def hold(self, layers: Sequence[LayerBuffers]) -> bool:
+        """Whether they are these layers', and where they were."""
+        return len(layers) == len(self._of) and all(map(is_, (pair.addresses for pair in layers), self._of))

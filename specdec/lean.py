@@ -245,7 +245,8 @@ class LayerRun:
             shared = share(kernels, self.table.layers[0], angles, each, total if each is passes[0] else 0)
             opened, tables = self.open(each, rotary[0].dtype)
             slots = opened[0].keys.shape[2]
-            parts.append(PassPart(shared, [pair.addresses for pair in opened], slots, tables))
+            lie = each.cache.addresses(opened)
+            parts.append(PassPart(shared, lie.keys, lie.values, slots, tables))
         return parts
 
 

@@ -378,7 +378,7 @@ class HFTarget:
     def _positions(self, now: AttentionPass | JoinedPass) -> Tensor:
         """Of a pass; padding may point past the last one that a model has an embedding for."""
         limit = self.max_context
-        return now.positions if limit is None else now.positions.clamp(max=limit - 1)
+        return now.positions if limit is None or now.end <= limit else now.positions.clamp(max=limit - 1)
 
     def _copied(self, features: Sequence[Feature], now: AttentionPass | JoinedPass) -> dict[Feature, int]:
         """Features that a compiled stack hands out itself, and how many layers come before each; others need hooks."""

@@ -83,26 +83,27 @@ class PassPart:
 
     Attributes:
         arguments: what their layers share.
-        addresses: of each layer's keys and values, as ``Kernels.attention`` takes them.
+        keys: address of the addresses of each layer's, as ``Kernels.attention`` takes them.
+        values: the same.
         slots: of a row there.
         segments: each layer's, likewise; None where rows share nothing.
     """
 
     arguments: PassArguments
-    addresses: Sequence[tuple[int, int]]
+    keys: int
+    values: int
     slots: int
     segments: Sequence[Tensor] | None = None
 
-    def fill(self) -> list[Any]:
-        """Set the layers' addresses in ``arguments``; they are those of what is returned."""
+    def fill(self) -> Any:
+        """Set the layers' addresses in ``arguments``; those of segments are good as long as what is returned."""
         arguments, segments = self.arguments, self.segments
-        keys, values = map(array_of, zip(*self.addresses, strict=True))
         tables = None if segments is None else array_of([table.data_ptr() for table in segments])
-        arguments.keys, arguments.values = ctypes.addressof(keys), ctypes.addressof(values)
+        arguments.keys, arguments.values = self.keys, self.values
         arguments.segments, arguments.next = None if tables is None else ctypes.addressof(tables), None
         arguments.slots = self.slots
         arguments.levels = 0 if segments is None else _levels(segments[0])
-        return [keys, values, tables]
+        return tables
 
 
 class LayerTable:
@@ -387,21 +388,22 @@ class Kernels:
         self._top(Top(*pointers, total.numel(), width, count, logits.element_size()), torch.get_num_threads())
         return best, index, total
 
-    def move_slots(self, buffers: Sequence[Tensor], lengths: Tensor, path: Tensor, counts: Tensor) -> None:
+    def move_slots(self, buffers: int, count: int, like: Tensor, lengths: Tensor, path: Tensor, counts: Tensor) -> None:
         """Move kept columns of a tree up to the committed tokens, in many buffers of one shape.
 
         Args:
-            buffers: ``[B, H_kv, S, d]`` each, of any dtype.
+            buffers: address of their addresses.
+            count: how many there are.
+            like: ``[B, H_kv, S, d]``, of any dtype, one of them.
             lengths: ``[B]`` int64, committed tokens.
             path: ``[B, P]`` int64, columns, ascending in each row.
             counts: ``[B]`` int64, how many of a row's are kept.
         """
-        batch_size, heads, slots, width = buffers[0].shape
+        batch_size, heads, slots, width = like.shape
         tensors = (lengths, path.contiguous(), counts)
         moved = Move(
-            ctypes.cast(array_of([buffer.data_ptr() for buffer in buffers]), ctypes.c_void_p),
-            *(tensor.data_ptr() for tensor in tensors), len(buffers), batch_size, heads, slots, path.shape[1],
-            width * buffers[0].element_size(),
+            ctypes.c_void_p(buffers), *(tensor.data_ptr() for tensor in tensors), count, batch_size, heads, slots,
+            path.shape[1], width * like.element_size(),
         )  # fmt: skip
         self._move_slots(moved, torch.get_num_threads())
 
