@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
@@ -17,7 +19,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._context_start = 0  # tokens before it no longer influence how later ones decode
@@ -30,10 +32,6 @@ class TextStream:
     def text(self) -> str:
         """All text so far, cut before a stop string; an incomplete last character is left out until ``finish``."""
         return self._decoded
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
     def push(self, token: int) -> bool:
         """Add a token; True when it completes a stop string."""
@@ -75,3 +73,21 @@ class TextStream:
             context = self._decode(self._ids[self._context_start : self._decoded_until])
             self._append(self._decode(self._ids[self._context_start :])[len(context) :])
             self._decoded_until = len(self._ids)
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """What turns ids into text without special tokens: the library below the tokenizer where that does all of it."""
+    kind = type(tokenizer)
+    direct = (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerFast.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and not tokenizer.clean_up_tokenization_spaces
+    )
+    decode = tokenizer.backend_tokenizer.decode if direct else tokenizer.decode
+
+    def text_of(ids: list[int]) -> str:
+        text: str = decode(ids, skip_special_tokens=True)
+        return text
+
+    return text_of

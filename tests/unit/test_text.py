@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from specdec.text import TextStream
+from specdec.text import TextStream, decoder_of
 
 CORPUS = ["the cat and the hat", "naïve café déjà vu", "日本語のテキスト", "👍🏽 👍 ok 👍🏽", "stop STOP st op"]
 
@@ -181,3 +181,22 @@ def test_stop_string_completed_by_the_last_incomplete_character_is_cut(tokenizer
 
     assert "".join(stream_pieces(stream, byte_ids("a日")[:-1])) == "a"
     assert stream.stopped
+
+
+@given(random_ids)
+def test_past_the_tokenizer_the_text_is_the_tokenizers(ids: list[int]) -> None:
+    assert decoder_of(TOKENIZER)(ids) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_a_tokenizer_that_does_more_is_asked_itself() -> None:
+    class Loud(PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            text: str = super()._decode(*args, **kwargs)
+            return text.upper()
+
+    loud = Loud(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="<|end|>")
+    assert decoder_of(loud)(byte_ids("ab")) == "AB"
+    tidy = make_tokenizer()
+    tidy.clean_up_tokenization_spaces = True
+    ids = byte_ids("a .")
+    assert decoder_of(tidy)(ids) == tidy.decode(ids, skip_special_tokens=True)
