@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from unit_rows import make_batch
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
-from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.hybrid import HybridConfig, HybridDrafter
 from specdec.drafters.hybrid_cost import PROBE_SHARE, Economy, Gains
 from specdec.latency import LatencyCurve
+from specdec.missed import MissedPasses
 from specdec.target import TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
@@ -248,3 +249,42 @@ def test_a_trial_asks_a_part_that_was_good_elsewhere() -> None:
     decode(drafter, clock, texts, [Text(3, 0.0)])
     assert sum(seen[True]) >= 0.5 * len(seen[True]) > 0
     assert sum(seen[False]) < 0.5 * len(seen[False])
+
+
+class Saying(Drafter):
+    """A chain of the same tokens below every root."""
+
+    def __init__(self, name: str, tokens: list[int]) -> None:
+        self.name, self._tokens = name, tokens
+
+    def propose(self, batch: Batch) -> TokenTree:
+        size, count = len(batch), len(self._tokens)
+        tokens = torch.tensor([[row.pending, *self._tokens] for row in batch.rows])
+        chances = 0.5 ** torch.arange(count + 1.0).expand(size, -1)
+        return TokenTree(tokens, torch.arange(-1, count).expand(size, -1), confidence=chances)
+
+
+def test_of_trees_that_no_pass_checks_as_much_is_learnt_as_of_others() -> None:
+    """The text goes on with 5, 6, 7; one part says 5, the other 5, 6, 8."""
+    learnt = []
+    for unchecked in (False, True):
+        batch = make_batch([[9], [1, 2]], 10)
+        drafter = HybridDrafter([Saying("a", [5]), Saying("b", [5, 6, 8])], HybridConfig(ask="always"))
+        drafter.start(batch, None)
+        batch.unchecked = unchecked
+        tree = drafter.propose(batch)
+        if unchecked:
+            missed = MissedPasses()
+            for token in (5, 6, 7):
+                roots, size = TokenTree.from_pending(batch.pending), len(batch)
+                verdict = Verdict(torch.zeros_like(roots.tokens), [0] * size, [[token]] * size, [False] * size)
+                missed.add(roots, TargetOutput(torch.zeros(size, 1, 10), {}), verdict)
+            missed.hand_over(partial(drafter.observe, batch))
+        else:
+            path = [tree.tokens[0].tolist().index(token) for token in (5, 6)]
+            output = TargetOutput(torch.zeros(2, tree.num_nodes, 10), {})
+            verdict = Verdict(torch.tensor([[0, *path]] * 2), [2, 2], [[5, 6, 7]] * 2, [False] * 2)
+            drafter.observe(batch, tree, output, verdict)
+        learnt.append([drafter._gains[row.row_id][1].factor for row in batch.rows])
+    assert learnt[0] == learnt[1]
+    assert 1.0 not in learnt[0]
