@@ -127,7 +127,8 @@ class LeanStack:
             head: the output head, where logits are wanted of all nodes.
 
         Returns:
-            Normed states ``[B, n, d]``, and logits ``[B, n, V]`` where a compiled call can go on to them.
+            Normed states ``[B, n, d]``, and logits ``[B, n, V]`` where a compiled call can go on to them; of rows that
+            differ in size the states are ``[1, T, d]``, and logits stand as ``AttentionPass.spread`` puts them.
         """
         kernels = find_kernels()
         assert kernels is not None
@@ -142,7 +143,7 @@ class LeanStack:
         if 0 in copies:
             copies[0] = states
         if not hears and not any(self._hooks):
-            end = PassEnd(norm.weight, norm.variance_epsilon, self._linear(head))
+            end = PassEnd(norm.weight, norm.variance_epsilon, self._linear(head), *_spread(now))
             return self._through(kernels, layers, 0, states, rotary, now, end)
         for index, layer in enumerate(layers):
             if layer._forward_hooks or layer._forward_pre_hooks:
@@ -218,3 +219,11 @@ class LeanStack:
             cos, sin = self._stack.rotary_emb(like.new_empty(0, dtype=dtype), position_ids=known)
             self._angles = (cos[0].contiguous(), sin[0].contiguous())
         return self._angles
+
+
+def _spread(now: AttentionPass | JoinedPass) -> tuple[tuple[int, int] | None, Tensor | None]:
+    """Shape and places of logits where rows differ in size."""
+    if isinstance(now, JoinedPass) or now.places is None:
+        return None, None
+    rows, longest, _ = now.ancestors.shape
+    return (rows, longest), now.places

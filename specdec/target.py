@@ -214,7 +214,8 @@ class HFTarget:
                 now = AttentionPass(cache, tree.depth, ancestors, sizes)
                 out = self._run(now, tree.tokens.flatten()[now.places].unsqueeze(0), None, features, None)
                 spread = {name: now.spread(states) for name, states in out.features.items()}
-                return TargetOutput(now.spread(out.logits), spread)
+                there = len(out.logits) == tree.batch_size  # where the output head wrote them itself
+                return TargetOutput(out.logits if there else now.spread(out.logits), spread)
         return self.run(tree.tokens[:, first_node:], virtual, cache, tree.depth, ancestors, features)
 
     @property

@@ -122,11 +122,15 @@ class PassEnd:
         norm: ``[d]`` factors of an RMSNorm.
         eps: its epsilon.
         head: an output head that reads as many channels as the layers; None for none.
+        shape: ``(B, N)`` of the logits, where they are not as the nodes are.
+        places: ``[T]`` int64, where among these B * N the T nodes' stand; what is between them is undefined.
     """
 
     norm: Tensor
     eps: float
     head: Linear | None = None
+    shape: tuple[int, int] | None = None
+    places: Tensor | None = None
 
 
 class Kernels:
@@ -235,7 +239,7 @@ class Kernels:
         rows, width = inputs.shape
         out = torch.empty(rows, weight.out_features, dtype=torch.bfloat16)
         read, inputs_scales = self._read(inputs, weight.kind)
-        tensors = (read, weight.weight, weight.scales, weight.shifts, inputs_scales, weight.bias, residual, out)
+        tensors = (read, weight.weight, weight.scales, weight.shifts, inputs_scales, weight.bias, residual, out, None)
         pointers = (pointer_to(tensor) for tensor in tensors)
         sizes = (rows, width, weight.out_features, weight.group, weight.kind, weight.has_zero_points)
         self._product(Product(*pointers, *sizes, torch.get_num_threads()))
@@ -272,9 +276,10 @@ class Kernels:
         if end is not None:
             found = torch.empty_like(out)
             if end.head is not None:
-                logits = out.new_empty(*out.shape[:-1], end.head.out_width)
+                logits = out.new_empty(*(end.shape or out.shape[:-1]), end.head.out_width)
             head = None if end.head is None else ctypes.addressof(end.head)
-            following = StackEnd(end.norm.data_ptr(), found.data_ptr(), head, pointer_to(logits), end.eps)
+            pointers = head, pointer_to(logits), pointer_to(end.places)
+            following = StackEnd(end.norm.data_ptr(), found.data_ptr(), *pointers, end.eps)
         held = [part.fill() for part in parts]
         for part, after in pairwise(parts):
             part.arguments.next = ctypes.addressof(after.arguments)

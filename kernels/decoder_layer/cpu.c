@@ -206,9 +206,9 @@ long layer_space(const layer *l, long rows) {
   return place(l, rows, 0, &unused);
 }
 
-static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf16 *residual, bf16 *out, long rows,
-                     int threads) {
-  product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, rows, l->in_width,
+static void multiply_to(const linear *l, const buffers *b, const bf16 *in, const bf16 *residual, bf16 *out,
+                        const int64_t *places, long rows, int threads) {
+  product_arguments a = {in, l->weight, l->scales, l->shifts, 0, l->bias, residual, out, places, rows, l->in_width,
                          l->out_width, l->group, l->kind, l->zero_points, threads};
   if (input_bytes((numbers)l->kind) == 1) {
     if (takes_groups((numbers)l->kind))
@@ -219,6 +219,11 @@ static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf
     a.sizes = b->sizes;
   }
   product(&a);
+}
+
+static void multiply(const linear *l, const buffers *b, const bf16 *in, const bf16 *residual, bf16 *out, long rows,
+                     int threads) {
+  multiply_to(l, b, in, residual, out, 0, rows, threads);
 }
 
 /* The `index`-th layer. Attention reads `in`, normed where the layer has an input norm, and adds to `residual`; that and
@@ -255,6 +260,7 @@ typedef struct {
   bf16 *normed;
   const linear *head;
   bf16 *logits;
+  const int64_t *places; /* as product_arguments has them, of logits */
   float eps;
 } stack_end;
 
@@ -273,7 +279,7 @@ void decoder_layers(const layer *const *layers, long count, const pass *p, const
   buffers b;
   place(last, rows, p->space, &b);
   rms_norm(out, end->norm, end->normed, rows, last->down.out_width, end->eps, p->threads);
-  if (end->head) multiply(end->head, &b, end->normed, 0, end->logits, rows, p->threads);
+  if (end->head) multiply_to(end->head, &b, end->normed, 0, end->logits, end->places, rows, p->threads);
 }
 
 #include "drafting.h"

@@ -31,7 +31,8 @@ typedef struct {
   const void *sizes;     /* both in 8 bit: [rows] float, scales of the inputs; by groups: input_group, as `in` is arranged */
   const bf16 *bias;      /* [out_width], or null */
   const bf16 *residual;  /* [rows, out_width], or null */
-  bf16 *out;             /* [rows, out_width] */
+  bf16 *out;             /* [rows, out_width], or as `places` has it */
+  const int64_t *places; /* [rows] where each row of `out` stands, without a residual only; or null */
   long rows, in_width, out_width, group; /* group: inputs of one, a multiple of 32 */
   int kind;              /* numbers */
   int zero_points;       /* offsets are these, scale * (code - offset); else minima */
@@ -70,10 +71,14 @@ static inline long input_sizes(numbers kind, long in_width) {
 /* At most. */
 static inline long most_input_sizes(long in_width) { return (in_width / TOGETHER + 1) * (long)sizeof(input_group); }
 
+static inline bf16 *out_row(const product_arguments *a, long row) {
+  return a->out + (a->places ? (long)a->places[row] : row) * a->out_width;
+}
+
 /* Not inlined: hundreds of copies would take minutes to compile. */
 static __attribute__((noinline)) void finish(const product_arguments *a, long row, long first, vec value) {
   long left = a->out_width - first;
-  bf16 *out = a->out + row * a->out_width + first;
+  bf16 *out = out_row(a, row) + first;
   if (left >= LANES) {
     if (a->bias) value += load(a->bias + first);
     if (a->residual) value += load(a->residual + row * a->out_width + first);
@@ -283,10 +288,12 @@ INLINE finish_row(const product_arguments *a, long row, long channel, vec left, 
     finish(a, row, channel + LANES, right);
     return;
   }
-  const long at = row * a->out_width + channel;
   if (a->bias) left += load(a->bias + channel), right += load(a->bias + channel + LANES);
-  if (a->residual) left += load(a->residual + at), right += load(a->residual + at + LANES);
-  _mm512_storeu_si512(a->out + at, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+  if (a->residual) {
+    const bf16 *residual = a->residual + row * a->out_width + channel;
+    left += load(residual), right += load(residual + LANES);
+  }
+  _mm512_storeu_si512(out_row(a, row) + channel, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
 }
 
 /* Asks for `lines` lines of the memory from `from` on, up to `end`; returns where it stopped. */
@@ -413,7 +420,10 @@ void product(const product_arguments *a) {
     product_arguments block = *a;
     block.rows = a->rows - row < BLOCK_ROWS ? a->rows - row : BLOCK_ROWS;
     block.in = (const char *)a->in + row * a->in_width * size;
-    block.out = a->out + row * a->out_width;
+    if (a->places)
+      block.places = a->places + row;
+    else
+      block.out = a->out + row * a->out_width;
     if (a->residual) block.residual = a->residual + row * a->out_width;
     if (a->sizes) block.sizes = (const char *)a->sizes + row * input_sizes((numbers)a->kind, a->in_width);
     panel_queue queue = {.a = &block, .count = a->threads < MOST_LANES ? a->threads : MOST_LANES};

@@ -82,7 +82,7 @@ class Product(ctypes.Structure):
     """``product_arguments``."""
 
     _fields_ = _fields(
-        "inputs weight scales shifts sizes bias residual out", "rows in_width out_width group",
+        "inputs weight scales shifts sizes bias residual out places", "rows in_width out_width group",
         *((name, ctypes.c_int) for name in ("kind", "zero_points", "threads")),
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ class PassArguments(ctypes.Structure):
 class StackEnd(ctypes.Structure):
     """``stack_end``: the norm and the output head that follow the layers."""
 
-    _fields_ = _fields("norm normed head logits", "", ("eps", ctypes.c_float))
+    _fields_ = _fields("norm normed head logits places", "", ("eps", ctypes.c_float))
 
 
 class Top(ctypes.Structure):
