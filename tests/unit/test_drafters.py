@@ -17,7 +17,8 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.ngram import NgramConfig, NgramDrafter
 from specdec.drafters.none import NoneDrafter
 from specdec.drafters.recycling import RecyclingConfig, RecyclingDrafter, tree_template
-from specdec.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
+from specdec.drafters.suffix import SuffixConfig, SuffixDrafter
+from specdec.kernels.suffix.reference import SuffixAutomaton
 from specdec.target import TargetOutput
 from specdec.tree import ROOT, TokenTree
 from specdec.verifiers.base import Verdict
