@@ -1,4 +1,4 @@
-"""The same in Python."""
+"""The corpus in Python: what the compiled one is compared with, and what serves where there is no compiler."""
 
 from __future__ import annotations
 

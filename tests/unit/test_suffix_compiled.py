@@ -144,8 +144,8 @@ def test_a_text_stands_alike_in_a_corpus_that_grows_under_it(
 
 
 def test_a_text_stands_alike_in_a_corpus_that_starts_anew() -> None:
-    drafters = both(SuffixConfig(corpus_tokens=3))
-    for prompts in ([[7, 3, 4]], [[8, 9, 10]], [[0, 1, 2], [5, 9]]):  # as the third ends, the corpus is full
+    drafters = both(SuffixConfig(corpus_tokens=4))
+    for prompts in ([[7, 3, 4, 6]], [[8, 9, 10, 11]], [[0, 1, 1, 2], [5, 7]]):  # as the third ends, the corpus is full
         batch = make_batch(prompts, VOCAB)
         for drafter in drafters:
             drafter.start(batch, None)
@@ -156,7 +156,7 @@ def test_a_text_stands_alike_in_a_corpus_that_starts_anew() -> None:
     trees = [drafter.propose(batch) for drafter in drafters]
 
     check_same(trees)
-    assert trees[0].tokens.tolist() == [[1, 2]]
+    assert trees[0].tokens.tolist() == [[1, 1, 2, 2]]
 
 
 def test_copies_of_a_drafter_have_texts_of_their_own_and_one_corpus() -> None:
