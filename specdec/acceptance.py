@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from operator import truediv
@@ -30,6 +30,9 @@ _ENOUGH = 4
 _LONG_MEMORY = 0.98
 """Weight of a pass relative to the next one, in what is known of all texts."""
 
+_PRIOR = 3.0
+"""Nodes taken to have been accepted as expected before there were texts."""
+
 _FIRST_DRAFTS = 8
 """Of each row, that say what to expect of the next text."""
 
@@ -40,15 +43,13 @@ class Acceptance:
     Args:
         hopes: what to expect of each of ``RUNGS`` before anything was seen; a guess where None.
         weight: passes that this weighs as much as.
-        memory: weight of a pass relative to the next one.
     """
 
-    def __init__(self, hopes: Sequence[float] | None = None, weight: float = 1.0, memory: float = _MEMORY) -> None:
+    def __init__(self, hopes: Sequence[float] | None = None, weight: float = 1.0) -> None:
         hopes = hopes or [_HOPE_PER_DOUBLING * math.log2(size) for size in RUNGS]
         # Of the accepted nodes that a size has and the next smaller one has not.
         self._sums = [0.0, *(weight * (more - less) for less, more in pairwise(hopes))]
         self._weights = [weight] * len(RUNGS)
-        self._memory = memory
 
     def see(self, columns: Sequence[int], known: int) -> None:
         """How a tree's accepted nodes stand, and up to which size it says what would have been accepted.
@@ -63,8 +64,8 @@ class Acceptance:
             expected = self.by_size()[end - 1]
             surprise = min(sum(hits[:end]) / expected, 2.0) if expected > 0 else 1.0
             hits[end:] = [surprise * s / w for s, w in zip(self._sums[end:], self._weights[end:], strict=True)]
-        self._sums = [self._memory * value + hit for value, hit in zip(self._sums, hits, strict=True)]
-        self._weights = [self._memory * value + 1.0 for value in self._weights]
+        self._sums = [_MEMORY * value + hit for value, hit in zip(self._sums, hits, strict=True)]
+        self._weights = [_MEMORY * value + 1.0 for value in self._weights]
 
     def fade(self, passes: int) -> None:
         """In so many passes nothing was drafted: what was seen before counts less from now on."""
@@ -76,30 +77,33 @@ class Acceptance:
         """Expected accepted nodes of trees of each of ``RUNGS``."""
         return list(accumulate(map(truediv, self._sums, self._weights)))
 
-    @property
-    def weight(self) -> float:
-        """Passes that what is expected rests on."""
-        return self._weights[-1]
-
 
 class Experience:
-    """What texts begin like: how much of the first drafts of earlier ones was accepted.
+    """What texts begin like: how much of the first drafts of earlier ones was accepted, of what was expected.
+
+    Only how much: which sizes are worth it differs from text to text, and a text that repeats itself would be found out
+    late where trees are cut to what others made use of.
 
     Args:
         hopes: accepted nodes to expect of trees of each of ``RUNGS``, as calibrated; None where nothing was.
     """
 
     def __init__(self, hopes: Sequence[float] | None = None) -> None:
-        self._all = Acceptance(hopes, _CALIBRATED if hopes else 1.0, _LONG_MEMORY)
+        self._weight = _CALIBRATED if hopes else 1.0
+        self._hopes = Acceptance(hopes).by_size()
+        self._got = self._expected = _PRIOR
 
     def new_row(self) -> Acceptance:
         """What to expect of another text."""
-        return Acceptance(self._all.by_size(), min(self._all.weight, _CALIBRATED))
+        share = self._got / self._expected
+        return Acceptance([share * hope for hope in self._hopes], self._weight)
 
-    def see(self, drafts: int, columns: Sequence[int], known: int) -> None:
-        """As ``Acceptance.see``, of a row of which so many drafts were seen before."""
+    def see(self, drafts: int, accepted: int, nodes: float) -> None:
+        """Of a tree of so many nodes so many were accepted, in a row of which so many drafts were seen before."""
         if drafts < _FIRST_DRAFTS:
-            self._all.see(columns, known)
+            expected = self._hopes[min(bisect_left(RUNGS, nodes), len(RUNGS) - 1)]
+            self._got = _PRIOR + _LONG_MEMORY * (self._got - _PRIOR) + accepted
+            self._expected = _PRIOR + _LONG_MEMORY * (self._expected - _PRIOR) + expected
 
 
 class _Followed:
@@ -134,7 +138,7 @@ class HeldDraft:
     """
 
     def __init__(self, rows: Sequence[Row], tree: TokenTree, known: int) -> None:
-        self.known = known
+        self.known, self.nodes = known, tree.mean_nodes
         parts = zip(rows, tree.parents.tolist(), tree.tokens.tolist(), tree.standing.tolist(), strict=True)
         self._open = {row.row_id: _Followed(*part) for row, *part in parts}
 

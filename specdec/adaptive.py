@@ -350,7 +350,7 @@ class AdaptiveTrees:
         """Hold a draft against what a plain pass wrote."""
         assert self._held is not None
         for row_id, columns in self._held.follow(rows, verdict.tokens).items():
-            self._see(row_id, columns, self._held.known)
+            self._see(row_id, columns, self._held.known, self._held.nodes)
         if self._held.settled:
             self._held = None
             self._wait = 0 if self._pays(rows, 1) else _FIRST_GAP
@@ -409,7 +409,7 @@ class AdaptiveTrees:
         if known is None:
             return
         for row, accepted, count in zip(rows, tree.standing_on(verdict.path), verdict.num_accepted, strict=True):
-            self._see(row.row_id, accepted[1 : count + 1], known)
+            self._see(row.row_id, accepted[1 : count + 1], known, tree.mean_nodes)
         if self._trial_over is not None:
             found = self._pays(rows, self._trial_over)
             self._gap = _FIRST_GAP if found else min(2 * self._gap, _LONGEST_GAP)
@@ -435,10 +435,10 @@ class AdaptiveTrees:
             return None  # only nodes that make later drafts possible
         return asked if cut else RUNGS[-1]
 
-    def _see(self, row_id: int, columns: Sequence[int], known: int) -> None:
+    def _see(self, row_id: int, columns: Sequence[int], known: int, nodes: float) -> None:
         row = self._known(row_id)
         row.acceptance.see(columns, known)
-        self._experience.see(row.drafts, columns, known)
+        self._experience.see(row.drafts, len(columns), nodes)
         row.drafts += 1
 
     def _pays(self, rows: Sequence[Row], over: int) -> bool:
