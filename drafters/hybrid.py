@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from operator import mul
 from time import perf_counter
@@ -106,13 +106,14 @@ class HybridDrafter(Drafter):
         self._uneven = True  # rows of a batch take only the nodes they have
         self._merger = Merger(len(self.parts))
         self._economy = Economy(len(self.parts), CAUTIOUS_CPU)
+        self._resting: Collection[int] = ()  # parts that sit the next call out
         self._begin([])
 
     def _begin(self, rows: Sequence[int]) -> None:
         count = range(len(self.parts))
         self._gains = {row: [Ratio() for _ in count] for row in rows}  # of each part in each text
         self._merger.keep(())
-        self._alive = list(count)
+        self._alive = [part for part in count if part not in self._resting]
         self._fresh = set(count)  # not asked yet in this call
         self._unstarted: dict[int, tuple[Batch, TargetOutput]] = {}  # parts that have not read the prompt
         self._missed = [MissedPasses(part.reads_logits) for part in self.parts]
@@ -121,12 +122,17 @@ class HybridDrafter(Drafter):
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         for part in self.parts:
             part.bind(target, tokenizer)
-        self.features = tuple(dict.fromkeys(name for part in self.parts for name in part.features))
+        self._find_features()
         self._uneven = target.takes_uneven
         self.takes_rows = all(part.takes_rows for part in self.parts if part.features)
         if target.device.type == "cuda":
             self._finish = torch.cuda.synchronize  # what is queued would be counted where its result is first read
             self._economy = Economy(len(self.parts), CAUTIOUS_GPU)
+
+    def _find_features(self) -> None:
+        """Those that the parts of the next call read."""
+        reading = [drafter for part, drafter in enumerate(self.parts) if part not in self._resting]
+        self.features = tuple(dict.fromkeys(name for drafter in reading for name in drafter.features))
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._begin([row.row_id for row in batch.rows])
@@ -175,7 +181,7 @@ class HybridDrafter(Drafter):
             if current.asked:
                 # The first time it reads the prompt, once for all of the call: no single pass would pay for that. For
                 # a tree that is not checked it does not have to.
-                known = timed and (part not in self._fresh or batch.unchecked or self._economy.doubts(part))
+                known = timed and (part not in self._fresh or batch.unchecked)
                 if known and not self._pays(part, batch, merged, usual):
                     return
             self._catch_up(part, view)
@@ -309,8 +315,12 @@ class HybridDrafter(Drafter):
 
     def stop(self) -> None:
         alive = self._alive
+        self._economy.end()
+        resting = [part for part, each in enumerate(self.parts) if each.features and self._economy.rests(part)]
+        self._resting = resting if len(resting) < len(self.parts) else ()
         self._begin([])
         self._each(lambda index: self.parts[index].stop(), alive)
+        self._find_features()
 
     def _now(self) -> float:
         if self._finish is not None:

@@ -44,7 +44,10 @@ _TRIED = frozenset(RUNGS) | {2 * size for size in RUNGS} | {3 * size for size in
 """Numbers of nodes of a pass that are compared."""
 
 _UNPAID = 3
-"""Calls in a row in which a part never paid after its first draft, until that one has to pay as well."""
+"""Calls in a row in which a part never paid after its first draft, until it sits some out."""
+
+_REST, _LONGEST_REST = 4, 16
+"""Calls that it sits out then, twice as many each time it never paid again."""
 
 _FEW = 16
 """States that take about as long to read as one."""
@@ -108,6 +111,7 @@ class _Part:
         self.surplus = 0.0  # of passes it was not asked in, on average: below 0
         self.was_asked = self.paid = False  # in this call
         self.unpaid = 0  # calls in a row in which it was asked and never paid
+        self.rest = 0  # calls to sit out
 
     def ms(self, states: int = 0) -> float | None:
         """Of asking it when so many states wait to be read; None before it was asked."""
@@ -131,15 +135,31 @@ class Economy:
         self._parts = [_Part() for _ in range(num_parts)]
         self._passes = PassTimes(curve)
         self._tokens = self._ms = 0.0
+        self._running = False
         self._probes_ms = 0.0  # that may be spent on parts that are not expected to pay
 
     def begin(self) -> None:
         """Another call, and another text: what passes of the last one made of their time says nothing of it."""
         self._tokens = self._ms = 0.0
+        self._running = True
+
+    def end(self) -> None:
+        """The call is over, if there was one."""
+        if not self._running:
+            return
+        self._running = False
         for part in self._parts:
-            if part.was_asked:
+            if part.rest:
+                part.rest -= 1
+            elif part.was_asked:
                 part.unpaid = 0 if part.paid else part.unpaid + 1
+                if part.unpaid >= _UNPAID:
+                    part.rest = min(_REST << (part.unpaid - _UNPAID), _LONGEST_REST)
             part.was_asked = part.paid = False
+
+    def rests(self, part: int) -> bool:
+        """Whether a part had better sit the next call out: what it is shown has its price even if it is never asked."""
+        return self._parts[part].rest > 0
 
     def order(self, parts: Sequence[int]) -> list[int]:
         """The parts, the cheapest first; those never asked keep their place at the front."""
@@ -207,10 +227,6 @@ class Economy:
             return False
         self._probes_ms -= ms
         return True
-
-    def doubts(self, part: int) -> bool:
-        """Whether a part's first draft of a call, which reads the prompt, has to pay like any other."""
-        return self._parts[part].unpaid >= _UNPAID
 
     def read(self, part: int, ms: float, states: int) -> None:
         """Showing a part so many states took so long."""

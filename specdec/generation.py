@@ -95,7 +95,7 @@ class Generation:
         self._most_rows = most_rows
         self._pass_tokens = pass_tokens
         self._share_prefixes = share
-        self._filling = FillingRows(target, prefixes, share, drafter.features)
+        self._filling = self._new_filling()
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
         self._waiting = list(rows)
@@ -123,6 +123,7 @@ class Generation:
                     break
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._next_batch()
+                self._filling = self._new_filling()  # other features may be wanted now
                 del cache  # its memory is the next one's
                 cache = self._prefill()
             self._keep(cache)
@@ -152,6 +153,9 @@ class Generation:
     def _joins(self) -> bool:
         """Whether rows join while others run."""
         return self.drafter.takes_rows or not self.drafter.features
+
+    def _new_filling(self) -> FillingRows:
+        return FillingRows(self.target, self._prefixes, self._share_prefixes, self.drafter.features)
 
     def _next_batch(self) -> Batch:
         rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]

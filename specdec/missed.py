@@ -31,6 +31,7 @@ class MissedPasses:
 
     def __init__(self, logits: bool = True) -> None:
         self._logits = logits
+        self._none: Tensor | None = None
         self.num_nodes = 0
         """Nodes kept, those of all rows."""
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
@@ -40,10 +41,16 @@ class MissedPasses:
     ) -> None:
         """Remember a pass, with these of its features, or all."""
         kept = output.features if features is None else {name: output.features[name] for name in features}
-        logits = output.logits  # a view of none of them would keep their memory
-        logits = logits if self._logits else logits.new_empty(*logits.shape[:-1], 0)
-        self._passes.append((tree, TargetOutput(logits, kept), verdict))
+        self._passes.append((tree, TargetOutput(self._kept(output.logits), kept), verdict))
         self.num_nodes += tree.tokens.numel()
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """These logits, or none of them: not a view, which would keep their memory."""
+        if self._logits:
+            return logits
+        if self._none is None or self._none.shape[:-1] != logits.shape[:-1]:
+            self._none = logits.new_empty(*logits.shape[:-1], 0)
+        return self._none
 
     @property
     def full(self) -> bool:

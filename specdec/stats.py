@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -135,18 +134,21 @@ class PhaseClock:
     def __init__(self, finish: Callable[[], None] | None = None) -> None:
         self._finish = finish
         self.milliseconds = dict.fromkeys(PHASES, 0.0)
+        self._phase, self._began = "other", 0.0
         self._start = perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall-clock to a phase."""
-        start = perf_counter()
-        try:
-            yield
-            if self._finish is not None:
-                self._finish()
-        finally:
-            self.milliseconds[name] += 1000.0 * (perf_counter() - start)
+    def phase(self, name: str) -> PhaseClock:
+        """For ``with``: add the block's wall-clock to a phase; not within another."""
+        self._phase = name
+        return self
+
+    def __enter__(self) -> None:
+        self._began = perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._finish is not None:
+            self._finish()
+        self.milliseconds[self._phase] += 1000.0 * (perf_counter() - self._began)
 
     def stop(self) -> dict[str, float]:
         """Times per phase since construction, ``other`` being the remainder."""

@@ -100,22 +100,34 @@ def test_trials_of_a_part_that_does_not_pay_are_a_bounded_share_of_the_time() ->
     assert 5.0 * asked <= PROBE_SHARE * 5000 * 10.0
 
 
-def test_a_part_that_never_paid_has_to_pay_for_its_first_draft_too() -> None:
+def test_a_part_that_never_paid_sits_calls_out() -> None:
     economy = Economy(2, LatencyCurve.simple({1: 10.0}))
     economy.passed(1, 1, 100, 10.0, 10.0, 1.0)
-    for _ in range(3):
+
+    def call(asked: bool = True, pays: bool = False) -> None:
         economy.begin()
-        assert not economy.doubts(1)
-        economy.asked(1, 50.0, 8)
-        assert not economy.pays(1, 0.1, 4, 16, 1, 100, 0)
-    economy.begin()
-    assert economy.doubts(1)
-    economy.begin()
-    assert economy.doubts(1), "a call in which it was not asked says nothing"
-    assert economy.pays(1, 20.0, 4, 16, 1, 100, 0)
-    economy.asked(1, 50.0, 8)
-    economy.begin()
-    assert not economy.doubts(1)
+        if asked:
+            economy.asked(1, 50.0, 8)
+            assert economy.pays(1, 20.0 if pays else 0.1, 4, 16, 1, 100, 0) == pays
+        economy.end()
+        economy.end()  # of no call
+
+    for _ in range(2):
+        call()
+        call(asked=False)  # which says nothing
+    assert not economy.rests(1)
+    call()
+    for rest in (4, 8, 16, 16):
+        for _ in range(rest):
+            assert economy.rests(1)
+            call(asked=False)
+        assert not economy.rests(1)
+        call()
+    for _ in range(16):
+        call(asked=False)
+    call(pays=True)
+    call()
+    assert not economy.rests(1)
 
 
 def test_what_a_part_adds_to_trees_of_one_class_says_a_little_of_the_others() -> None:
@@ -288,3 +300,18 @@ def test_of_trees_that_no_pass_checks_as_much_is_learnt_as_of_others() -> None:
         learnt.append([drafter._gains[row.row_id][1].factor for row in batch.rows])
     assert learnt[0] == learnt[1]
     assert 1.0 not in learnt[0]
+
+
+def test_a_part_that_sits_a_call_out_is_shown_nothing_and_its_states_are_not_wanted() -> None:
+    part, batch = Recording(), make_batch([[1, 2]], 9)
+    drafter = HybridDrafter([Copying(Clock(), {batch.rows[0].row_id: Text(0, 0.0)}), part])
+    drafter._economy.rests = lambda index: index == 1  # type: ignore[method-assign]
+    drafter.stop()
+    assert drafter.features == ()
+    drafter.start(batch, None)
+    drafter.propose(batch)
+    plain_pass(drafter, batch, [5])
+    drafter._economy.rests = lambda index: False  # type: ignore[method-assign]
+    drafter.stop()
+    assert part.calls == []
+    assert drafter.features == ("last",)
