@@ -16,7 +16,7 @@ class Drafter(ABC):
     """Proposes a token tree per step and may learn from what the target made of it.
 
     A drafter never influences the text, only how soon it is there. Calls come in the order ``bind`` (once), then per
-    generation ``start``, any number of ``propose`` / ``observe`` / ``keep`` / ``join``, and ``stop``.
+    generation ``prepare``, ``start``, any number of ``propose`` / ``observe`` / ``keep`` / ``join``, and ``stop``.
 
     Attributes:
         name: as given to ``SpecDecoder(drafter=...)``.
@@ -45,6 +45,19 @@ class Drafter(ABC):
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         """Meet the target; allocate what depends on it. Raises ValueError where the two do not fit."""
 
+    def prepare(self, by_clock: bool) -> None:
+        """A generation begins: which ``features`` it reads may change here, and nowhere else.
+
+        Args:
+            by_clock: whether drafts may depend on how long things took; not where a seed asks again for a text that
+                depends on the trees.
+        """
+
+    @property
+    def every_feature(self) -> Sequence[Feature]:
+        """All that ``features`` may ever be."""
+        return self.features
+
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         """A generation begins.
 
@@ -69,8 +82,11 @@ class Drafter(ABC):
     def observe(self, batch: Batch, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """See the pass: the target's logits and features at the tree's nodes, and the verdict.
 
-        Called before the accepted tokens are appended to the rows. Tokens decoded without a draft are shown later, at
-        the latest before the next ``propose``, as one chain that was accepted; the rows hold them by then.
+        Called before the accepted tokens are appended to the rows. Of a drafter's own tree, of roots, or of trees that
+        others drafted: what was accepted stands in the columns of ``verdict.path``, and what stands elsewhere may be
+        anything. Several passes that it was not asked about are shown later, at the latest before the next ``propose``,
+        as one chain that was accepted; the rows hold their tokens by then. So are those after a draft for
+        ``batch.unchecked``, which no pass is run over.
         """
 
     def keep(self, batch: Batch, rows: Sequence[int]) -> None:

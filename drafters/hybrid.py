@@ -17,7 +17,7 @@ from specdec.drafters.hybrid_cost import Economy, Ratio
 from specdec.drafters.hybrid_merger import MergedTrees, Merger
 from specdec.missed import MissedPasses
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU
-from specdec.target import HFTarget, TargetOutput
+from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
 
@@ -106,7 +106,8 @@ class HybridDrafter(Drafter):
         self._uneven = True  # rows of a batch take only the nodes they have
         self._merger = Merger(len(self.parts))
         self._economy = Economy(len(self.parts), CAUTIOUS_CPU)
-        self._resting: Collection[int] = ()  # parts that sit the next call out
+        self._resting: Collection[int] = ()  # parts that sit this call out
+        self._by_clock = True
         self._begin([])
 
     def _begin(self, rows: Sequence[int]) -> None:
@@ -122,17 +123,27 @@ class HybridDrafter(Drafter):
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         for part in self.parts:
             part.bind(target, tokenizer)
-        self._find_features()
+        self.features = self.every_feature
         self._uneven = target.takes_uneven
         self.takes_rows = all(part.takes_rows for part in self.parts if part.features)
         if target.device.type == "cuda":
             self._finish = torch.cuda.synchronize  # what is queued would be counted where its result is first read
             self._economy = Economy(len(self.parts), CAUTIOUS_GPU)
 
-    def _find_features(self) -> None:
-        """Those that the parts of the next call read."""
-        reading = [drafter for part, drafter in enumerate(self.parts) if part not in self._resting]
-        self.features = tuple(dict.fromkeys(name for drafter in reading for name in drafter.features))
+    def prepare(self, by_clock: bool) -> None:
+        resting: Collection[int] = ()
+        if by_clock and self.config.ask == "paying":
+            resting = [part for part, each in enumerate(self.parts) if each.features and self._economy.rests(part)]
+        self._resting = resting if len(resting) < len(self.parts) else ()
+        self._by_clock = by_clock
+        awake = [drafter for part, drafter in enumerate(self.parts) if part not in self._resting]
+        self.features = tuple(dict.fromkeys(name for drafter in awake for name in drafter.features))
+        for drafter in awake:
+            drafter.prepare(by_clock)
+
+    @property
+    def every_feature(self) -> Sequence[Feature]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.every_feature))
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._begin([row.row_id for row in batch.rows])
@@ -164,7 +175,7 @@ class HybridDrafter(Drafter):
         """States that a part would have to read if it were asked."""
         waiting = self._unstarted.get(part)
         prompt = 0 if waiting is None else sum(len(row.tokens) - 1 for row in waiting[0].rows)
-        return prompt + self._missed[part].num_nodes
+        return prompt + self._missed[part].num_states
 
     def propose(self, batch: Batch) -> TokenTree:
         max_nodes = min(self.config.max_nodes, batch.max_nodes)
@@ -175,7 +186,7 @@ class HybridDrafter(Drafter):
         merged = self._merger.trees((batch.greedy, batch.coupled), batch.rows)
         usual = min(batch.mean_nodes, max_nodes)  # of a row
         self._round = current = _Round(self._now(), merged, usual, checked=not batch.unchecked)
-        timed = self.config.ask == "paying" and not _repeatable_by_tree(batch)
+        timed = self._by_clock and self.config.ask == "paying" and not _repeatable_by_tree(batch)
 
         def ask(part: int) -> None:
             if current.asked:
@@ -188,8 +199,10 @@ class HybridDrafter(Drafter):
             began = self._now()
             self._ask(part, view, merged)
             self._choose(batch, merged, max_nodes, timed)
-            self._economy.asked(part, 1000.0 * (self._now() - began), self._size(merged), part in self._fresh)
-            self._fresh.discard(part)
+            took, optional = 1000.0 * (self._now() - began), timed and bool(current.asked)
+            self._economy.asked(part, took, self._size(merged), part in self._fresh, optional)
+            if current.checked:
+                self._fresh.discard(part)
             current.asked.append(part)
 
         self._each(ask, self._order(timed))
@@ -277,6 +290,8 @@ class HybridDrafter(Drafter):
             accepted[-1] = verdict.num_accepted
         for choice, part in enumerate(current.asked[1:], start=1):
             for index, row in enumerate(batch.rows):
+                if not current.checked and accepted[-1][index] == len(verdict.tokens[index]):
+                    continue  # the text may go on as the tree does
                 gain, before = float(accepted[choice + 1][index] - accepted[choice][index]), expected[choice][index]
                 self._gains[row.row_id][part].see(gain, self._economy.gain(part, before, current.max_nodes))
                 self._economy.added(part, before, current.max_nodes, gain)
@@ -316,11 +331,8 @@ class HybridDrafter(Drafter):
     def stop(self) -> None:
         alive = self._alive
         self._economy.end()
-        resting = [part for part, each in enumerate(self.parts) if each.features and self._economy.rests(part)]
-        self._resting = resting if len(resting) < len(self.parts) else ()
         self._begin([])
         self._each(lambda index: self.parts[index].stop(), alive)
-        self._find_features()
 
     def _now(self) -> float:
         if self._finish is not None:

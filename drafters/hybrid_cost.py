@@ -109,8 +109,8 @@ class _Part:
         self.long_lessons: deque[float] = deque(maxlen=_SAMPLES)  # ms per state, of many at once
         self.nodes = 0.0  # of trees it had a share in
         self.surplus = 0.0  # of passes it was not asked in, on average: below 0
-        self.was_asked = self.paid = False  # in this call
-        self.unpaid = 0  # calls in a row in which it was asked and never paid
+        self.was_asked = self.paid = False  # in this call, where it might have been left out
+        self.unpaid = 0  # calls in a row in which it was asked so and never paid
         self.rest = 0  # calls to sit out
 
     def ms(self, states: int = 0) -> float | None:
@@ -236,11 +236,19 @@ class Economy:
         else:
             known.lessons.append(ms)
 
-    def asked(self, part: int, ms: float, nodes: float, first: bool = False) -> None:
-        """Asking a part took so long, and the tree had so many nodes then; the first time of a call it may have read
-        the prompt, which says at most that it takes no longer."""
+    def asked(self, part: int, ms: float, nodes: float, first: bool = False, optional: bool = True) -> None:
+        """Asking a part took so long, and the tree had so many nodes then.
+
+        Args:
+            part: which one.
+            ms: time it took.
+            nodes: of the tree with it, per row.
+            first: it is the first time in this call, and it may have read the prompt: that says at most that asking
+                takes no longer.
+            optional: it might have been left out, for there were others, and a clock may decide.
+        """
         known = self._parts[part]
-        known.was_asked = True
+        known.was_asked |= optional
         if not first or (known.asks and ms < low_median(known.asks)):
             known.asks.append(ms)
         known.nodes += 0.2 * (nodes - known.nodes) if known.nodes else nodes

@@ -186,13 +186,16 @@ class AdaptiveTrees:
         self._why_not = ""
         self.reason: str | None = None
         self.beside = 1
-        times.begin_call()
+        self._begun = False
 
     @property
     def trying(self) -> bool:
         return self._trial_over == 1
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
+        if not self._begun:
+            self._begun = True
+            self._times.begin_call()
         self._trial_over, self.beside = None, 1
         self._resting = self._held is None and not self._speculates and self._wait > 0
         if self._resting:  # nothing is learnt meanwhile

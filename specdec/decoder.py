@@ -295,7 +295,7 @@ class SpecDecoder:
             self.target, self.drafter, verifier, rows, kept, self._on_drafter_error == "raise",
             policy if plan.nodes > 1 else FixedTrees(),
             NO_LIMIT if plan.nodes >= tree_size(self.drafter) else plan.nodes, most_rows or plan.rows, self.prefixes,
-            pass_tokens, self._share_prefixes, spare if together else None,
+            pass_tokens, self._share_prefixes, spare if together else None, _may_vary(verifier, params),
         )  # fmt: skip
 
     @property
@@ -326,7 +326,7 @@ class SpecDecoder:
             if running is not None and not isinstance(running, GenerationStream):
                 quiet = running.between_passes
             with quiet:
-                kept = stack.enter_context(self.prefixes.hold(tokens, self.drafter.features))
+                kept = stack.enter_context(self.prefixes.hold(tokens, self.drafter.every_feature))
             yield kept
 
     def _model_shape(self) -> ModelShape:
@@ -367,7 +367,7 @@ class SpecDecoder:
             prompt_len=max(row.prompt_len for row in rows),
             max_len=length,
             nodes=tree_size(self.drafter),
-            features=len(self.drafter.features),
+            features=len(self.drafter.every_feature),
             sampled=not all(row.params.greedy for row in rows),
             shared=shared,
             refers=self.target.refers_to_segments,
@@ -387,15 +387,14 @@ class SpecDecoder:
         return plan_memory(shape, held + drafter_kv(self.drafter, len(rows), length), work, budget)
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
-        free = params.greedy or verifier.coupled or params.seed is None  # of a text that has to be met again
-        if not (self._adaptive and free):
+        if not (self._adaptive and _may_vary(verifier, params)):
             return FixedTrees()
         if self._times is None:
             cautious = CAUTIOUS_CPU if self.target.device.type == "cpu" else CAUTIOUS_GPU
             self._times = PassTimes(load_curve(LatencyKey.of(self.target)) or cautious)
         if self._experience is None:
             self._experience = Experience(self.drafter.expected_accepted(RUNGS))
-        foretells = (params.greedy or verifier.coupled) and not self.drafter.virtual_nodes
+        foretells = _is_foretold(verifier, params) and not self.drafter.virtual_nodes
         return AdaptiveTrees(self._times, self._experience, self.target.takes_uneven, foretells)
 
     def _make_rows(self, prompts: Sequence[Prompt], params: SamplingParams, verifier: Verifier) -> list[Row]:
@@ -425,6 +424,16 @@ class SpecDecoder:
                 max_len = longest if limit is None else min(longest, limit)
                 rows.append(Row(list(tokens), len(tokens), max_len, params, noise, eos, prompt_index, completion, text))
         return rows
+
+
+def _is_foretold(verifier: Verifier, params: SamplingParams) -> bool:
+    """Whether a text does not depend on what is drafted."""
+    return params.greedy or (verifier.coupled and verifier.lossless)
+
+
+def _may_vary(verifier: Verifier, params: SamplingParams) -> bool:
+    """Whether a clock may decide what is drafted; not of a text that depends on it and has to be met again."""
+    return _is_foretold(verifier, params) or params.seed is None
 
 
 def merge_params(params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:

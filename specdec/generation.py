@@ -23,7 +23,7 @@ from specdec.missed import MissedPasses
 from specdec.prefix import PrefixStore, common_prefix, prefill_shared
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
-from specdec.target import PREFILL_CHUNK, Chunk, HFTarget, TargetOutput
+from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict, Verifier
 
@@ -59,6 +59,7 @@ class Generation:
         share: whether to compute and hold once what prompts begin with alike.
         spare: slots of the KV cache behind the longest possible text; trees are cut to what room there is. Where None
             there is room for usual trees, and larger ones make the cache grow.
+        by_clock: whether drafts may depend on how long things took.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Generation:
         pass_tokens: int = PASS_TOKENS,
         share: bool = True,
         spare: int | None = None,
+        by_clock: bool = True,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -95,6 +97,8 @@ class Generation:
         self._most_rows = most_rows
         self._pass_tokens = pass_tokens
         self._share_prefixes = share
+        self._by_clock = by_clock
+        self._features: Sequence[Feature] = ()
         self._filling = self._new_filling()
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
@@ -113,6 +117,9 @@ class Generation:
         """The loop, a pass at a time; rows may be added and cancelled between passes."""
         drafter = self.drafter
         try:
+            self._guarded(lambda: drafter.prepare(self._by_clock))
+            self._features, self._missed = drafter.features, MissedPasses(drafter.reads_logits)
+            self._filling = self._new_filling()
             cache = self._prefill()
             while True:
                 while self._batch.rows or self._filling or (self._waiting and self._joins):
@@ -123,7 +130,6 @@ class Generation:
                     break
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._next_batch()
-                self._filling = self._new_filling()  # other features may be wanted now
                 del cache  # its memory is the next one's
                 cache = self._prefill()
             self._keep(cache)
@@ -152,10 +158,15 @@ class Generation:
     @property
     def _joins(self) -> bool:
         """Whether rows join while others run."""
-        return self.drafter.takes_rows or not self.drafter.features
+        return self.drafter.takes_rows or not self._wanted
 
     def _new_filling(self) -> FillingRows:
-        return FillingRows(self.target, self._prefixes, self._share_prefixes, self.drafter.features)
+        return FillingRows(self.target, self._prefixes, self._share_prefixes, self._wanted)
+
+    @property
+    def _wanted(self) -> Sequence[Feature]:
+        """Hidden states that the drafter reads in this generation."""
+        return () if isinstance(self.drafter, NoneDrafter) else self._features
 
     def _next_batch(self) -> Batch:
         rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
@@ -195,11 +206,11 @@ class Generation:
                 cache.share(index, each.cache.shares[0])  # all rows', so that buffers are made for what is behind them
             for index, each in enumerate(filled, first):
                 cache.copy_row(index, each.cache, 0, len(each.row.tokens) - 1)
-        output = joined_features(filled) if self.drafter.features else None
+        output = joined_features(filled) if self._wanted else None
         with clock.phase("draft"):
             if first:
                 self._batch.add(rows)
-                seen = (output,) if self.drafter.features else ()
+                seen = (output,) if self._wanted else ()
                 self._guarded(lambda: self.drafter.join(self._batch, len(rows), *seen))
             else:
                 self._guarded(self.drafter.stop)
@@ -231,9 +242,9 @@ class Generation:
         with clock.phase("prefill"):
             capacities = [row.max_len + self._spare for row in batch.rows]
             prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
-            if self._kept is None or self._kept.cache is None or self.drafter.features:
+            if self._kept is None or self._kept.cache is None or self._wanted:
                 cache, output = prefill_shared(
-                    self.target, prompts, capacities, self.drafter.features, self._prefixes, self._share_prefixes
+                    self.target, prompts, capacities, self._wanted, self._prefixes, self._share_prefixes
                 )
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
@@ -242,7 +253,7 @@ class Generation:
                 reused = cache.max_length  # a quantized cache may not go back so far
                 cache.reserve(max(capacities))
                 missing = [prompt[reused:] for prompt in prompts]
-                output = self.target.extend(missing, cache, self.drafter.features) if any(missing) else None
+                output = self.target.extend(missing, cache, self._wanted) if any(missing) else None
         with clock.phase("draft"):
             self._guarded(lambda: self.drafter.start(batch, output))
         self._share(clock.stop(), batch.rows)
@@ -256,7 +267,8 @@ class Generation:
         budget = self._policy.budget(rows, self._most_of_a_row(NO_LIMIT))
         tree = TokenTree.from_pending(batch.pending)
         if not isinstance(self.drafter, NoneDrafter):
-            if max(budget, self._policy.beside) > 1:
+            # A draft beside prompts would not be charged to anybody.
+            if budget > 1 or (self._policy.beside > 1 and not self._filling):
                 with clock.phase("draft"):
                     tree = self._draft(budget) or tree
             if budget == 1:
@@ -264,7 +276,7 @@ class Generation:
         with clock.phase("target"):
             cache.make_room(tree.num_nodes)
             chunks = self._chunks(tree)
-            output = self.target.forward_beside(tree, cache, chunks, self.drafter.features)
+            output = self.target.forward_beside(tree, cache, chunks, self._wanted)
         with clock.phase("accept"):
             verdict = self.verifier.accept(tree, output.logits, batch)
         with clock.phase("commit"):

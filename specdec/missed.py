@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class MissedPasses:
     def __init__(self, logits: bool = True) -> None:
         self._logits = logits
         self._none: Tensor | None = None
-        self.num_nodes = 0
-        """Nodes kept, those of all rows."""
+        self.num_nodes = self.num_states = 0
+        """Nodes kept, those of all rows, and of them those that were accepted, which a drafter will read."""
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
 
     def add(
@@ -41,8 +42,10 @@ class MissedPasses:
     ) -> None:
         """Remember a pass, with these of its features, or all."""
         kept = output.features if features is None else {name: output.features[name] for name in features}
+        if self._passes:  # of all but the last, what was not accepted is dropped
+            self._passes[-1] = _on_its_path(*self._passes[-1])
         self._passes.append((tree, TargetOutput(self._kept(output.logits), kept), verdict))
-        self.num_nodes += tree.tokens.numel()
+        self._count()
 
     def _kept(self, logits: Tensor) -> Tensor:
         """These logits, or none of them: not a view, which would keep their memory."""
@@ -59,7 +62,8 @@ class MissedPasses:
 
     def hand_over(self, observe: Observe) -> None:
         """Show what was missed, if anything, and forget it: a single pass as it was."""
-        passes, self._passes, self.num_nodes = self._passes, [], 0
+        passes, self._passes = self._passes, []
+        self._count()
         if len(passes) == 1:
             observe(*passes[0])
         elif passes:
@@ -82,7 +86,11 @@ class MissedPasses:
             for tree, output, verdict in self._passes
             if len(rows)
         ]
+        self._count()
+
+    def _count(self) -> None:
         self.num_nodes = sum(tree.tokens.numel() for tree, _, _ in self._passes)
+        self.num_states = sum(sum(verdict.num_accepted) + len(verdict.num_accepted) for _, _, verdict in self._passes)
 
 
 def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[TokenTree, TargetOutput, Verdict]:
@@ -105,6 +113,17 @@ def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[T
     tree, output = _gather(tokens, output, path, lengths)
     order = torch.arange(width, device=tokens.device).expand_as(path)
     return tree, output, Verdict(order, [length - 1 for length in lengths], emitted, verdicts[-1].failed)
+
+
+def _on_its_path(tree: TokenTree, output: TargetOutput, verdict: Verdict) -> tuple[TokenTree, TargetOutput, Verdict]:
+    """A pass as a chain of what was accepted."""
+    if tree.num_nodes == 1:
+        return tree, output, verdict
+    lengths = [count + 1 for count in verdict.num_accepted]
+    width = max(lengths)
+    chain, kept = _gather(tree.tokens, output, verdict.path[:, :width], lengths)
+    order = torch.arange(width, device=tree.tokens.device).expand(len(lengths), -1)
+    return chain, kept, replace(verdict, path=order)
 
 
 def _gather(

@@ -95,6 +95,7 @@ class PassTimes:
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._first_drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._idle = False  # whether nothing was drafted in the call so far
+        self._discount = 1.0  # on what drafts took
         self._delays: deque[float] = deque(maxlen=_SAMPLES)
 
     def observe(self, nodes: float, batch: int, length: int, ms: float) -> None:
@@ -115,17 +116,16 @@ class PassTimes:
         return self._learn
 
     def begin_call(self) -> None:
-        """A call begins. Where the last one had no draft, drafts are taken to be a little cheaper than they were: one
-        slow spell must not end drafting for good.
+        """A call begins. Where the last one had no draft, drafts are taken to cost half of what they did, down to a
+        quarter and until one is made: a slow spell must not end drafting for good.
         """
         if self._idle:
-            for known in (self._drafts, self._first_drafts):
-                known.extend([_FORGETTING * ms for ms in known])
+            self._discount = max(_FORGETTING * self._discount, _FORGETTING**2)
         self._idle = True
 
     def observe_draft(self, ms: float, first: bool = False) -> None:
         """Drafting a tree took so long; a call's ``first`` draft reads the prompt as well."""
-        self._idle = False
+        self._idle, self._discount = False, 1.0
         if first and self._drafts:  # a decoder's very first draft is another matter: much is done for the first time
             self._first_drafts.append(ms)
         if not first or (self._drafts and ms < self.draft_ms):
@@ -134,12 +134,12 @@ class PassTimes:
     @property
     def first_draft_ms(self) -> float:
         """Milliseconds of a call's first draft; 0 before there was one."""
-        return _low_median(self._first_drafts) if self._first_drafts else 0.0
+        return self._discount * _low_median(self._first_drafts) if self._first_drafts else 0.0
 
     @property
     def draft_ms(self) -> float:
         """Milliseconds of drafting a tree; 0 before the first."""
-        return _low_median(self._drafts) if self._drafts else 0.0
+        return self._discount * _low_median(self._drafts) if self._drafts else 0.0
 
     def observe_after_draft(self, batch: int, length: int, ms: float) -> None:
         """The plain pass after a draft took so long."""

@@ -51,7 +51,7 @@ class OnAndOff:
     trying = False
 
     def __init__(self) -> None:
-        self.step, self.beside = 0, 1
+        self.step, self.beside, self.held = 0, 1, 0
 
     def budget(self, rows: Sequence[Row], most: int = NO_LIMIT) -> int:
         self.step += 1
@@ -62,6 +62,7 @@ class OnAndOff:
     def hold(self, rows: Sequence[Row], tree: TokenTree) -> None:
         assert len(rows) == tree.batch_size
         assert self.beside > 1
+        self.held += 1
 
     def observe(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict, ms: dict[str, float] | None) -> None:
         assert len(rows) == tree.batch_size == len(verdict.num_accepted)
@@ -170,8 +171,10 @@ def test_a_drafter_is_shown_all_that_was_decoded_without_it(target: HFTarget) ->
     texts = plain_texts(target, [PROMPT, OTHER])
     drafter = Witness(chain(lambda index, tokens: [*PROMPT, *texts[0]][len(tokens) :][:4]))  # right for one of them
     decoder = SpecDecoder(target, drafter, on_drafter_error="raise")
-    decoder._pick_policy = lambda *_: OnAndOff()  # type: ignore[method-assign]
+    policy = OnAndOff()
+    decoder._pick_policy = lambda *_: policy  # type: ignore[method-assign]
     results = decoder.generate([PROMPT, OTHER], max_new_tokens=LENGTH, ignore_eos=True)
+    assert policy.held > 0
     assert [result.token_ids for result in results] == texts
     assert 5 < drafter.most_at_once <= MOST_NODES
     for prompt, text, seen, states in zip((PROMPT, OTHER), texts, drafter.tokens, drafter.states, strict=True):

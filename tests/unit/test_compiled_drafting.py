@@ -295,3 +295,22 @@ def test_layers_in_groups_draft_with_packed_weights(target: HFTarget) -> None:
     first = drafter.propose(batch)
     assert first.num_nodes > 4
     assert_same(drafter.propose(batch), first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_accepted_of_a_tree_is_read_by_its_columns(target: HFTarget, form: str) -> None:
+    """Of rows that had different numbers of nodes accepted; what stands in no such column is not looked at."""
+    path, counts = torch.tensor([[0, 3, 4], [0, 2, 0], [0, 0, 0]]), [3, 2, 1]
+    drafters = make_drafter(target, form, EagleConfig()), in_steps(make_drafter(target, form, EagleConfig()))
+    for drafter in drafters:
+        absorb(drafter, target, [[9, 1, 4]])
+        features: Any = {key: torch.randn(3, 6, target.config.hidden_size).bfloat16() for key in STATES}
+        for states in features.values():
+            states[:, [1, 5]] = torch.nan
+        drafter.absorb_path(features, path, torch.tensor([[5, 6, 7], [8, 9, 0], [1, 0, 0]]), counts)
+        assert drafter._cache.row_lengths == [12, 3, 5]
+    assert drafters[0]._start.isfinite().all()
+    torch.testing.assert_close(drafters[0]._start, drafters[1]._start, rtol=0, atol=0)
+    batch = greedy([7], [8], [9])
+    assert_same(drafters[0].propose(batch), drafters[1].propose(batch))

@@ -305,13 +305,45 @@ def test_of_trees_that_no_pass_checks_as_much_is_learnt_as_of_others() -> None:
 def test_a_part_that_sits_a_call_out_is_shown_nothing_and_its_states_are_not_wanted() -> None:
     part, batch = Recording(), make_batch([[1, 2]], 9)
     drafter = HybridDrafter([Copying(Clock(), {batch.rows[0].row_id: Text(0, 0.0)}), part])
-    drafter._economy.rests = lambda index: index == 1  # type: ignore[method-assign]
-    drafter.stop()
+    drafter._economy.rests = lambda index: True  # type: ignore[method-assign]
+    drafter.prepare(by_clock=True)
     assert drafter.features == ()
+    assert drafter.every_feature == ("last",)
     drafter.start(batch, None)
     drafter.propose(batch)
     plain_pass(drafter, batch, [5])
-    drafter._economy.rests = lambda index: False  # type: ignore[method-assign]
     drafter.stop()
     assert part.calls == []
-    assert drafter.features == ("last",)
+    drafter.prepare(by_clock=False)
+    assert drafter.features == ("last",), "trees that have to be met again do not depend on what parts took"
+
+
+@pytest.mark.parametrize("ask", ["always", "paying"])
+def test_only_a_part_that_might_have_been_left_out_is_judged_by_what_it_added(ask: str) -> None:
+    """Here the second one never adds a node."""
+    drafter = HybridDrafter([Saying("a", [5]), Saying("b", [5])], HybridConfig(ask=ask))  # type: ignore[arg-type]
+    for _ in range(4):
+        batch = make_batch([[9]], 10)
+        drafter.prepare(by_clock=True)
+        drafter.start(batch, None)
+        tree = drafter.propose(batch)
+        verdict = Verdict(torch.zeros(1, 1, dtype=torch.int64), [0], [[4]], [False])
+        drafter.observe(batch, tree, TargetOutput(torch.zeros(1, tree.num_nodes, 10), {}), verdict)
+        drafter.stop()
+    assert not drafter._economy.rests(0)
+    assert drafter._economy.rests(1) == (ask == "paying")
+
+
+def test_a_part_that_goes_on_right_beyond_what_is_known_is_not_taken_to_have_ended() -> None:
+    batch = make_batch([[9]], 10)
+    drafter = HybridDrafter([Saying("a", [5]), Saying("b", [5, 6, 7, 8])], HybridConfig(ask="always"))
+    drafter.start(batch, None)
+    batch.unchecked = True
+    drafter.propose(batch)
+    roots = TokenTree.from_pending(batch.pending)
+    missed = MissedPasses()
+    for token in (5, 6):
+        verdict = Verdict(torch.zeros(1, 1, dtype=torch.int64), [0], [[token]], [False])
+        missed.add(roots, TargetOutput(torch.zeros(1, 1, 10), {}), verdict)
+    missed.hand_over(partial(drafter.observe, batch))
+    assert drafter._gains[batch.rows[0].row_id][1].factor == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
+from specdec.layer_buffers import LayerAddresses, LayerBuffers
 
 HEADS, KEY_WIDTH, VALUE_WIDTH, LAYERS = 2, 3, 5, 2
 
@@ -223,3 +226,31 @@ def test_rows_that_fill_gaps_are_moved_in_place_until_half_the_memory_idles(rows
         assert torch.equal(checked.cache.entries(1, place)[0], expected)
     checked.cache.check_integrity()
     assert (checked.cache.layers[1].keys.data_ptr() == memory) == (len(rows) > 3)
+
+
+def test_addresses_are_asked_for_anew_where_a_buffer_was_replaced_and_only_there() -> None:
+    cache = KVCache(6, 8)
+    same_width = entries([[1, 2]] * 6, 0)[0]
+    for layer in range(LAYERS):
+        cache.write(layer, same_width, same_width, 0)
+    layers = list(cache.layers.values())
+
+    def held() -> LayerAddresses:
+        known = cache.addresses(layers)
+        size = 2 * LAYERS
+        found = (ctypes.c_void_p * size).from_address(known.keys)
+        assert list(found) == [*(pair.keys.data_ptr() for pair in layers), *(pair.values.data_ptr() for pair in layers)]
+        assert known.values == known.keys + ctypes.sizeof(found) // 2
+        assert known.alike
+        return known
+
+    first = held()
+    cache.advance([2] * 6)
+    assert held() is first
+    replacing = [lambda: cache.reserve(40), lambda: cache.keep_rows([0, 5, 2, 3]), lambda: cache.keep_rows([1]),
+                 lambda: cache.add_rows(2)]  # fmt: skip
+    for replace in replacing:
+        before = held()
+        replace()
+        assert held() is not before
+    assert not KVCache(1, 8).addresses([LayerBuffers(torch.zeros(1, 2, 8, 3), torch.zeros(1, 2, 8, 5))]).alike

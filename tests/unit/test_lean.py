@@ -267,6 +267,41 @@ def test_layers_of_codes_in_groups_give_what_their_dense_weights_give(zero_point
     assert torch.equal(run(HFTarget(model), nodes), run(HFTarget(short(dense)), nodes))
 
 
+def laid_out(kind: str, weight: Tensor, bias: Tensor | None) -> PanelWeight:
+    if kind == "w8a8":
+        return W8A8PanelWeight(weight, bias)
+    if kind == "w4a8":
+        return W4A8PanelWeight(from_dense(weight, 32, zero_points=False), bias)
+    groups = weight.float().unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups / scales.unsqueeze(-1).float()).round().clamp(-127, 127)
+    return GroupW8A8PanelWeight(codes.to(torch.int8).flatten(1), scales, bias)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "w8a8", "w4a8", "groups of 8 bits"])
+def test_logits_of_many_rows_of_different_sizes_are_written_where_they_belong(kind: str) -> None:
+    """More nodes than are multiplied at a time, and a vocabulary that ends within a panel."""
+    if not panels_run():
+        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+    model = make("llama")
+    pack_linears(model, *([] if kind == "bfloat16" else [functools.partial(laid_out, kind)]))
+    make_lean(model)
+    target = HFTarget(model)
+    assert target.takes_uneven
+    sizes = [1 + (7 * row) % 12 for row in range(60)]
+    assert sum(sizes) > 256
+    tokens = torch.randint(0, 97, (60, 12))
+    padding = torch.arange(12) >= torch.tensor(sizes).unsqueeze(1)
+    parents = torch.arange(-1, 11).expand(60, -1).masked_fill(padding, PADDING)
+    tree, cache = TokenTree(tokens, parents), target.new_cache(60, 40)
+    with torch.inference_mode():
+        target.extend([[row, 5] for row in range(60)], cache)
+        padded = target.run(tree.tokens, None, cache, tree.depth, tree.ancestors).logits
+        found = target.forward(tree, cache).logits
+    assert found.shape == padded.shape
+    assert torch.equal(found[tree.valid], padded[tree.valid])
+
+
 @pytest.mark.parametrize("nodes", [1, 13, 140])  # of two rows
 @pytest.mark.parametrize("kind", ["w8a8", "w4a8", "groups of 8 bits"])
 def test_layers_of_activations_in_8_bit_are_in_one_call_what_they_are_in_parts(
@@ -276,20 +311,10 @@ def test_layers_of_activations_in_8_bit_are_in_one_call_what_they_are_in_parts(
     if not panels_run():
         pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
 
-    def laid_out(weight: Tensor, bias: Tensor | None) -> PanelWeight:
-        if kind == "w8a8":
-            return W8A8PanelWeight(weight, bias)
-        if kind == "w4a8":
-            return W4A8PanelWeight(from_dense(weight, 32, zero_points=False), bias)
-        groups = weight.float().unflatten(1, (-1, 32))
-        scales = (groups.abs().amax(-1) / 127).half()
-        codes = (groups / scales.unsqueeze(-1).float()).round().clamp(-127, 127)
-        return GroupW8A8PanelWeight(codes.to(torch.int8).flatten(1), scales, bias)
-
     outputs = []
     for whole in (True, False):
         model = make("llama")
-        pack_linears(model, laid_out)
+        pack_linears(model, functools.partial(laid_out, kind))
         make_lean(model)
         assert all(is_whole(layer) for layer in model.model.layers)
         for layer in () if whole else model.model.layers:

@@ -190,6 +190,7 @@ def drafts(sizes: Sequence[int]) -> list[object]:
     return found
 
 
+@compiled
 def test_rows_that_end_while_no_pass_checks_their_trees_leave_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     found = drafts([3, 2, 2, 1, 1, 1])
     monkeypatch.setattr(hybrid_merger, "serves", lambda num_parts: False)
@@ -198,6 +199,7 @@ def test_rows_that_end_while_no_pass_checks_their_trees_leave_those_of_others(mo
     assert len(found) == 6
 
 
+@compiled
 def test_a_hybrid_decodes_alike_compiled_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def decoded() -> Run:
         clock, texts = Clock(), dict[int, Text]()

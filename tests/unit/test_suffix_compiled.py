@@ -21,6 +21,8 @@ from specdec.kernels.suffix import cpu, make_corpus
 from specdec.kernels.suffix.reference import ReferenceCorpus
 from specdec.tree import TokenTree
 
+pytestmark = pytest.mark.skipif(cpu.compiled() is None, reason="no C compiler")
+
 VOCAB = 12
 HUGE = 1 << 70
 LIMITS = (16, 4.0, 0.05, 1000)
