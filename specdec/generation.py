@@ -165,8 +165,8 @@ class Generation:
 
     @property
     def _wanted(self) -> Sequence[Feature]:
-        """Hidden states that the drafter reads in this generation."""
-        return () if isinstance(self.drafter, NoneDrafter) else self._features
+        """Hidden states that the drafter reads in this generation; none once it was given up."""
+        return self._features if self.drafter.features else ()
 
     def _next_batch(self) -> Batch:
         rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
