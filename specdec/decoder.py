@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from specdec.acceptance import Experience
-from specdec.adaptive import NO_LIMIT, AdaptiveTrees, FixedTrees, TreePolicy
+from specdec.adaptive import AdaptiveTrees
 from specdec.batch import Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
@@ -35,6 +35,7 @@ from specdec.memory_plan import (
 )
 from specdec.placement import with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
+from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.prefix import KeptText, PrefixStore, SharedWork
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown

@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specdec.adaptive import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
@@ -20,6 +19,7 @@ from specdec.kv_cache import KVCache
 from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
+from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.prefix import PrefixStore, common_prefix, prefill_shared
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock

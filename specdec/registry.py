@@ -111,9 +111,9 @@ def resolve_drafter(name: str, target: HFTarget) -> str:
     if name != "auto":
         return name
     from specdec.drafters.weights import TargetFacts, find_pretrained
-    from specdec.quantization import is_quantized, quantizes_weights_alone
+    from specdec.quantization import is_quantized, passes_stay_flat
 
-    if is_quantized(target.model) and not quantizes_weights_alone(target.model):
+    if is_quantized(target.model) and not passes_stay_flat(target.model):
         return AUTO_DRAFTER
     facts = TargetFacts.of(target)
     return next((name for name, part in FASTER_THAN_AUTO.items() if find_pretrained(part, facts)), AUTO_DRAFTER)

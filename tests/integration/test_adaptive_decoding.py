@@ -13,11 +13,12 @@ import torch
 from integration.architectures import VOCAB, tiny_model
 from integration.scripted import ScriptedDrafter, chain, oracle
 from specdec import SpecDecoder
-from specdec.adaptive import CREDIT, NO_LIMIT, SHARE
+from specdec.adaptive import CREDIT, SHARE
 from specdec.batch import Row
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.latency import LatencyCurve
 from specdec.missed import MOST_NODES
+from specdec.policy import NO_LIMIT
 from specdec.registry import create_drafter
 from specdec.target import HFTarget
 from specdec.tree import TokenTree

@@ -13,7 +13,6 @@ from test_ppd import make_weights as random_prompts
 from unit_heads import random_weights
 
 from specdec import SpecDecoder, missed
-from specdec.adaptive import NO_LIMIT
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.clover import CloverDrafter
@@ -21,6 +20,7 @@ from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.ppd import PPDDrafter
 from specdec.missed import MissedPasses
+from specdec.policy import NO_LIMIT
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import ROOT, TokenTree
 from specdec.verifiers.base import Verdict

@@ -30,9 +30,9 @@ def test_auto_is_what_ships_for_the_target_else_what_needs_nothing(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("precision", "as_in_16_bit"), [("int8", True), ("int4", True), ("w8a8", False), ("w4a8", False)]
+    ("precision", "as_in_16_bit"), [("int8", True), ("int4", True), ("w8a8", True), ("w4a8", False)]
 )
-def test_auto_drafts_as_in_16_bit_where_weights_alone_are_quantized(
+def test_auto_drafts_as_in_16_bit_where_passes_are_as_flat_as_there(
     precision: str, as_in_16_bit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not panels_run():
