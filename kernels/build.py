@@ -45,6 +45,14 @@ def load_library(source: Path, folder: Path | None = None, options: Sequence[str
         raise NotBuilt(f"{library} cannot be loaded: {error}") from error
 
 
+def find_library(source: Path, options: Sequence[str] = ()) -> ctypes.CDLL | None:
+    """``load_library``'s; None where there is none."""
+    try:
+        return load_library(source, options=options)
+    except NotBuilt:
+        return None
+
+
 def source_digest(source: Path, options: Sequence[str] = ()) -> str:
     """16 hex digits of all a library is made by: source, headers beside it, flags, the processor's instructions."""
     code = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]

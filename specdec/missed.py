@@ -33,8 +33,8 @@ class MissedPasses:
     def __init__(self, logits: bool = True) -> None:
         self._logits = logits
         self._none: Tensor | None = None
-        self.num_nodes = self.num_states = 0
-        """Nodes kept, those of all rows, and of them those that were accepted, which a drafter will read."""
+        self.num_nodes = 0
+        """Nodes kept, those of all rows."""
         self._passes: list[tuple[TokenTree, TargetOutput, Verdict]] = []
 
     def add(
@@ -43,9 +43,16 @@ class MissedPasses:
         """Remember a pass, with these of its features, or all."""
         kept = output.features if features is None else {name: output.features[name] for name in features}
         if self._passes:  # of all but the last, what was not accepted is dropped
-            self._passes[-1] = _on_its_path(*self._passes[-1])
+            last = self._passes[-1]
+            self._passes[-1] = _on_its_path(*last)
+            self.num_nodes += self._passes[-1][0].tokens.numel() - last[0].tokens.numel()
         self._passes.append((tree, TargetOutput(self._kept(output.logits), kept), verdict))
-        self._count()
+        self.num_nodes += tree.tokens.numel()
+
+    @property
+    def num_states(self) -> int:
+        """Nodes of them that were accepted, which a drafter will read."""
+        return sum(sum(verdict.num_accepted) + len(verdict.num_accepted) for _, _, verdict in self._passes)
 
     def _kept(self, logits: Tensor) -> Tensor:
         """These logits, or none of them: not a view, which would keep their memory."""
@@ -62,8 +69,7 @@ class MissedPasses:
 
     def hand_over(self, observe: Observe) -> None:
         """Show what was missed, if anything, and forget it: a single pass as it was."""
-        passes, self._passes = self._passes, []
-        self._count()
+        passes, self._passes, self.num_nodes = self._passes, [], 0
         if len(passes) == 1:
             observe(*passes[0])
         elif passes:
@@ -86,11 +92,7 @@ class MissedPasses:
             for tree, output, verdict in self._passes
             if len(rows)
         ]
-        self._count()
-
-    def _count(self) -> None:
         self.num_nodes = sum(tree.tokens.numel() for tree, _, _ in self._passes)
-        self.num_states = sum(sum(verdict.num_accepted) + len(verdict.num_accepted) for _, _, verdict in self._passes)
 
 
 def _chain(passes: Sequence[tuple[TokenTree, TargetOutput, Verdict]]) -> tuple[TokenTree, TargetOutput, Verdict]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.accept.acceptance import NUM_FIELDS, Acceptance
-from specdec.kernels.build import NotBuilt, load_library
+from specdec.kernels.build import find_library
 from specdec.sampling import keyed_gumbel
 
 _COMPILED = {torch.bfloat16: 2, torch.float32: 4}
@@ -97,9 +97,8 @@ def draw_best(scores: Tensor, key: int, temperature: float) -> int:
 @cache
 def _compiled() -> ctypes.CDLL | None:
     """The searches in one read of a row, where PyTorch takes three or thirty; None where they cannot be compiled."""
-    try:
-        library = load_library(Path(__file__).with_name("cpu.c"))
-    except NotBuilt:
+    library = find_library(Path(__file__).with_name("cpu.c"))
+    if library is None:
         return None
     row = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
     library.find_best.argtypes, library.find_best.restype = row, ctypes.c_long

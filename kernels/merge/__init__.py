@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.build import NotBuilt, load_library
+from specdec.kernels.build import find_library
 
 MOST_PARTS = 4
 """Drafters that may be merged here: who agrees with whom is kept for every pair of sets of them."""
@@ -133,9 +133,8 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _compiled() -> ctypes.CDLL | None:
-    try:
-        library = load_library(Path(__file__).with_name("cpu.c"), options=COMPILE)
-    except NotBuilt:
+    library = find_library(Path(__file__).with_name("cpu.c"), COMPILE)
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {

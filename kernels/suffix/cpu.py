@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from specdec.kernels.build import NotBuilt, load_library
+from specdec.kernels.build import find_library
 from specdec.kernels.suffix.corpus import Asked
 from specdec.tree import TokenTree
 
@@ -75,9 +75,8 @@ def _check(done: bool) -> None:
 @cache
 def compiled() -> ctypes.CDLL | None:
     """The library; None where it cannot be built."""
-    try:
-        library = load_library(Path(__file__).with_name("cpu.c"))
-    except NotBuilt:
+    library = find_library(Path(__file__).with_name("cpu.c"))
+    if library is None:
         return None
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     library.suffix_new.argtypes, library.suffix_new.restype = (number, real, real, number), pointer

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec.kernels.build import NotBuilt, load_library
+from specdec.kernels.build import find_library
 
 _PADDING = -2
 """The parent of padding, as in cpu.c."""
@@ -147,9 +147,8 @@ def _compiled_for(parents: Tensor) -> ctypes.CDLL | None:
 
 @cache
 def _compiled() -> ctypes.CDLL | None:
-    try:
-        library = load_library(Path(__file__).with_name("cpu.c"))
-    except NotBuilt:
+    library = find_library(Path(__file__).with_name("cpu.c"))
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.tree_shape.argtypes, library.tree_shape.restype = (pointer, number, number, pointer, pointer), None

@@ -38,6 +38,14 @@ def both(config: SuffixConfig) -> list[SuffixDrafter]:
     return drafters
 
 
+def begin_and_end(drafters: Sequence[SuffixDrafter], batch: Batch) -> None:
+    """Texts begin, and the first of them end."""
+    for drafter in drafters:
+        drafter.start(batch, None)
+        drafter.propose(batch)
+        drafter.keep(batch, list(range(1, len(batch))))
+
+
 def check_same(trees: Sequence[TokenTree]) -> None:
     found, expected = trees
     for tree in trees:
@@ -135,10 +143,7 @@ def test_a_text_stands_alike_in_a_corpus_that_grows_under_it(
     half = (len(text) + 1) // 2
     for prompts in ([known], [added, text[:half]]):
         batch = make_batch(prompts, VOCAB)
-        for drafter in drafters:
-            drafter.start(batch, None)
-            drafter.propose(batch)
-            drafter.keep(batch, [1] if len(prompts) == 2 else [])
+        begin_and_end(drafters, batch)
     batch.keep([1])
     for token in text[half:]:
         batch.rows[0].tokens.append(token)
@@ -149,10 +154,7 @@ def test_a_text_stands_alike_in_a_corpus_that_starts_anew() -> None:
     drafters = both(SuffixConfig(corpus_tokens=4))
     for prompts in ([[7, 3, 4, 6]], [[8, 9, 10, 11]], [[0, 1, 1, 2], [5, 7]]):  # as the third ends, the corpus is full
         batch = make_batch(prompts, VOCAB)
-        for drafter in drafters:
-            drafter.start(batch, None)
-            drafter.propose(batch)
-            drafter.keep(batch, [1] if len(prompts) == 2 else [])
+        begin_and_end(drafters, batch)
     batch.keep([1])
     batch.rows[0].tokens.append(1)
     trees = [drafter.propose(batch) for drafter in drafters]
