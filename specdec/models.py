@@ -15,7 +15,7 @@ import torch
 
 from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
 from specdec.lean_stack import make_lean
-from specdec.packing import can_pack, pack_linears
+from specdec.packing import can_pack, cpu_takes_bfloat16, pack_linears
 from specdec.precisions import BY_GROUPS_IN_8_BIT, STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
@@ -105,7 +105,7 @@ def load_model(
     what = find_dtype(dtype, where)
     if quantize is not None:
         check_scheme(quantize)
-        if dtype == "auto" and where.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        if dtype == "auto" and where.type == "cpu" and cpu_takes_bfloat16():
             what = torch.bfloat16
         if quantize in BY_GROUPS_IN_8_BIT:
             check_in_8_bit(where, what)
@@ -156,7 +156,7 @@ def _check_memory(
     if folder.is_dir():
         check_folder(folder, allow_pickle=True)
     on_cpu = device.type == "cpu"
-    lays_out = packed and on_cpu and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    lays_out = packed and on_cpu and dtype == torch.bfloat16 and cpu_takes_bfloat16()
     plan = plan_load(folder, dtype, lays_out=lays_out, quantize=quantize, trust_remote_code=trust_remote_code)
     if plan is not None:
         check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)

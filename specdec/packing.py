@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdec.panels import PanelWeight
+from specdec.panels import PanelWeight, panels_run
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, within one module, of linear layers that read the same input."""
@@ -46,10 +46,18 @@ _ROW_LIMITS: dict[tuple[tuple[int, ...], int], RowLimits] = {}
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether packing helps: bfloat16 weights on a CPU whose oneDNN computes in bfloat16."""
+    """Whether packing helps: bfloat16 weights on a CPU that computes in it."""
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return False
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_takes_bfloat16()
+
+
+def cpu_takes_bfloat16() -> bool:
+    """Whether products with bfloat16 weights are fast on this CPU: by our own kernels, or oneDNN's."""
+    return panels_run() or onednn_takes_bfloat16()
+
+
+def onednn_takes_bfloat16() -> bool:
+    """Whether oneDNN, which needs instructions for it, is there and has them."""
     return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -96,8 +104,9 @@ def release_memory() -> None:
 
 def pack_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A bfloat16 weight in the layout that is fastest on this CPU."""
-    kind = PanelWeight if PanelWeight.serves(weight) else PackedWeight
-    return kind(weight, bias)
+    if PanelWeight.serves(weight):
+        return PanelWeight(weight, bias)
+    return PackedWeight(weight, bias) if onednn_takes_bfloat16() else PlainWeight(weight, bias)
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,30 @@ class RowLimits:
 
     least: int
     most: int | None
+
+
+class PlainWeight(nn.Module):
+    """A weight as it is, for PyTorch's own product."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return F.linear(inputs, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """``residual`` plus the layer's output."""
+        return residual + self(inputs)
+
+    def dense(self) -> Tensor:
+        """``[out, in]``, a copy."""
+        return self.weight.clone()
 
 
 class PackedWeight(nn.Module):

@@ -22,8 +22,8 @@ _ROUNDED = 8 * PANEL
 
 
 def panels_run() -> bool:
-    """Whether this processor has the instructions the kernels need, and a compiler was found."""
-    kernels = find_kernels() if torch.cpu._is_avx512_bf16_supported() else None
+    """Whether the kernels run on this processor, and a compiler was found."""
+    kernels = find_kernels()
     return kernels is not None and kernels.has_products
 
 
@@ -112,6 +112,11 @@ class Int8PanelWeight(PanelWeight):
     scales: Tensor
     kind = Numbers.WEIGHTS_IN_8_BIT
 
+    @property
+    def _signs_lie_apart(self) -> bool:
+        kernels = find_kernels()
+        return kernels is not None and kernels.signs_lie_apart
+
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         # What stays is allocated first, and filled some panels at a time: memory that comes and goes in between would
         # leave gaps which the allocator keeps.
@@ -129,14 +134,17 @@ class Int8PanelWeight(PanelWeight):
             panels[first // PANEL : first // PANEL + len(made)] = made
         return {"weight": panels, "scales": scales, "shifts": shifts}
 
-    @staticmethod
-    def _stored(panels: Tensor) -> Tensor:
-        """Panels as they lie in memory: 64 numbers in a line, those of the halves' four eights by turns."""
+    def _stored(self, panels: Tensor) -> Tensor:
+        """Panels as they lie in memory; with signs apart 64 numbers in a line, the halves' four eights by turns."""
+        if not self._signs_lie_apart:
+            return panels
         lines = panels.reshape(-1, 2, 4, 8).transpose(1, 2).reshape(panels.shape)
         return torch.where(lines < 0, (-lines) | -128, lines)
 
     def _codes(self) -> Tensor:
         """``[out, in]`` int8."""
+        if not self._signs_lie_apart:
+            return self._rows()
         lines = self.weight.view(-1, 4, 2, 8).transpose(1, 2).reshape(self.weight.shape)
         panels = torch.where(lines < 0, -(lines & 127), lines)
         return panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[: self.out_features]
@@ -152,14 +160,8 @@ class W8A8PanelWeight(Int8PanelWeight):
     shifts: Tensor
     kind = Numbers.BOTH_IN_8_BIT
     step = 4
+    _signs_lie_apart = False
 
     @classmethod
     def fits(cls, weight: Tensor) -> bool:
         return weight.dtype == torch.bfloat16 and weight.shape[1] % LANES == 0
-
-    @staticmethod
-    def _stored(panels: Tensor) -> Tensor:
-        return panels
-
-    def _codes(self) -> Tensor:
-        return self._rows()

@@ -93,9 +93,10 @@ def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def _w8a8(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The same, else oneDNN's."""
-    kind = W8A8PanelWeight if W8A8PanelWeight.serves(weight) else W8A8Weight
-    return kind(weight, bias)
+    """The same, else oneDNN's; int8 where neither multiplies."""
+    if W8A8PanelWeight.serves(weight):
+        return W8A8PanelWeight(weight, bias)
+    return W8A8Weight(weight, bias) if torch.cpu._is_vnni_supported() else _int8(weight, bias)
 
 
 class Int4Weight(QuantizedWeight):
@@ -264,10 +265,10 @@ def check_scheme(name: str) -> None:
 def usable(device: torch.device, dtype: torch.dtype | str) -> list[str]:
     """Names of the schemes that a device, the dtype of the rest and what is installed allow."""
     missing = set()
-    if not torch.cpu._is_vnni_supported():
-        missing.add("w8a8")
-    if not torch.cpu._is_vnni_supported() or not own_kernels_multiply(device, dtype):
+    if not own_kernels_multiply(device, dtype):
         missing.add("w4a8")
+        if not torch.cpu._is_vnni_supported():
+            missing.add("w8a8")
     if importlib.util.find_spec("bitsandbytes") is None:
         missing.add("nf4")
     return [name for name in SCHEMES if name not in missing]
@@ -326,9 +327,14 @@ def quantize_linears(model: nn.Module, name: str) -> None:
     if scheme.cpu is None or places != {torch.device("cpu")}:
         scheme.other(model)
         return
-    if scheme.cpu is _w8a8 and not torch.cpu._is_vnni_supported():
-        # Without VNNI's instructions products of 8 bit are added in 16, where they overflow.
-        raise ValueError("quantize='w8a8' needs a CPU with AVX-512 VNNI: use 'int8'")
+    dtype = linears[0].weight.dtype
+    if scheme.cpu is _w8a8 and not (
+        torch.cpu._is_vnni_supported() or own_kernels_multiply(torch.device("cpu"), dtype)
+    ):
+        # Without VNNI's instructions oneDNN adds products of 8 bit in 16, where they overflow.
+        raise ValueError(
+            f"quantize='w8a8' needs a CPU with AVX-512 VNNI, or bfloat16 and a C compiler, got {dtype}: use 'int8'"
+        )
     if scheme.cpu is _w4a8_where_it_fits:
         for linear in linears:
             check_in_8_bit(linear.weight.device, linear.weight.dtype)

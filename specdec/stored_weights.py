@@ -161,7 +161,7 @@ def check_in_8_bit(device: torch.device, dtype: torch.dtype | str) -> None:
     """Raise ValueError where inputs of this type cannot be multiplied in 8 bit by groups."""
     if not own_kernels_multiply(device, dtype):
         raise ValueError(
-            "activations in 8 bit by groups need a CPU with AVX-512 VNNI and BF16, bfloat16 and a C compiler, got "
+            "activations in 8 bit by groups need a CPU, bfloat16 and a C compiler, got "
             f"{device} and {dtype}: quantize='gguf' and 'int4' run everywhere"
         )
 

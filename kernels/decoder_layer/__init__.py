@@ -172,6 +172,8 @@ class Kernels:
         )
         self.has_products = bool(declare("has_products", result=ctypes.c_int)())
         """Whether this processor has what ``product`` and ``layer`` need."""
+        self.signs_lie_apart = bool(declare("signs_lie_apart", result=ctypes.c_int)())
+        """Whether ``Numbers.WEIGHTS_IN_8_BIT`` are a sign and seven bits, in an order of their own."""
         self.has_matrix_unit = bool(declare("has_matrix_unit", result=ctypes.c_int)())
         """Whether it multiplies tiles (AMX), and Linux lets this process do it."""
 

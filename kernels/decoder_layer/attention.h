@@ -4,8 +4,9 @@
    to the last, so neither depends on how keys and queries are put into blocks. Keys are turned once for all queries of a
    task, values are read once for a block of queries. */
 
-#define KEYS 32   /* of a block: two vectors of scores */
-#define QUERIES 6 /* of a block: 24 vectors of sums with 4 of values */
+#define KEYS (2 * LANES)   /* of a block: two vectors of scores */
+#define QUERIES 6          /* of a block: as many vectors of sums as registers hold, with PARTS of values */
+#define PARTS (LANES == 16 ? 4 : 2)
 #define NODES_PER_TASK 8
 #define TASKS_PER_THREAD 3 /* with fewer, threads would wait for the last one: the rest of them is cut */
 
@@ -90,18 +91,16 @@ static void write_cache(const attention_arguments *a, long row, long head) {
   }
 }
 
-/* Up to 16 keys, one behind the other, as [d / 2][16] pairs of neighbours at a stride of KEYS; what is missing is zero. */
+/* Up to LANES keys, one behind the other, as [d / 2][LANES] pairs of neighbours at a stride of KEYS; what is missing is
+   zero. */
 static void turn_keys(const bf16 *keys, long count, long d, int32_t *turned) {
   for (long i = 0; i < d; i += 2 * LANES) {
-    ivec a[LANES], b[LANES];
+    ivec a[LANES];
     for (long key = 0; key < LANES; key++) {
       a[key] = (ivec){0};
       if (key < count) __builtin_memcpy(&a[key], keys + key * d + i, sizeof(ivec));
     }
-    interleave(a, b);
-    interleave(b, a);
-    interleave(a, b);
-    interleave(b, a);
+    transpose(a);
     for (long pair = 0; pair < LANES; pair++) __builtin_memcpy(turned + (i / 2 + pair) * KEYS, &a[pair], sizeof(ivec));
   }
 }
@@ -136,13 +135,13 @@ INLINE score_block(const int count, const int32_t *query, long d, const int32_t 
 }
 
 /* sums[q][d] += weights[q] * values over keys that lie one behind the other, for a part of the width. */
-INLINE add_part(const int count, const int parts, float *sums, long d, const float *weights, long stride,
-                const bf16 *values, long keys) {
-  vec total[QUERIES][4];
+INLINE weigh_part(const int count, const int parts, float *sums, long d, const float *weights, long stride,
+                  const bf16 *values, long keys) {
+  vec total[QUERIES][PARTS];
   for (int q = 0; q < count; q++)
     for (int part = 0; part < parts; part++) total[q][part] = loadf(sums + q * d + part * LANES);
   for (long key = 0; key < keys; key++, values += d) {
-    vec value[4];
+    vec value[PARTS];
     for (int part = 0; part < parts; part++) value[part] = load(values + part * LANES);
     for (int q = 0; q < count; q++)
       for (int part = 0; part < parts; part++) total[q][part] += weights[q * stride + key] * value[part];
@@ -154,8 +153,9 @@ INLINE add_part(const int count, const int parts, float *sums, long d, const flo
 INLINE add_values(const int count, float *sums, long d, const float *weights, long stride, const bf16 *values,
                   long keys) {
   long i = 0;
-  for (; i + 4 * LANES <= d; i += 4 * LANES) add_part(count, 4, sums + i, d, weights, stride, values + i, keys);
-  for (; i < d; i += 2 * LANES) add_part(count, 2, sums + i, d, weights, stride, values + i, keys);
+  for (; i + PARTS * LANES <= d; i += PARTS * LANES)
+    weigh_part(count, PARTS, sums + i, d, weights, stride, values + i, keys);
+  for (; i < d; i += 2 * LANES) weigh_part(count, 2, sums + i, d, weights, stride, values + i, keys);
 }
 
 #define BY_COUNT(call) \
@@ -182,7 +182,7 @@ static void weigh(int count, float *sums, long d, const float *weights, long str
 
 /* Scores times a scale to weights, in place; returns their sum. Lanes are told apart by position alone. */
 static float soften(float *line, long count, float scale) {
-  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const ivec lane = lane_numbers();
   vec most = splat(-INFINITY), total = {0};
   ivec broken = {0};
   for (long i = 0; i < count; i += LANES) {
@@ -202,18 +202,6 @@ static float soften(float *line, long count, float scale) {
     storef(line + i, weight);
   }
   return sum(total);
-}
-
-/* Memory of this thread, kept from call to call. */
-static char *scratch(size_t bytes) {
-  static __thread char *kept;
-  static __thread size_t size;
-  if (bytes > size) {
-    free(kept);
-    size = (bytes + bytes / 2 + 63) / 64 * 64;
-    kept = aligned_alloc(64, size);
-  }
-  return kept;
 }
 
 /* Where a row's keys and values for one KV head lie; its own last, the tree's behind the committed ones. */
@@ -241,7 +229,7 @@ static void attend(const void *pointer, long task) {
   stride = (stride + LANES - 1) / LANES * LANES;
   long end = length + tree - a->nodes + first + nodes; /* nobody sees what stands behind itself */
   stretch stretches[MOST_LEVELS + 1];
-  float *sums = (float *)scratch((size_t)(queries * (d + d / 2 + stride) + KEYS * d / 2 + d + tree) * sizeof(float));
+  float *sums = (float *)scratch(FOR_ATTENTION, (size_t)(queries * (d + d / 2 + stride) + KEYS * d / 2 + d + tree) * sizeof(float));
   float *scores = sums + queries * d, *rotated = scores + queries * stride;
   int32_t *query = (int32_t *)(rotated + d), *turned = query + queries * d / 2, *seen = turned + KEYS * d / 2;
 

@@ -77,6 +77,8 @@ static float byte_scale(int32_t largest, float *inverse) {
   return size / 127.0f;
 }
 
+static inline ivec larger(ivec a, ivec b) { return (ivec)either(a > b, (vec)a, (vec)b); }
+
 static inline ivec to_whole(vec numbers) { return (ivec)(numbers + ROUNDS) - (ivec)splat(ROUNDS); }
 
 /* To unsigned bytes around 128 with a scale of the row's own (LLM.int8, Dettmers et al. 2022, section 2.1): in / scale +
@@ -86,10 +88,7 @@ static void quantize_row(const void *pointer, long row) {
   const bf16 *in = a->in + row * a->d;
   uint8_t *out = (uint8_t *)a->out + row * a->d;
   ivec most = {0};
-  for (long i = 0; i < a->d; i += LANES) {
-    const ivec size = (ivec)load(in + i) & SIZE;
-    most = (ivec)either(size > most, (vec)size, (vec)most);
-  }
+  for (long i = 0; i < a->d; i += LANES) most = larger(most, (ivec)load(in + i) & SIZE);
   float inverse;
   ((float *)a->scales)[row] = byte_scale(highest(most), &inverse);
   for (long i = 0; i < a->d; i += LANES) store_bytes(out + i, to_whole(load(in + i) * inverse) + 128);
@@ -106,14 +105,16 @@ static void quantize_by_groups(const void *pointer, long task) {
   for (long i = 0; i < a->d; i += TOGETHER, out += rows * TOGETHER, group += rows)
     for (long r = 0; r < count; r++) {
       const bf16 *in = a->in + (row + r) * a->d + i;
-      const vec left = load(in), right = load(in + LANES);
-      const ivec size[2] = {(ivec)left & SIZE, (ivec)right & SIZE};
+      ivec most = {0}, total = {0};
+      for (int at = 0; at < TOGETHER; at += LANES) most = larger(most, (ivec)load(in + at) & SIZE);
       float inverse;
-      const float scale = byte_scale(highest((ivec)either(size[0] > size[1], (vec)size[0], (vec)size[1])), &inverse);
-      const ivec whole[2] = {to_whole(left * inverse), to_whole(right * inverse)};
-      store_bytes(out + r * TOGETHER, whole[0]);
-      store_bytes(out + r * TOGETHER + LANES, whole[1]);
-      group[r] = (input_group){scale, scale * (float)whole_sum((ivec)((uvec)whole[0] + (uvec)whole[1]))};
+      const float scale = byte_scale(highest(most), &inverse);
+      for (int at = 0; at < TOGETHER; at += LANES) {
+        const ivec whole = to_whole(load(in + at) * inverse);
+        store_bytes(out + r * TOGETHER + at, whole);
+        total = (ivec)((uvec)total + (uvec)whole);
+      }
+      group[r] = (input_group){scale, scale * (float)whole_sum(total)};
     }
 }
 

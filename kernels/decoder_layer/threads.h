@@ -109,6 +109,22 @@ static void run_all(void (*body)(void *, int thread), void *shared, long tasks, 
   WRITE(claimed, 0);
 }
 
+enum { FOR_ATTENTION, FOR_INPUTS, USES };
+
+/* Memory of this thread for a use, kept from call to call. */
+static char *scratch(int use, size_t bytes) {
+  static __thread struct {
+    char *kept;
+    size_t size;
+  } all[USES];
+  if (bytes > all[use].size) {
+    free(all[use].kept);
+    all[use].size = (bytes + bytes / 2 + 63) / 64 * 64;
+    all[use].kept = aligned_alloc(64, all[use].size);
+  }
+  return all[use].kept;
+}
+
 typedef struct {
   void (*task)(const void *, long);
   const void *arguments;

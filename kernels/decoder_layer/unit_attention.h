@@ -246,7 +246,7 @@ static int prepare(unit_work *w, const attention_arguments *a, long task) {
   w->stride = (w->length + a->tree + 3 * KEYS) / LANES * LANES;
   w->block_size = LANES * d, w->most_own = (a->tree + BLOCK) / BLOCK + 1;
   long words = w->rows * (d + d / 2 + w->stride) + KEYS * d / 2 + (BLOCKS + 2 * w->most_own) * w->block_size + d + a->tree;
-  w->sums = (float *)scratch((size_t)words * sizeof(float));
+  w->sums = (float *)scratch(FOR_ATTENTION, (size_t)words * sizeof(float));
   w->scores = w->sums + w->rows * d;
   w->query = (int32_t *)(w->scores + w->rows * w->stride);
   w->turned = w->query + w->rows * d / 2;

@@ -1,10 +1,14 @@
-/* Vectors of 16 numbers, as GCC and Clang have them for whatever vector width the processor has. */
+/* Vectors as GCC and Clang have them for whatever width the processor has, of as many numbers as fit its registers. */
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 #define MOST_WIDTH 512 /* of a head */
 #define MOST_LEVELS 8  /* of shared segments */
 #define INLINE static inline __attribute__((always_inline)) void
@@ -15,15 +19,20 @@ typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 typedef uint16_t bf16;
 
-static inline vec load(const bf16 *from) {
-#ifdef __AVX512F__ /* GCC 12 makes two halves of the conversion below */
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+/* Numbers of 16 bits; GCC 12 makes two halves of the general conversion. */
+static inline uvec load_halves(const uint16_t *from) {
+#if defined(__AVX512F__)
+  return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__)
+  return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
 #else
   hvec half;
   __builtin_memcpy(&half, from, sizeof half);
-  return (vec)(__builtin_convertvector(half, uvec) << 16);
+  return __builtin_convertvector(half, uvec);
 #endif
 }
+
+static inline vec load(const bf16 *from) { return (vec)(load_halves(from) << 16); }
 
 static inline vec loadf(const float *from) {
   vec out;
@@ -42,7 +51,15 @@ static inline void store(bf16 *to, vec value) {
   uvec bits = (uvec)value;
   uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   ivec nan = value != value;
-  hvec half = __builtin_convertvector((uvec)((nan & 0x7fc0) | (~nan & (ivec)rounded)), hvec);
+  rounded = (uvec)((nan & 0x7fc0) | (~nan & (ivec)rounded));
+#if defined(__AVX512F__)
+  __m256i half = _mm512_cvtepi32_epi16((__m512i)rounded);
+#elif defined(__AVX2__)
+  __m256i whole = (__m256i)rounded;
+  __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+#else
+  hvec half = __builtin_convertvector(rounded, hvec);
+#endif
   __builtin_memcpy(to, &half, sizeof half);
 #endif
 }
@@ -55,6 +72,14 @@ static inline void store_bytes(uint8_t *to, ivec value) {
 }
 
 static inline vec splat(float value) { return value - (vec){0}; }
+
+static inline ivec lane_numbers(void) {
+#if LANES == 16
+  return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+  return (ivec){0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+}
 
 static inline float sum(vec value) {
   float total = 0;
@@ -114,17 +139,40 @@ static inline vec vexp(vec x) {
 
 static inline vec either(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
-/* out[2 i] and out[2 i + 1] take turns between in[i] and in[i + 8]; four times over, that transposes 16 x 16. */
-static inline void interleave(const ivec in[LANES], ivec out[LANES]) {
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
-  for (int i = 0; i < LANES / 2; i++) {
-    ivec low = in[i], high = in[i + LANES / 2];
-    out[2 * i] = PICK(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    out[2 * i + 1] = PICK(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
+
+/* Numbers of both by turns, and back. */
+static inline __attribute__((always_inline)) void take_turns(ivec low, ivec high, ivec out[2]) {
+#if LANES == 16
+  out[0] = PICK(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  out[1] = PICK(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  out[0] = PICK(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
+  out[1] = PICK(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
+}
+
+static inline __attribute__((always_inline)) void take_turns_back(ivec low, ivec high, ivec out[2]) {
+#if LANES == 16
+  out[0] = PICK(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  out[1] = PICK(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  out[0] = PICK(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+  out[1] = PICK(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
 #undef PICK
+
+/* Rows become columns. */
+static inline void transpose(ivec rows[LANES]) {
+  ivec turned[LANES];
+  for (int size = 1; size < LANES; size *= 2) {
+    for (int i = 0; i < LANES / 2; i++) take_turns(rows[i], rows[i + LANES / 2], turned + 2 * i);
+    for (int i = 0; i < LANES; i++) rows[i] = turned[i];
+  }
 }

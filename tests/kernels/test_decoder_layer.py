@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -374,14 +375,24 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -
         assert find_kernels.__wrapped__() is None
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is x86's")
-def test_attention_on_processors_without_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-mno-avx512f"))
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86's")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx2"])
+def test_attention_on_lesser_processors(flag: str, tmp_path: Path) -> None:
     try:
-        plain = Kernels(build.load_library(Path(decoder_layer.__file__).with_name("cpu.c"), tmp_path))
+        plain = Kernels(build.load_library(decoder_layer.SOURCE, tmp_path, [flag]))
     except build.NotBuilt as error:
         pytest.skip(str(error))
-    assert not plain.has_products
     torch.manual_seed(5)
     case = Case([33, 70], 9, 2)
     assert near(case.run(plain.attention)[0], case.run(reference.attention)[0], 2e-3)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86's")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
+def test_the_source_is_compiled_for_other_processors(processor: str, tmp_path: Path) -> None:
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    command = [compiler, *build.FLAGS, f"-march={processor}", "-S", "-o", str(tmp_path / "kernels.s")]
+    done = subprocess.run([*command, str(decoder_layer.SOURCE)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
