@@ -328,9 +328,7 @@ def quantize_linears(model: nn.Module, name: str) -> None:
         scheme.other(model)
         return
     dtype = linears[0].weight.dtype
-    if scheme.cpu is _w8a8 and not (
-        torch.cpu._is_vnni_supported() or own_kernels_multiply(torch.device("cpu"), dtype)
-    ):
+    if scheme.cpu is _w8a8 and not (torch.cpu._is_vnni_supported() or own_kernels_multiply(torch.device("cpu"), dtype)):
         # Without VNNI's instructions oneDNN adds products of 8 bit in 16, where they overflow.
         raise ValueError(
             f"quantize='w8a8' needs a CPU with AVX-512 VNNI, or bfloat16 and a C compiler, got {dtype}: use 'int8'"
