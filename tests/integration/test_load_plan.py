@@ -18,6 +18,8 @@ from specdec import SpecDecoder, models
 from specdec.load_plan import LoadPlan, check_load, plan_load, read_headers
 from specdec.memory_plan import ModelShape, Workload, estimate
 from specdec.models import load_model
+from specdec.packing import cpu_takes_bfloat16
+from specdec.quantization import usable
 from specdec.target import HFTarget
 
 SLACK = 6 * 2**20
@@ -51,7 +53,7 @@ CASES = [("fp32", "fp32", ""), ("fp32", "bf16", ""), ("bf16", "bf16", "w8a8")]
 
 
 def bf16_runs() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_vnni_supported()
+    return cpu_takes_bfloat16() and "w8a8" in usable(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

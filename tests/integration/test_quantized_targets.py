@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from specdec.cli import main
 from specdec.decoder import SpecDecoder
 from specdec.models import load_model
+from specdec.packing import cpu_takes_bfloat16
 from specdec.panels import panels_run
 from specdec.quantization import is_quantized
 
@@ -74,7 +75,7 @@ def test_quantized_text_is_not_that_of_the_dense_model(folder: Path) -> None:
 
 
 def test_the_rest_of_a_quantized_model_is_16_bit_where_the_cpu_computes_in_it(folder: Path) -> None:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not cpu_takes_bfloat16():
         pytest.skip("this CPU does not compute in bfloat16")
     assert load_model(str(folder), device="cpu", quantize="int8").model.dtype == torch.bfloat16
     assert load_model(str(folder), device="cpu", quantize="int8", dtype="fp32").model.dtype == torch.float32

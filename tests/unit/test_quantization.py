@@ -46,7 +46,10 @@ EVERY = [
     "int8", pytest.param("w8a8", marks=needs_vnni), "int4", "int4-g128", "fp6",
     pytest.param("nf4", marks=needs_bitsandbytes),
 ]  # fmt: skip
-IN_BF16 = [*EVERY, pytest.param("w4a8", marks=needs_panels)]
+IN_BF16 = [
+    "int8", "int4", "int4-g128", "fp6", pytest.param("nf4", marks=needs_bitsandbytes),
+    pytest.param("w8a8", marks=needs_panels), pytest.param("w4a8", marks=needs_panels),
+]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -209,7 +212,7 @@ def test_w4a8_takes_w8a8_where_groups_do_not_come_out_even_and_wants_bfloat16() 
     model = nn.Sequential(nn.Linear(48, 32), nn.Linear(64, 24)).bfloat16()
     quantize_linears(model, "w4a8")
     assert [type(layer.packed) for layer in model] == [W8A8PanelWeight, W4A8PanelWeight]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="need a CPU with AVX-512 VNNI and BF16, bfloat16"):
+    with pytest.raises(ValueError, match="need a CPU, bfloat16 and a C compiler"):
         quantize_linears(tiny_model(), "w4a8")
 
 
