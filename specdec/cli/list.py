@@ -16,7 +16,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(as_json: bool) -> None:
     """Show drafters with their options, acceptance policies and model aliases."""
-    from specdec.models import ALIASES
+    from specdec.model_files import ALIASES
     from specdec.registry import AUTO_DRAFTER, JOIN, drafter_names, verifier_names
 
     drafters = {name: describe_drafter(name) for name in drafter_names()}

@@ -19,7 +19,7 @@ def vllm_config(model: str, drafter: str, options: tuple[str, ...], num_tokens: 
     """Print vLLM's speculative_config and additional_config for a drafter, and the `vllm serve` line."""
     from specdec.integrations.vllm.launch import Launch
     from specdec.integrations.vllm.settings import Settings
-    from specdec.models import model_location
+    from specdec.model_files import model_location
 
     settings = Settings(drafter, split_assignments(options))
     launch = Launch(model_location(model), settings, num_tokens)

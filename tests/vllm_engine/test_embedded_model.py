@@ -15,7 +15,8 @@ from specdec.benchmarks.questions import SHIPPED, load_questions
 from specdec.drafters.weights import TargetFacts, find_pretrained, load_weights, save_weights
 from specdec.embedded import find_wheel_gguf
 from specdec.integrations.vllm.export import export_weights
-from specdec.models import load_model, model_location
+from specdec.model_files import model_location
+from specdec.models import load_model
 from specdec.target import HFTarget
 
 pytestmark = pytest.mark.skipif(find_wheel_gguf() is None, reason="the embedded model is not installed")

@@ -201,7 +201,7 @@ def find_weights(model: str, loaded: LoadedModel, gguf: Path | None) -> tuple[Pa
         Folder and file, None where there is none.
     """
     from specdec.embedded import find_wheel_gguf
-    from specdec.models import ALIASES
+    from specdec.model_files import ALIASES
 
     origin: Any = getattr(loaded.model, "name_or_path", "")
     folder = Path(str(origin))
