@@ -140,7 +140,7 @@ class ModelDrafter(Drafter):
             self._pruned = read_pruned(str(folder))
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)
-            dtype = find_dtype(self.config.dtype, device)  # a mistake shows on any device
+            dtype = find_dtype(self.config.dtype)  # a mistake shows on any device
             if device == target.device or not isinstance(dtype, torch.dtype):
                 dtype = target.dtype  # whose embeddings and output head it shares
             self._draft_with(build_pruned(self._pruned, target, device, dtype))

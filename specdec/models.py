@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from specdec.embedded import find_wheel_gguf, read_gguf
+from specdec.lean import KNOWN
 from specdec.lean_stack import make_lean
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
 from specdec.packing import can_pack, cpu_takes_bfloat16, pack_linears
@@ -67,7 +69,9 @@ def load_model(
     Args:
         name: an alias, a folder, a ``.gguf`` file or a hub id; a folder may also hold a draft model made to order,
             whose target is loaded with it.
-        dtype: of the weights; "auto" is float32 on the CPU and the checkpoint's own elsewhere.
+        dtype: of the weights; "auto" is the checkpoint's own. On the CPU it is float32, but for checkpoints in
+            bfloat16 and aliases that are ``packed`` and of an architecture whose rows do not depend on each other in
+            bfloat16: Llama, Mistral, Qwen2 and Qwen3.
         device: where the model goes; "auto" is CUDA where there is one.
         allow_pickle: accept weights in pickle files, which can run code as they load.
         trust_remote_code: run modelling code that the checkpoint brings along.
@@ -86,7 +90,7 @@ def load_model(
             library is missing that quantized weights need.
     """
     where = find_device(device)
-    what = find_dtype(dtype, where)
+    what = find_dtype(dtype)
     if quantize is not None:
         check_scheme(quantize)
         if dtype == "auto" and where.type == "cpu" and cpu_takes_bfloat16():
@@ -99,6 +103,9 @@ def load_model(
     folder = find_files(
         name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress
     )
+    if what == "auto" and where.type == "cpu":
+        own = name in ALIASES or _is_for_bfloat16(folder)
+        what = torch.bfloat16 if own and packed and cpu_takes_bfloat16() else torch.float32
     blocks = None
     if quantize in STORED_NAMES:
         blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
@@ -228,12 +235,21 @@ def find_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def find_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype | str:
-    """The dtype that is meant; the string "auto" stays where the checkpoint's own is."""
-    if isinstance(dtype, torch.dtype):
+def _is_for_bfloat16(folder: Path) -> bool:
+    """Whether a folder says that its model is of a known architecture and its weights are bfloat16."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        known = any(f"{str(name).removesuffix('ForCausalLM')}DecoderLayer" in KNOWN for name in names)
+        return known and (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    except (OSError, ValueError, AttributeError):
+        return False  # loading it says what is wrong
+
+
+def find_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """The dtype that is meant; the string "auto" stays."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r} (choices: auto, {', '.join(DTYPES)})")
     return DTYPES[dtype]

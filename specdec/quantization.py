@@ -263,9 +263,10 @@ def check_scheme(name: str) -> None:
 
 
 def usable(device: torch.device, dtype: torch.dtype | str) -> list[str]:
-    """Names of the schemes that a device, the dtype of the rest and what is installed allow."""
+    """Names of the schemes that a device, the dtype of the rest and what is installed allow; the dtype "auto" is
+    bfloat16 where the CPU computes in it."""
     missing = set()
-    if not own_kernels_multiply(device, dtype):
+    if not own_kernels_multiply(device, torch.bfloat16 if dtype == "auto" else dtype):
         missing.add("w4a8")
         if not torch.cpu._is_vnni_supported():
             missing.add("w8a8")

@@ -10,12 +10,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from specdec import embedded, model_files, models
 from specdec.model_files import ModelNotFoundError, check_folder
 from specdec.models import load_model
+from specdec.packing import cpu_takes_bfloat16
 
 logging: Any = transformers_logging
 
@@ -334,3 +335,22 @@ def test_smollm2_answers(smollm2: models.LoadedModel) -> None:
     tokens = smollm2.model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(tokens)
     assert int(tokens[-1]) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_checkpoint_in_bfloat16_stays_so_on_a_cpu_where_it_decodes(tiny: Path, dtype: str) -> None:
+    if not cpu_takes_bfloat16():
+        pytest.skip("this CPU does not compute in bfloat16")
+    LlamaForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype)).save_pretrained(tiny)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert load_model(str(tiny), device="cpu", packed=True).model.dtype == expected
+    assert load_model(str(tiny), device="cpu").model.dtype == torch.float32
+    assert load_model(str(tiny), device="cpu", dtype="fp32", packed=True).model.dtype == torch.float32
+
+
+def test_where_rows_depend_on_each_other_in_bfloat16_a_checkpoint_does_not_stay_so(tiny: Path) -> None:
+    other = GPTNeoXConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=64
+    )
+    GPTNeoXForCausalLM(other).to(torch.bfloat16).save_pretrained(tiny)
+    assert load_model(str(tiny), device="cpu", packed=True).model.dtype == torch.float32

@@ -131,11 +131,11 @@ def train(
 def load_target(model: str, dtype: str, device: Any) -> tuple[HFTarget, Any | None]:
     """The target and its tokenizer, in bfloat16 where "auto" leaves the choice and the CPU computes in it."""
     with slow_status(f"loading {model}") as say:
-        from specdec.models import load_model
+        from specdec.models import find_device, load_model
         from specdec.target import HFTarget
 
-        if dtype == "auto" and str(device) in ("auto", "cpu") and has_fast_bfloat16():
-            dtype = "bf16"
+        if dtype == "auto" and find_device(device).type == "cpu":
+            dtype = "bf16" if has_fast_bfloat16() else "fp32"
         loaded = load_model(model, dtype=dtype, device=device, progress=say)
         return HFTarget(loaded.model), loaded.tokenizer
 

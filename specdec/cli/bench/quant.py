@@ -67,7 +67,7 @@ def quant(
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)
     where = find_device(device)
-    chosen = names or (() if caches else tuple(usable(where, find_dtype(dtype, where))))
+    chosen = names or (() if caches else tuple(usable(where, find_dtype(dtype))))
     found: dict[str, Any] = {}
 
     def load(precision: str) -> tuple[HFTarget, Any]:
