@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from specdec.embedded import find_wheel_gguf, read_gguf
+from specdec.kernels.decoder_layer import LANES
 from specdec.lean import KNOWN
 from specdec.lean_stack import make_lean
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
-from specdec.packing import can_pack, cpu_takes_bfloat16, pack_linears
-from specdec.precisions import BY_GROUPS_IN_8_BIT, STORED_IN_8_BIT, STORED_NAMES
+from specdec.packing import can_pack, cpu_takes_bfloat16, onednn_takes_bfloat16, pack_linears
+from specdec.panels import panels_run
+from specdec.precisions import BY_GROUPS_IN_8_BIT, DECODED, STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 from specdec.stored_weights import check_in_8_bit
@@ -93,7 +95,8 @@ def load_model(
     what = find_dtype(dtype)
     if quantize is not None:
         check_scheme(quantize)
-        if dtype == "auto" and where.type == "cpu" and cpu_takes_bfloat16():
+        takes = onednn_takes_bfloat16() if quantize in DECODED else cpu_takes_bfloat16()
+        if dtype == "auto" and where.type == "cpu" and takes:
             what = torch.bfloat16
         if quantize in BY_GROUPS_IN_8_BIT:
             check_in_8_bit(where, what)
@@ -105,7 +108,7 @@ def load_model(
     )
     if what == "auto" and where.type == "cpu":
         own = name in ALIASES or _is_for_bfloat16(folder)
-        what = torch.bfloat16 if own and packed and cpu_takes_bfloat16() else torch.float32
+        what = torch.bfloat16 if own and packed and panels_run() else torch.float32
     blocks = None
     if quantize in STORED_NAMES:
         blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
@@ -236,13 +239,15 @@ def find_device(device: torch.device | str) -> torch.device:
 
 
 def _is_for_bfloat16(folder: Path) -> bool:
-    """Whether a folder says that its model is of a known architecture and its weights are bfloat16."""
+    """Whether a folder says that its weights are bfloat16, and its model one whose layers are compiled."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = config.get("architectures") or []
         known = any(f"{str(name).removesuffix('ForCausalLM')}DecoderLayer" in KNOWN for name in names)
-        return known and (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
-    except (OSError, ValueError, AttributeError):
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        fits = all(width % LANES == 0 for width in (config["hidden_size"], config["intermediate_size"], head // 2))
+        return known and fits and (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, ZeroDivisionError):
         return False  # loading it says what is wrong
 
 

@@ -70,7 +70,7 @@ class PanelWeight(nn.Module):
     @classmethod
     def serves(cls, weight: Tensor) -> bool:
         """Whether it ``fits``, and the kernels run here."""
-        return cls.fits(weight) and panels_run()
+        return weight.device.type == "cpu" and cls.fits(weight) and panels_run()
 
     def laid_out(self, weight: Tensor) -> dict[str, Tensor | None]:
         """The buffers ``weight``, ``scales`` and ``shifts``."""

@@ -11,5 +11,8 @@ STORED_NAMES = ("gguf", "gguf-a8")
 STORED_IN_8_BIT = "gguf-a8"
 """Of these, the one whose activations are in 8 bit."""
 
+DECODED = ("nf4", "fp6")
+"""Those whose weights are decoded in each call, for PyTorch's own product."""
+
 BY_GROUPS_IN_8_BIT = ("w4a8", STORED_IN_8_BIT)
 """Those whose activations are in 8 bit by groups, which our own CPU kernels alone compute."""

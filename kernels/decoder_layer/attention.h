@@ -229,7 +229,8 @@ static void attend(const void *pointer, long task) {
   stride = (stride + LANES - 1) / LANES * LANES;
   long end = length + tree - a->nodes + first + nodes; /* nobody sees what stands behind itself */
   stretch stretches[MOST_LEVELS + 1];
-  float *sums = (float *)scratch(FOR_ATTENTION, (size_t)(queries * (d + d / 2 + stride) + KEYS * d / 2 + d + tree) * sizeof(float));
+  const size_t words = (size_t)(queries * (d + d / 2 + stride) + KEYS * d / 2 + d + tree);
+  float *sums = (float *)scratch(FOR_ATTENTION, words * sizeof(float));
   float *scores = sums + queries * d, *rotated = scores + queries * stride;
   int32_t *query = (int32_t *)(rotated + d), *turned = query + queries * d / 2, *seen = turned + KEYS * d / 2;
 

@@ -1,4 +1,6 @@
-/* ---- products by AVX512's instructions for bfloat16 ---- */
+/* ---- products by AVX-512's instructions for bfloat16 ---- */
+
+#define MOST_ROWS 12 /* in registers while a panel passes */
 
 /* Weights in 8 bit beside bfloat16 lie in an order in which the vectors below come out in theirs: of 64 in a line,
    [2][4][8], eights of the first half alternate with those of the second. */

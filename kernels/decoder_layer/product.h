@@ -1,12 +1,11 @@
 /* ---- products of a few rows with a large weight ----
 
-   Weights lie in panels of 32 output channels, in the order they are read: one stream per thread, each weight once. Up
-   to 12 rows stay in registers while a panel passes; further rows find it in the cache, and while all of them compute, the
-   thread's next panel comes in from memory. Every sum runs over the input channels from the first to the last, however
+   Weights lie in panels of 32 output channels, in the order they are read: one stream per thread, each weight once. Some
+   rows stay in registers while a panel passes; further rows find it in the cache, and while all of them compute, the
+   thread's next weights come in from memory. Every sum runs over the input channels from the first to the last, however
    many rows there are. */
 
 #define PANEL 32
-#define MOST_ROWS 12
 
 /* What is multiplied, and how weights lie in a panel. In 8 bit they are exact in bfloat16; those of groups become the
    bfloat16 nearest to scale * code + minimum. */

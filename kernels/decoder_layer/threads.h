@@ -111,18 +111,41 @@ static void run_all(void (*body)(void *, int thread), void *shared, long tasks, 
 
 enum { FOR_ATTENTION, FOR_INPUTS, USES };
 
-/* Memory of this thread for a use, kept from call to call. */
+typedef struct {
+  char *kept[USES];
+  size_t size[USES];
+} thread_memory;
+
+static pthread_key_t memory_key;
+
+static void free_memory(void *pointer) {
+  thread_memory *memory = pointer;
+  for (int use = 0; use < USES; use++) free(memory->kept[use]);
+  free(memory);
+}
+
+static void make_memory_key(void) {
+  if (pthread_key_create(&memory_key, free_memory)) abort();
+}
+
+/* Memory of this thread for a use, kept from call to call until the thread ends. What attention needs grows by a token
+   with every pass, so it gets more than it asks for. */
 static char *scratch(int use, size_t bytes) {
-  static __thread struct {
-    char *kept;
-    size_t size;
-  } all[USES];
-  if (bytes > all[use].size) {
-    free(all[use].kept);
-    all[use].size = (bytes + bytes / 2 + 63) / 64 * 64;
-    all[use].kept = aligned_alloc(64, all[use].size);
+  static __thread thread_memory *memory;
+  if (!memory) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_memory_key);
+    memory = calloc(1, sizeof *memory);
+    if (!memory || pthread_setspecific(memory_key, memory)) abort();
   }
-  return all[use].kept;
+  if (bytes > memory->size[use]) {
+    const size_t size = (bytes + (use == FOR_ATTENTION ? bytes / 2 : 0) + 63) / 64 * 64;
+    free(memory->kept[use]);
+    memory->kept[use] = aligned_alloc(64, size);
+    if (!memory->kept[use]) abort();
+    memory->size[use] = size;
+  }
+  return memory->kept[use];
 }
 
 typedef struct {

@@ -7,6 +7,7 @@
 #define AT_ONCE 4 /* rows whose sums stay in registers */
 #define BYTES_AHEAD 8192 /* from what is read to what is asked for */
 #define VECTORS (PANEL / LANES)
+#define LEAST_SHARED 32768 /* inputs of all rows from which on threads share in widening them */
 #define KEPT 2 /* vectors of weights beside their sums */
 
 int has_matrix_unit(void) { return 0; }
@@ -38,12 +39,12 @@ static void widen_inputs(const void *pointer, long row) {
   uint32_t *out = ((uint32_t *const *)pointer)[1] + row * steps;
   for (long k = 0; k < width; k += TOGETHER, out += a->rows * steps) {
     const long count = width - k < TOGETHER ? width - k : TOGETHER;
-    if (takes_groups(kind)) {
-      const int8_t *in = (const int8_t *)a->in + k * a->rows + row * TOGETHER;
-      for (long i = 0; i < count; i++) ((int16_t *)out)[i] = in[i];
-    } else if (is_whole(kind)) {
-      const uint8_t *in = (const uint8_t *)a->in + row * width + k;
-      for (long i = 0; i < count; i++) ((int16_t *)out)[i] = (int16_t)(in[i] - 128);
+    if (is_whole(kind)) {
+      int16_t wide[TOGETHER];
+      const char *in = (const char *)a->in + (takes_groups(kind) ? k * a->rows + row * TOGETHER : row * width + k);
+      for (long i = 0; i < count; i++)
+        wide[i] = (int16_t)(takes_groups(kind) ? ((const int8_t *)in)[i] : ((const uint8_t *)in)[i] - 128);
+      __builtin_memcpy(out, wide, (size_t)count * sizeof *wide);
     } else {
       const bf16 *in = (const bf16 *)a->in + row * width + k;
       for (long i = 0; i < count; i++) out[i] = (uint32_t)in[i] << 16;
@@ -53,10 +54,17 @@ static void widen_inputs(const void *pointer, long row) {
 
 /* ---- weights ---- */
 
-/* Float16, finite, to float32. */
+/* Float16 to float32. */
 static inline vec load_half(const uint16_t *from) {
-  const uvec bits = load_halves(from);
-  return (vec)((uvec)((vec)((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+#if LANES == 16
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+  const uvec bits = load_halves(from), size = bits & 0x7fff;
+  const vec finite = (vec)(size << 13) * 0x1p112f, wide = either(size >= 0x7c00, (vec)(size << 13 | 0x7f800000), finite);
+  return (vec)((uvec)wide | (bits & 0x8000) << 16);
+#endif
 }
 
 /* The nearest bfloat16 numbers, of finite ones, in the upper halves. */
@@ -172,8 +180,12 @@ INLINE widen_weights(const numbers kind, const product_arguments *a, const char 
 
 /* sums + low * low + high * high of 16-bit integers. */
 static inline __attribute__((always_inline)) ivec add_pairs(ivec sums, ivec a, ivec b) {
-#if LANES == 8 && defined(__AVX2__)
+#if LANES == 8 && defined(__AVXVNNI__)
+  return (ivec)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif LANES == 8 && defined(__AVX2__)
   return sums + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif LANES == 16 && defined(__AVX512VNNI__)
+  return (ivec)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 #elif LANES == 16 && defined(__AVX512BW__)
   return sums + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #else
@@ -284,24 +296,24 @@ INLINE multiply_panel(const numbers kind, const product_arguments *a, long panel
   uint32_t wide[TOGETHER * PANEL] __attribute__((aligned(64)));
   for (long k = 0; k < a->in_width; k += TOGETHER, weight += chunk) {
     const long inputs = a->in_width - k < TOGETHER ? a->in_width - k : TOGETHER, steps = steps_of(kind, inputs);
-    asked ahead = {weight + BYTES_AHEAD, few ? 0 : chunk / (parts * steps)};
-    if (few) ask(ahead.from, ahead.from + chunk, chunk / 64);
+    const char *ahead = weight + BYTES_AHEAD;
+    if (few) ask(ahead, ahead + chunk, chunk / 64);
     widen_weights(kind, a, weight, panel, k, inputs, wide);
     for (long row = 0, part = 0; part < parts; part++) {
       const int count = (int)((a->rows - row + parts - part - 1) / (parts - part));
+      const asked next = {ahead + part * chunk / parts, few ? 0 : chunk / (parts * steps)};
       float *to = sums + row * PANEL;
       if (takes_groups(kind)) {
         float group[AT_ONCE * PANEL] __attribute__((aligned(64))) = {0};
-        add_wholes(count, wide, in, stride, steps, ahead, group);
+        add_wholes(count, wide, in, stride, steps, next, group);
         add_group(in_4_bit(kind), a, factors_at(kind, a, panel, k), each, count, group, to);
         each += count;
       } else if (whole)
-        add_wholes(count, wide, in, stride, steps, ahead, to);
+        add_wholes(count, wide, in, stride, steps, next, to);
       else
-        add_floats(count, wide, in, stride, steps, ahead, to);
+        add_floats(count, wide, in, stride, steps, next, to);
       row += count;
       in += count * stride;
-      ahead.from += steps * ahead.each;
     }
   }
 }
@@ -351,7 +363,7 @@ static void multiply_block(panel_queue *queue, product_arguments *a, long panels
   const long chunks = (a->in_width + TOGETHER - 1) / TOGETHER;
   const size_t size = (size_t)(chunks * a->rows * steps_of((numbers)a->kind, TOGETHER)) * sizeof(uint32_t);
   const void *given[2] = {a, scratch(FOR_INPUTS, size)};
-  run(widen_inputs, given, a->rows, a->rows > AT_ONCE ? a->threads : 1);
+  run(widen_inputs, given, a->rows, a->rows * a->in_width < LEAST_SHARED ? 1 : a->threads);
   a->in = given[1];
   run_all(take_panels, queue, panels, a->threads);
 }

@@ -22,11 +22,10 @@ from specdec.quantization import is_quantized
 VOCAB = 96
 PROMPTS = [[5, 9, 13, 5, 9, 13, 5, 9], [60, 2, 60, 2, 60]]
 NEW_TOKENS = 24
+needs_panels = pytest.mark.skipif(not panels_run(), reason="this CPU has none of our own kernels")
 EVERY = [
     "int8",
-    pytest.param(
-        "w8a8", marks=pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no AVX-512 VNNI")
-    ),
+    pytest.param("w8a8", marks=needs_panels),
     "int4",
     "int4-g128",
     "fp6",
@@ -35,8 +34,6 @@ EVERY = [
         marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
     ),
 ]
-
-needs_panels = pytest.mark.skipif(not panels_run(), reason="this CPU has none of our own kernels")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def texts(target: Any, drafter: str, **options: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", [*EVERY, pytest.param("w4a8", marks=needs_panels)])
 def test_speculation_and_batches_give_the_quantized_models_own_text(folder: Path, name: str) -> None:
-    decoder = SpecDecoder(str(folder), "none", dtype="bf16" if name == "w4a8" else "fp32", quantize=name)
+    decoder = SpecDecoder(str(folder), "none", dtype="bf16" if name in ("w4a8", "w8a8") else "fp32", quantize=name)
     assert is_quantized(decoder.target.model) or name == "nf4"
     plain = [decoder.generate(prompt, max_new_tokens=NEW_TOKENS).token_ids for prompt in PROMPTS]
     assert len({tuple(text) for text in plain}) == len(PROMPTS)

@@ -236,7 +236,7 @@ def test_a_gguf_file_is_run_from_its_blocks(model: LlamaForCausalLM, tmp_path: P
 
 def test_blocks_times_activations_in_8_bit_give_a_text_of_their_own(model: LlamaForCausalLM, tmp_path: Path) -> None:
     if not panels_run():
-        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+        pytest.skip("our own kernels do not run here")
     path = tmp_path / "tiny.gguf"
     write_gguf(model, path)
     decoder = SpecDecoder(str(path), "none", dtype="bf16", device="cpu", quantize="gguf-a8")

@@ -388,11 +388,15 @@ def test_attention_on_lesser_processors(flag: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86's")
-@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512", "cooperlake", "sapphirerapids"])
+@pytest.mark.parametrize(
+    "processor", ["x86-64", "haswell", "alderlake", "skylake-avx512", "icelake-server", "cooperlake", "sapphirerapids"]
+)
 def test_the_source_is_compiled_for_other_processors(processor: str, tmp_path: Path) -> None:
-    compiler = shutil.which("gcc") or shutil.which("clang")
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         pytest.skip("no C compiler")
     command = [compiler, *build.FLAGS, f"-march={processor}", "-S", "-o", str(tmp_path / "kernels.s")]
     done = subprocess.run([*command, str(decoder_layer.SOURCE)], capture_output=True, text=True, timeout=120)
+    if "-march=" in done.stderr:
+        pytest.skip(f"{compiler} does not know {processor}")
     assert done.returncode == 0, done.stderr

@@ -253,7 +253,7 @@ def test_layers_of_codes_in_groups_give_what_their_dense_weights_give(zero_point
     """To the bit, all layers in one call: what a GGUF file's blocks rest on."""
     model = make("llama")
     if not panels_run():
-        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+        pytest.skip("our own kernels do not run here")
     pack_linears(model, lambda weight, bias: run_int4(from_dense(weight, 32, zero_points), bias, weight.dtype))
     dense = make("llama")
     theirs = dict(dense.named_modules())
@@ -282,7 +282,7 @@ def laid_out(kind: str, weight: Tensor, bias: Tensor | None) -> PanelWeight:
 def test_logits_of_many_rows_of_different_sizes_are_written_where_they_belong(kind: str) -> None:
     """More nodes than are multiplied at a time, and a vocabulary that ends within a panel."""
     if not panels_run():
-        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+        pytest.skip("our own kernels do not run here")
     model = make("llama")
     pack_linears(model, *([] if kind == "bfloat16" else [functools.partial(laid_out, kind)]))
     make_lean(model)
@@ -309,7 +309,7 @@ def test_layers_of_activations_in_8_bit_are_in_one_call_what_they_are_in_parts(
 ) -> None:
     """To the bit: what one product gives is tested against float64."""
     if not panels_run():
-        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+        pytest.skip("our own kernels do not run here")
 
     outputs = []
     for whole in (True, False):

@@ -207,3 +207,20 @@ def test_what_the_kernels_point_at_stays_where_it_is() -> None:
     before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in panels.named_buffers()}
     nn.Sequential(panels).to(torch.bfloat16).float()
     assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in panels.named_buffers()} == before
+
+
+def test_weights_elsewhere_than_on_the_cpu_are_left_to_other_kernels() -> None:
+    assert PanelWeight.serves(torch.randn(32, 32).bfloat16())
+    assert not Int8PanelWeight.serves(torch.randn(32, 32, device="meta").bfloat16())
+
+
+@pytest.mark.parametrize("scale", [torch.inf, torch.nan, 2.0**-24])
+def test_a_scale_of_a_group_is_what_float16_says(scale: float) -> None:
+    """Infinite ones and NaN show, and the smallest one is a number."""
+    codes, scales = torch.ones(32, 64, dtype=torch.int8), torch.ones(32, 2).half()
+    scales[3, 1] = scale
+    panels = Group8PanelWeight(codes, scales, None)
+    inputs = torch.zeros(1, 64).bfloat16()
+    inputs[0, 40] = 1.0
+    expected = panels.dense().float() @ inputs[0].float()
+    assert torch.equal(panels(inputs)[0].float().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))

@@ -208,7 +208,7 @@ def test_the_planner_measures_each_precision_on_its_own(name: str) -> None:
 
 def test_w4a8_takes_w8a8_where_groups_do_not_come_out_even_and_wants_bfloat16() -> None:
     if not panels_run():
-        pytest.skip("this CPU does not compute in bfloat16 by instructions of its own")
+        pytest.skip("our own kernels do not run here")
     model = nn.Sequential(nn.Linear(48, 32), nn.Linear(64, 24)).bfloat16()
     quantize_linears(model, "w4a8")
     assert [type(layer.packed) for layer in model] == [W8A8PanelWeight, W4A8PanelWeight]  # type: ignore[union-attr]
