@@ -8,7 +8,15 @@
 #include <math.h>
 #include <stdint.h>
 
-#define LANES 16
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16 /* as many as fit a register */
+#else
+#define LANES 8
+#endif
 #define NEAR 1e-3f /* estimates are off by less than a tenth of that, see estimate_noise */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -16,7 +24,11 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
+#if LANES == 16
 static const ivec FIRST = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+static const ivec FIRST = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
 
 static inline vec either(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
@@ -29,15 +41,19 @@ static inline float number(const void *row, long i, int bytes) {
   return value;
 }
 
-/* 16 numbers from i on; -infinity past the end. */
+/* LANES numbers from i on; -infinity past the end. */
 static inline vec numbers(const void *row, long i, long count, int bytes) {
   vec out;
   if (i + LANES > count) {
     for (int lane = 0; lane < LANES; lane++) out[lane] = i + lane < count ? number(row, i + lane, bytes) : -INFINITY;
   } else if (bytes == 2) {
+#if LANES == 8 && defined(__AVX2__) /* GCC 12 makes two halves of the conversion below */
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)row + i))), 16);
+#else
     hvec half;
     __builtin_memcpy(&half, (const uint16_t *)row + i, sizeof half);
     out = (vec)(__builtin_convertvector(half, uvec) << 16);
+#endif
   } else {
     __builtin_memcpy(&out, (const float *)row + i, sizeof out);
   }
