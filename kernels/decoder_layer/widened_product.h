@@ -31,12 +31,18 @@ static inline void store_bits(uint32_t *to, uvec value) { __builtin_memcpy(to, &
 
 /* ---- inputs ---- */
 
-/* A row's inputs as they are multiplied: [in / 32][rows][steps]. */
+typedef struct {
+  const product_arguments *a;
+  uint32_t *out; /* [in / 32][rows][steps] */
+} widening;
+
+/* A row's inputs as they are multiplied. */
 static void widen_inputs(const void *pointer, long row) {
-  const product_arguments *a = *(const product_arguments *const *)pointer;
+  const widening *w = pointer;
+  const product_arguments *a = w->a;
   const numbers kind = (numbers)a->kind;
   const long steps = steps_of(kind, TOGETHER), width = a->in_width;
-  uint32_t *out = ((uint32_t *const *)pointer)[1] + row * steps;
+  uint32_t *out = w->out + row * steps;
   for (long k = 0; k < width; k += TOGETHER, out += a->rows * steps) {
     const long count = width - k < TOGETHER ? width - k : TOGETHER;
     if (is_whole(kind)) {
@@ -101,24 +107,22 @@ static inline ivec load_pairs(const char *from) {
 
 /* Pairs of bfloat16. */
 INLINE widen_halves(const char *weight, long inputs, uint32_t *out) {
-  for (long k = 0; k < inputs; k += 2, weight += 4 * PANEL, out += 2 * PANEL) {
+  for (long k = 0; k < inputs; k += 2, weight += 4 * PANEL, out += 2 * PANEL)
     for (int v = 0; v < PANEL; v += LANES) {
       const uvec pairs = load_bits(weight + 4 * v);
       store_bits(out + v, pairs << 16);
       store_bits(out + PANEL + v, pairs & 0xffff0000);
     }
-  }
 }
 
 /* int8 in pairs. */
 INLINE widen_bytes(const char *weight, long inputs, uint32_t *out) {
-  for (long k = 0; k < inputs; k += 2, weight += 2 * PANEL, out += 2 * PANEL) {
+  for (long k = 0; k < inputs; k += 2, weight += 2 * PANEL, out += 2 * PANEL)
     for (int v = 0; v < PANEL; v += LANES) {
       const ivec pairs = load_pairs(weight + 2 * v);
       storef((float *)out + v, __builtin_convertvector(pairs << 24 >> 24, vec));
       storef((float *)out + PANEL + v, __builtin_convertvector(pairs >> 8, vec));
     }
-  }
 }
 
 /* The same of a group. */
@@ -362,8 +366,8 @@ static void take_panels(void *pointer, int thread) {
 static void multiply_block(panel_queue *queue, product_arguments *a, long panels) {
   const long chunks = (a->in_width + TOGETHER - 1) / TOGETHER;
   const size_t size = (size_t)(chunks * a->rows * steps_of((numbers)a->kind, TOGETHER)) * sizeof(uint32_t);
-  const void *given[2] = {a, scratch(FOR_INPUTS, size)};
-  run(widen_inputs, given, a->rows, a->rows * a->in_width < LEAST_SHARED ? 1 : a->threads);
-  a->in = given[1];
+  const widening w = {a, (uint32_t *)scratch(FOR_INPUTS, size)};
+  run(widen_inputs, &w, a->rows, a->rows * a->in_width < LEAST_SHARED ? 1 : a->threads);
+  a->in = w.out;
   run_all(take_panels, queue, panels, a->threads);
 }
