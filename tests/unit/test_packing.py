@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from unit.rows_alone import assert_rows_are_alone
 
 from specdec.group_panels import Group4PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, from_dense
@@ -130,15 +131,7 @@ def test_sums_of_one_row_are_those_among_many(shape: tuple[int, int]) -> None:
     layer = nn.Linear(shape[1], shape[0]).to(torch.bfloat16).requires_grad_(False)
     if not onednn_takes_bfloat16():
         pytest.skip("this CPU does not compute in bfloat16 by oneDNN")
-    packed = PackedWeight(layer.weight, layer.bias)
-    inputs = torch.randn(40, shape[1], dtype=torch.bfloat16)
-    # Nearly all cancels against the rounded value: what is left are the last bits of the float32 sums.
-    rounded = -packed(inputs)
-    expected = packed.add_to(rounded, inputs)
-    for rows in range(1, 41):
-        assert torch.equal(packed(inputs[:rows].clone()), -rounded[:rows]), rows
-        assert torch.equal(packed.add_to(rounded[:rows].clone(), inputs[:rows].clone()), expected[:rows]), rows
-    assert packed(inputs[:1].view(1, 1, -1)).shape == (1, 1, shape[0])
+    assert_rows_are_alone(PackedWeight(layer.weight, layer.bias), shape)
 
 
 def test_factors_that_float16_lacks_are_left_to_other_kernels() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from unit.rows_alone import assert_rows_are_alone
 
+from specdec.benchmarks.record import machine
 from specdec.group_panels import Group4PanelWeight, Group8PanelWeight, GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.build import NotBuilt, load_library
 from specdec.kernels.decoder_layer import SOURCE, Kernels
@@ -31,18 +33,10 @@ def build(without: str | None, folder: Path) -> Kernels:
         pytest.skip(str(error))
 
 
-def flags() -> set[str]:
-    """Of the processor, as Linux names them on x86."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
+PRESENT = sorted({*BUILDS} & {*machine(torch.device("cpu"))["flags"]})
 
 
-@pytest.fixture(
-    autouse=True, params=[None, *sorted({*BUILDS} & flags())], ids=lambda without: f"without {without or 'nothing'}"
-)
+@pytest.fixture(autouse=True, params=[None, *PRESENT], ids=lambda without: f"without {without or 'nothing'}")
 def kernels(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Kernels:
@@ -58,15 +52,7 @@ def test_sums_of_one_row_are_those_among_many(
     shape: tuple[int, int], kind: Callable[[torch.Tensor, torch.Tensor], Any]
 ) -> None:
     torch.manual_seed(0)
-    packed = kind(torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16())
-    inputs = torch.randn(40, shape[1], dtype=torch.bfloat16)
-    # Nearly all cancels against the rounded value: what is left are the last bits of the float32 sums.
-    rounded = -packed(inputs)
-    expected = packed.add_to(rounded, inputs)
-    for rows in range(1, 41):
-        assert torch.equal(packed(inputs[:rows].clone()), -rounded[:rows]), rows
-        assert torch.equal(packed.add_to(rounded[:rows].clone(), inputs[:rows].clone()), expected[:rows]), rows
-    assert packed(inputs[:1].view(1, 1, -1)).shape == (1, 1, shape[0])
+    assert_rows_are_alone(kind(torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()), shape)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 13, 40])
