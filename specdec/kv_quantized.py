@@ -145,20 +145,69 @@ class QuantizedKVCache(KVCache):
         Returns:
             Quantized groups decoded, then what is in full: the slots that ``visibility`` speaks of.
         """
-        behind = offset + keys.shape[2]
-        if self.max_length + behind > self.capacity:
-            raise ValueError(
-                f"{self.max_length + behind} slots are needed, the cache has {self.capacity}: reserve more"
-            )
         self._bind(layer, keys, values)
-        if self._recent.max_length + behind > self._recent.capacity:
-            self._recent.reserve(self._recent.max_length + behind + _SPARE)
+        behind = offset + keys.shape[2]
+        self._make_room(behind)
         own = self._recent.write(layer, keys, values, offset)
         count = self._needed(behind)
         if count == 0:
             return own
         old = self._groups[layer].read(count, self.bits, keys.dtype)
         return torch.cat([old[0], own[0]], dim=2), torch.cat([old[1], own[1]], dim=2)
+
+    def prepare(self, layer: int, num_nodes: int, num_heads: int, width: int, dtype: torch.dtype) -> None:
+        """See that a layer has its buffers, with room for so many nodes; arguments as ``open`` has them."""
+        like = torch.empty(self.batch_size, num_heads, 0, width, dtype=dtype, device=self.lengths.device)
+        self._bind(layer, like, like)
+        self._make_room(num_nodes)
+
+    def _make_room(self, behind: int) -> None:
+        if self.max_length + behind > self.capacity:
+            raise ValueError(
+                f"{self.max_length + behind} slots are needed, the cache has {self.capacity}: reserve more"
+            )
+        if self._recent.max_length + behind > self._recent.capacity:
+            self._recent.reserve(self._recent.max_length + behind + _SPARE)
+
+    def forms(self, depth: Tensor, offset: int) -> list[tuple[list[int], Tensor]]:
+        """Boundaries that a pass's nodes have: one of each row, its least first, and the nodes there, ``[B, n]`` bool.
+
+        Args:
+            depth: ``[B, M]`` int64, of the tree's nodes.
+            offset: nodes of earlier passes among them.
+        """
+        least = [boundary(length) for length in self._host_lengths]
+        further = [
+            [(boundary(length + deep) - first) // GROUP for deep in row]
+            for length, first, row in zip(self._host_lengths, least, depth[:, offset:].tolist(), strict=True)
+        ]
+        found = torch.tensor(further, device=depth.device)
+        return [([first + form * GROUP for first in least], found == form) for form in range(int(found.max()) + 1)]
+
+    def in_form(self, layer: int, borders: Sequence[int], behind: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H_kv, max_length + behind, d]``, slot s position s: quantized before each row's border.
+
+        Nodes of earlier passes are there, what is written for those of this one goes to ``take_nodes``.
+        """
+        recent, (heads, width) = self._recent.layers[layer], self._groups[layer].keys.shape[1::3]
+        made = [part.new_zeros(self.batch_size, heads, self.max_length + behind, width) for part in recent.parts]
+        ends = [
+            min(border, length // GROUP * GROUP) for border, length in zip(borders, self._host_lengths, strict=True)
+        ]
+        old = self._groups[layer].read(max(ends) // GROUP, self.bits, made[0].dtype) if max(ends) else made
+        for part, own, quantized in zip(made, recent.parts, old, strict=True):
+            for row, (end, base, length) in enumerate(zip(ends, self._base, self._host_lengths, strict=True)):
+                part[row, :, :end] = quantized[row, :, :end]
+                part[row, :, end : length + behind] = own[row, :, end - base : length + behind - base]
+        return made[0], made[1]
+
+    def take_nodes(self, layer: int, keys: Tensor, values: Tensor, offset: int) -> None:
+        """Write the nodes from ``offset`` on that stand behind each row's length in what ``in_form`` returned."""
+        behind = keys.shape[2] - self.max_length
+        for part, made in zip(self._recent.layers[layer].parts, (keys, values), strict=True):
+            for row, (base, length) in enumerate(zip(self._base, self._host_lengths, strict=True)):
+                nodes = made[row, :, length + offset : length + behind]
+                part[row, :, length + offset - base : length + behind - base] = nodes
 
     def _needed(self, behind: int) -> int:
         """Groups that some node of a pass reads quantized."""

@@ -29,6 +29,7 @@ from specdec.kernels.decoder_layer import (
     PassPart,
     find_kernels,
 )
+from specdec.kv_quantized import QuantizedKVCache
 from specdec.layer_buffers import LayerBuffers
 from specdec.packing import FusedPart, PackedLinear
 from specdec.panels import PanelWeight
@@ -77,8 +78,9 @@ def _fused(*parts: Any) -> bool:
 class LeanLayer:
     """The ``forward`` of a decoder layer during our passes; others go to the layer's own.
 
-    Passes over up to ``MOST_NODES`` nodes run through compiled kernels, where there are any. There a row's result is
-    the same to the bit however many rows ride in the pass and whatever the tree holds.
+    Passes over up to ``MOST_NODES`` nodes run through compiled kernels, where there are any; those that read a
+    quantized cache, in parts. There a row's result is the same to the bit however many rows ride in the pass and
+    whatever the tree holds.
 
     Args:
         layer: of a class in ``KNOWN``, packed.
@@ -138,7 +140,7 @@ class LeanLayer:
         if specdec_pass is None or position_embeddings is None:
             kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
             return self._own(hidden_states, *args, **kwargs)
-        if self._kernels is not None and compiles(hidden_states.dtype, specdec_pass):
+        if self._kernels is not None and fits(hidden_states.dtype, specdec_pass):
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
         qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
@@ -161,7 +163,7 @@ class LeanLayer:
         rotary: tuple[Tensor, Tensor],
         specdec_pass: AttentionPass | JoinedPass,
     ) -> Tensor:
-        if self.arguments is not None:
+        if self.arguments is not None and specdec_pass.regular:
             alone = self._alone.parts(kernels, rotary, specdec_pass)
             return kernels.layers(self._alone.table, alone, hidden_states)[0]
         norm = self._input_norm
@@ -188,12 +190,31 @@ class LeanLayer:
                     for part, (own, cos, sin) in zip(specdec_pass.parts, cut, strict=True)
                 ]
             )
+        if not specdec_pass.regular:
+            return self._attend_in_forms(kernels, qkv, rotary, specdec_pass)
         (opened,), tables = self._alone.open(specdec_pass, qkv.dtype)
         keys, values = opened.parts
         depth, seen, lengths = specdec_pass.depth, specdec_pass.ancestors, specdec_pass.cache.lengths
         return kernels.attention(
             qkv, rotary, keys, values, lengths, depth, seen, self._scale, self.window, tables[0] if tables else None
         )
+
+    def _attend_in_forms(
+        self, kernels: Kernels, qkv: Tensor, rotary: tuple[Tensor, Tensor], now: AttentionPass
+    ) -> Tensor:
+        """The same over a cache that holds tokens in two forms: a node's position says which of them it reads where."""
+        assert isinstance(now.cache, QuantizedKVCache)
+        now.windows[self.index] = self.window
+        now.cache.prepare(self.index, now.depth.shape[1], self.kv_heads, self.head_dim, qkv.dtype)
+        out = torch.empty(0)
+        for form, (borders, readers) in enumerate(now.cache.forms(now.depth, now.offset)):
+            keys, values = now.cache.in_form(self.index, borders, now.depth.shape[1])
+            found = kernels.attention(
+                qkv, rotary, keys, values, now.cache.lengths, now.depth, now.ancestors, self._scale, self.window
+            )
+            out = torch.where(readers.unsqueeze(2), found, out) if form else found
+        now.cache.take_nodes(self.index, keys, values, now.offset)
+        return out
 
     def _norm_heads(self, qkv: Tensor, rms_norm: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """``[B, n, (H + 2 H_kv) d]`` with queries and keys normed head by head, where the architecture does that."""
@@ -205,9 +226,14 @@ class LeanLayer:
         return torch.cat([*normed, value], dim=2).flatten(2)
 
 
+def fits(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
+    """Whether the parts of compiled layers serve a pass."""
+    return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES
+
+
 def compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
     """Whether compiled layers serve a pass."""
-    return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES and specdec_pass.regular
+    return fits(dtype, specdec_pass) and specdec_pass.regular
 
 
 def is_whole(layer: Any) -> bool:

@@ -16,7 +16,10 @@ from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.generation import KeptPrefix
 from specdec.kv_quantized import WINDOW, QuantizedKVCache
 from specdec.latency import LatencyKey
+from specdec.lean_stack import make_lean
 from specdec.memory_plan import ModelShape
+from specdec.packing import pack_linears
+from specdec.panels import panels_run
 from specdec.target import HFTarget
 
 VOCAB = 80
@@ -29,10 +32,21 @@ SETTINGS: dict[str, Any] = {
 NAMES = ["int8", "int4", "int2"]
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+@pytest.fixture(scope="module", params=["float64", "bfloat16, compiled"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    return made(request.param, LlamaForCausalLM, LlamaConfig(**SETTINGS))
+
+
+def made(precision: str, kind: Any, config: Any) -> Any:
     torch.manual_seed(5)
-    return LlamaForCausalLM(LlamaConfig(**SETTINGS)).double().eval()
+    model = kind(config).eval()
+    if precision == "float64":
+        return model.double()
+    if not panels_run():
+        pytest.skip("no C compiler: nothing is compiled")
+    pack_linears(model.bfloat16())
+    assert make_lean(model) == config.num_hidden_layers
+    return model
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -77,10 +91,10 @@ def test_drafts_and_batches_leave_the_text_as_it_is(
     assert fast.stats.accepted > 0
 
 
+@pytest.mark.parametrize("precision", ["float64", "bfloat16, compiled"])
 @pytest.mark.parametrize("window", [40, 200])
-def test_sliding_windows_see_what_they_should(window: int) -> None:
-    torch.manual_seed(6)
-    sliding = MistralForCausalLM(MistralConfig(**SETTINGS, sliding_window=window)).double().eval()
+def test_sliding_windows_see_what_they_should(window: int, precision: str) -> None:
+    sliding = made(precision, MistralForCausalLM, MistralConfig(**SETTINGS, sliding_window=window))
     alone = plain(sliding, "int4")
     if window < WINDOW:  # all it sees is in full
         assert alone == plain(sliding, None)
@@ -148,7 +162,7 @@ def test_the_plan_counts_quantized_tokens(model: LlamaForCausalLM) -> None:
     assert isinstance(cache, QuantizedKVCache)
     target.extend([[1] * 4 * WINDOW], cache)
     assert 0.9 * shape.kv_bytes(4096) < cache.num_bytes <= shape.kv_bytes(4096)
-    assert shape.kv_bytes(4096) < 0.4 * dense.kv_bytes(4096)
+    assert shape.kv_bytes(4096) < 0.5 * dense.kv_bytes(4096)
 
 
 def test_latency_is_measured_for_each_precision(model: LlamaForCausalLM) -> None:
