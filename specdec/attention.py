@@ -68,6 +68,11 @@ class AttentionPass:
         return self.cache.regular
 
     @property
+    def in_forms(self) -> bool:
+        """Whether their parts can, which read some tokens in two forms."""
+        return self.cache.in_forms
+
+    @property
     def longest(self) -> int:
         """Nodes per row, n."""
         return self.ancestors.shape[1]
@@ -151,6 +156,11 @@ class JoinedPass:
     def regular(self) -> bool:
         """Whether compiled layers can read all caches."""
         return all(part.regular for part in self.parts)
+
+    @property
+    def in_forms(self) -> bool:
+        """Whether parts of compiled layers can, which read some tokens in two forms."""
+        return all(part.in_forms for part in self.parts)
 
     @property
     def longest(self) -> int:

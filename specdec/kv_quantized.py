@@ -115,6 +115,7 @@ class QuantizedKVCache(KVCache):
 
     most_segments = 1
     regular = False
+    in_forms = True
     longest_pass = WINDOW
 
     def __init__(self, bits: int, batch_size: int, capacity: int, device: torch.device | str = "cpu") -> None:

@@ -140,7 +140,7 @@ class LeanLayer:
         if specdec_pass is None or position_embeddings is None:
             kwargs |= {"position_embeddings": position_embeddings, "specdec_pass": specdec_pass}
             return self._own(hidden_states, *args, **kwargs)
-        if self._kernels is not None and fits(hidden_states.dtype, specdec_pass):
+        if self._kernels is not None and compiles(hidden_states.dtype, specdec_pass, in_parts=True):
             return self._compiled(self._kernels, hidden_states, position_embeddings, specdec_pass)
         batch_size, num_nodes, _ = hidden_states.shape
         qkv = self._norm_heads(self._qkv(_rms_norm(self._input_norm, hidden_states)), _rms_norm)
@@ -226,14 +226,10 @@ class LeanLayer:
         return torch.cat([*normed, value], dim=2).flatten(2)
 
 
-def fits(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
-    """Whether the parts of compiled layers serve a pass."""
-    return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES
-
-
-def compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass) -> bool:
-    """Whether compiled layers serve a pass."""
-    return fits(dtype, specdec_pass) and specdec_pass.regular
+def compiles(dtype: torch.dtype, specdec_pass: AttentionPass | JoinedPass, in_parts: bool = False) -> bool:
+    """Whether compiled layers serve a pass, or at least their parts."""
+    readable = specdec_pass.regular or (in_parts and specdec_pass.in_forms)
+    return dtype == torch.bfloat16 and specdec_pass.longest <= MOST_NODES and readable
 
 
 def is_whole(layer: Any) -> bool:

@@ -11,6 +11,8 @@ class SlotOrder:
 
     regular = True
     """Whether slot s of what ``write`` returns is position s. Compiled layers read, and write, such caches alone."""
+    in_forms = False
+    """Whether tokens may be held in two forms (``kv_quantized``), which parts of compiled layers read as well."""
     longest_pass: int | None = None
     """Most tokens of a text appended in one pass; None is no limit."""
     lengths: Tensor
