@@ -128,14 +128,10 @@ class CompiledDrafter:
         branching = min(branching, self._vocab_size)
         entries = len(pending) * width
         where = self._where(cache, len(pending), width * (depth - 1), entries, entries)
-        tokens, parents, joint = self._kernels.grow_draft(
-            self._weights,
-            where,
-            pending.contiguous(),
-            start.contiguous(),
-            (depth, width, branching, most_nodes, all_nodes),
-        )
-        return TokenTree(tokens, parents, confidence=joint.float().exp()).compact()
+        sizes = depth, width, branching, most_nodes, all_nodes
+        pending, start = pending.contiguous(), start.contiguous()
+        tokens, parents, confidence = self._kernels.grow_draft(self._weights, where, pending, start, sizes)
+        return TokenTree(tokens, parents, confidence=confidence)
 
     def _where(self, cache: KVCache, rows: int, slots: int, entries: int, drafts: int) -> DraftCache:
         """The cache of so many rows with room for more slots, the angles of their positions, and memory to work in."""

@@ -63,7 +63,7 @@ def grow_in_lists(pending: Tensor, depth: int, width: int, max_nodes: int, expan
         )
     best = [row.best(max_nodes) for row in rows]
     tokens, parents = (torch.tensor([part[index] for part in best]) for index in (0, 1))
-    confidence = torch.tensor([part[2] for part in best]).exp()
+    confidence = torch.tensor([[math.exp(each) for each in part[2]] for part in best])
     return TokenTree(tokens, parents, confidence=confidence).compact()
 
 

@@ -387,9 +387,7 @@ def _features_of(drafter: Drafter, output: TargetOutput | None) -> TargetOutput 
 
 def _view(batch: Batch, max_nodes: int) -> Batch:
     """The batch as parts see it: their children are not drawn, and the budget is the hybrid's."""
-    view = copy.copy(batch)
-    view.siblings, view.max_nodes = "deterministic", max_nodes
-    return view
+    return batch.view(max_nodes, "deterministic")
 
 
 def _repeatable_by_tree(batch: Batch) -> bool:

@@ -141,6 +141,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def view(self, max_nodes: int, siblings: SiblingSampling) -> Batch:
+        """The same rows under another budget, children chosen otherwise; what changes rows changes it too."""
+        view = object.__new__(Batch)
+        view.__dict__ = self.__dict__ | {"max_nodes": max_nodes, "siblings": siblings}
+        return view
+
     def total_nodes(self, max_nodes: int) -> int:
         """Nodes of the next trees of all rows together that are of use, where a row's has ``max_nodes`` at most."""
         return len(self) * min(self.mean_nodes, max_nodes)
@@ -195,9 +201,9 @@ class Batch:
         return torch.tensor([row.pending for row in self.rows], device=self.device)
 
     @property
-    def max_depth(self) -> Tensor:
-        """``[B]`` int64, deepest draft node each row can still use."""
-        return torch.tensor([row.max_depth for row in self.rows], device=self.device)
+    def max_depth(self) -> list[int]:
+        """Of each row, the deepest draft node it can still use."""
+        return [row.max_depth for row in self.rows]
 
     def mark_seen(self, row: int, tokens: Sequence[int]) -> None:
         """Remember emitted tokens for the repetition penalty."""

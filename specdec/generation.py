@@ -265,14 +265,15 @@ class Generation:
         batch, rows, clock = self._batch, list(self._batch.rows), PhaseClock(self._finish_device)
         batch.cache = cache
         budget = self._policy.budget(rows, self._most_of_a_row(NO_LIMIT))
-        tree = TokenTree.from_pending(batch.pending)
+        drafted = None
         if not isinstance(self.drafter, NoneDrafter):
             # A draft beside prompts would not be charged to anybody.
             if budget > 1 or (self._policy.beside > 1 and not self._filling):
                 with clock.phase("draft"):
-                    tree = self._draft(budget) or tree
+                    drafted = self._draft(budget)
             if budget == 1:
                 self._explain_plain_pass()
+        tree = drafted or TokenTree.from_pending(batch.pending)
         with clock.phase("target"):
             cache.make_room(tree.num_nodes)
             chunks = self._chunks(tree)
@@ -326,11 +327,11 @@ class Generation:
         batch.trying, batch.unchecked = self._policy.trying, unchecked
         tree = self.drafter.propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
-        if tree.batch_size != len(batch) or not torch.equal(tree.tokens[:, 0], batch.pending):
+        if tree.tokens[:, 0].tolist() != [row.pending for row in batch.rows]:
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
         deepest = batch.max_depth
         if self.target.kv_bits is not None:
-            deepest = deepest.clamp(max=WINDOW)
+            deepest = [min(each, WINDOW) for each in deepest]
         tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 

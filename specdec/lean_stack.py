@@ -27,7 +27,7 @@ KNOWN_STACKS = {"LlamaModel", "MistralModel", "Qwen2Model"}
 """Classes of transformers that are an embedding, rotary angles, layers and a norm."""
 
 KNOWN_MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
-"""Classes that are such a stack and an output head, and nothing else."""
+"""Classes that are such a stack and an output head, ``lm_head``, and nothing else."""
 
 
 def make_lean(model: nn.Module) -> int:
@@ -86,13 +86,19 @@ class LeanStack:
         self.has_table = getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
         """Angles of these kinds depend on the position alone, those of others on how long the text is."""
 
-    def compiles(self, dtype: torch.dtype) -> bool:
-        """Whether there are compiled layers for passes of this dtype."""
-        return dtype == torch.bfloat16 and find_kernels() is not None and self._all_whole()
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._stack.embed_tokens.weight.dtype
+        return dtype
 
-    def takes(self, dtype: torch.dtype, now: AttentionPass | JoinedPass) -> bool:
+    @property
+    def compiles(self) -> bool:
+        """Whether there are compiled layers for passes in the model's dtype."""
+        return self._dtype == torch.bfloat16 and find_kernels() is not None and self._all_whole()
+
+    def takes(self, now: AttentionPass | JoinedPass) -> bool:
         """Whether a pass runs through compiled layers, which also fill ``copies``."""
-        return self.compiles(dtype) and compiles(dtype, now)
+        return compiles(self._dtype, now) and self.compiles
 
     def __call__(
         self,

@@ -92,6 +92,7 @@ class PassTimes:
         self._usual: dict[int, float] = {}  # their medians: asked for many times per pass
         self._mean: dict[int, float] = {}
         self._rungs: list[int] = []
+        self._estimates: dict[tuple[float, int, int], float] = {}  # since the last pass that taught something
         self._drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._first_drafts: deque[float] = deque(maxlen=_SAMPLES)
         self._idle = False  # whether nothing was drafted in the call so far
@@ -109,6 +110,7 @@ class PassTimes:
             recent = min(factor, SPIKE * usual)
             self._mean[rung] = _MEMORY * self._mean[rung] + (1 - _MEMORY) * recent if known else usual
             self._rungs = sorted(self._factors)
+            self._estimates.clear()
 
     @property
     def learns(self) -> bool:
@@ -162,7 +164,10 @@ class PassTimes:
 
     def estimate(self, nodes: float, batch: int, length: int) -> float:
         """Milliseconds of a pass; in the curve's unit before the first one."""
-        return self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
+        asked = nodes, batch, length
+        if asked not in self._estimates:
+            self._estimates[asked] = self._curve.at(nodes, batch, length) * self._factor(nodes * batch)
+        return self._estimates[asked]
 
     def average(self, nodes: int, batch: int, length: int) -> float:
         """Milliseconds of such a pass on average: where others use the machine too, more than ``estimate`` has."""

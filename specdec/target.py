@@ -224,7 +224,7 @@ class HFTarget:
         as many of each as the largest has. Passes in which prompts ride along always do.
         """
         compiled = self._compiled
-        return compiled is not None and compiled.compiles(self.dtype) and self.kv_bits is None
+        return self.kv_bits is None and compiled is not None and compiled.compiles
 
     @property
     def _compiled(self) -> LeanStack | None:
@@ -362,13 +362,13 @@ class HFTarget:
         """``_run`` past transformers' own forward, which does no more but takes a tenth of a small pass; None where it
         does."""
         lean = self._compiled
-        if lean is None or not is_stack_and_head(self.model) or not lean.takes(self.dtype, now):
+        if lean is None or not is_stack_and_head(self.model) or not lean.takes(now):
             return None
         places = self._places(features)
         if any(name not in places and name != "last" for name in features):
             return None
         now.copies = dict.fromkeys(places.values())
-        head = self.model.get_output_embeddings()
+        head = self.model.lm_head
         states, logits = lean.states(tokens, self._positions(now), now, head if logits_at is None else None)
         if logits is None:
             logits = head(states if logits_at is None else states[:, logits_at])
@@ -384,14 +384,15 @@ class HFTarget:
     def _copied(self, features: Sequence[Feature], now: AttentionPass | JoinedPass) -> dict[Feature, int]:
         """Features that a compiled stack hands out itself, and how many layers come before each; others need hooks."""
         compiled = self._compiled if features else None
-        if compiled is None or not compiled.takes(self.dtype, now):
+        if compiled is None or not compiled.takes(now):
             return {}
         return self._places(features)
 
     def _places(self, features: Sequence[Feature]) -> dict[Feature, int]:
         """How many layers come before each of the features that stand between layers."""
-        places = {name: self.num_layers if name == "pre_norm" else name for name in features}
-        return {name: at for name, at in places.items() if isinstance(at, int) and 0 <= at <= self.num_layers}
+        count = self.num_layers
+        places = {name: count if name == "pre_norm" else name for name in features}
+        return {name: at for name, at in places.items() if isinstance(at, int) and 0 <= at <= count}
 
     def _new_pass(self, cache: KVCache, depth: Tensor, ancestors: Tensor) -> AttentionPass:
         """What the layers of a pass share."""

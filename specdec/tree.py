@@ -116,8 +116,7 @@ class TokenTree:
     @cached_property
     def sizes(self) -> list[int]:
         """Nodes of each row but padding."""
-        sizes: list[int] = self.valid.sum(1).tolist()
-        return sizes
+        return [len(row) - row.count(PADDING) for row in self.parents.tolist()]
 
     @cached_property
     def row_sizes(self) -> list[int] | None:
@@ -267,11 +266,11 @@ class TokenTree:
             confidence=None if self.confidence is None else self.confidence.gather(1, columns),
         )
 
-    def limit_depth(self, limit: Tensor) -> TokenTree:
-        """Drop the nodes of each row deeper than ``limit`` ``[B]``; the tree itself where none is."""
-        if int(limit.min()) >= self.num_nodes - 1:  # a chain of all nodes is no deeper
+    def limit_depth(self, limits: Sequence[int]) -> TokenTree:
+        """Drop nodes deeper than their row's limit; the tree itself where none is."""
+        if min(limits) >= self.num_nodes - 1:  # a chain of all nodes is no deeper
             return self
-        keep = self.valid & (self.depth <= limit.unsqueeze(1))
+        keep = self.valid & (self.depth <= torch.tensor(limits, device=self.parents.device).unsqueeze(1))
         return self if torch.equal(keep, self.valid) else self._keep_nodes(keep)
 
     def compact(self) -> TokenTree:

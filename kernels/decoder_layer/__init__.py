@@ -338,19 +338,18 @@ class Kernels:
                 a row, and of all rows together: what has no child among the best of so many is not expanded.
 
         Returns:
-            ``[B, N]`` int64 tokens and parents, -1 the root's and -2 of padding, and float64 joint log-confidence of
-            the nodes, the best first.
+            ``[B, N]`` int64 tokens and parents, -1 the root's and -2 of padding, and float32 joint confidence of the
+            nodes, the best first; N is as large as some row needs.
         """
-        shape = len(pending), sizes[3]
-        tokens, parents = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
-        joint = torch.empty(shape, dtype=torch.float64)
-        chosen = (tokens, parents, joint)
+        most = len(pending) * sizes[3]
+        tokens, parents = torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=torch.int64)
+        chosen = (tokens, parents, torch.empty(most))
         pointers = [tensor.data_ptr() for tensor in (pending, start, *chosen)]
         count = self._grow_draft(weights, cache, Growth(*pointers[:2], *sizes, *pointers[2:]))
         if count == 0:
             raise MemoryError(f"no memory for the candidates of {len(pending)} trees of width {sizes[1]}")
-        tokens, parents, joint = (part.flatten()[: len(pending) * count].view(-1, count) for part in chosen)
-        return tokens, parents, joint
+        tokens, parents, confidence = (part[: len(pending) * count].view(-1, count) for part in chosen)
+        return tokens, parents, confidence
 
     def take_rows(self, table: Tensor, indices: Tensor) -> Tensor:
         """Rows ``[..., d]`` of a table ``[V, d]`` of any dtype, as an embedding gives them.

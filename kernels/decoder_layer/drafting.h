@@ -179,7 +179,7 @@ typedef struct {
   long depth, width, branching, most_nodes;
   long all_nodes; /* that are chosen of all rows' together */
   int64_t *tokens, *parents; /* [B, most_nodes] of the chosen nodes, the best first */
-  double *joint;             /* [B, most_nodes] their log-confidence */
+  float *confidence;         /* [B, most_nodes] theirs, of all nodes on the way to each */
 } growth;
 
 /* A row's root and all children of the nodes expanded; then, of the nodes expanded without the root, what is computed. */
@@ -267,19 +267,25 @@ static long count_promising(const candidates *rows, long batch, long row, long n
   return nodes;
 }
 
-static void write_best(const growth *g, const candidates *c, long row, long end, long count) {
+/* Puts a row's `count` best in order; returns how many of them are possible, which are the first. */
+static long order_best(const candidates *c, long end, long count) {
   pick_best(c->joint, 0, end, count, c->order);
+  while (count > 1 && !(c->joint[c->order[count - 1]] > -INFINITY)) count--;
+  return count;
+}
+
+static void write_best(const growth *g, const candidates *c, long row, long count) {
   for (long i = 0; i < count; i++) c->column[c->order[i]] = i;
   for (long i = 0; i < count; i++) {
     const long at = row * count + i, candidate = c->order[i];
     g->tokens[at] = c->token[candidate];
-    g->joint[at] = c->joint[candidate];
+    g->confidence[at] = (float)exp(c->joint[candidate]);
     g->parents[at] = !(c->joint[candidate] > -INFINITY) ? PADDED : candidate ? c->column[c->above[candidate]] : NO_PARENT;
   }
 }
 
-/* The best nodes of every row's tree, written densely as [B, count]; returns count, or 0 where memory is short. Slots for
-   the nodes expanded, width * (depth - 1), must be free behind the committed entries. */
+/* The best nodes of every row's tree, written densely as [B, count], which is as many as some row has; what others lack is
+   padding. Returns count, or 0 where memory is short. Slots for the nodes expanded, width * (depth - 1), must be free behind the committed entries. */
 long grow_draft(const draft_weights *h, const draft_cache *cache, const growth *g) {
   const long batch = cache->batch, columns = g->width * (g->depth - 1) + 1, d = state_width(h);
   const long most = 1 + g->branching * (1 + g->width * (g->depth - 1));
@@ -337,8 +343,13 @@ long grow_draft(const draft_weights *h, const draft_cache *cache, const growth *
     states = b.states;
   }
 #undef TAKE
-  const long count = end < g->most_nodes ? end : g->most_nodes;
-  for (long row = 0; row < batch; row++) write_best(g, rows + row, row, end, count);
+  const long fit = end < g->most_nodes ? end : g->most_nodes;
+  long count = 0;
+  for (long row = 0; row < batch; row++) {
+    const long possible = order_best(rows + row, end, fit);
+    if (possible > count) count = possible;
+  }
+  for (long row = 0; row < batch; row++) write_best(g, rows + row, row, count);
   free(memory);
   return count;
 }

@@ -174,7 +174,9 @@ class DraftCache(ctypes.Structure):
 class Growth(ctypes.Structure):
     """``growth``: how far a tree grows, and what becomes of it."""
 
-    _fields_ = _fields("pending start", "depth width branching most_nodes all_nodes") + _fields("tokens parents joint")
+    _fields_ = _fields("pending start", "depth width branching most_nodes all_nodes") + _fields(
+        "tokens parents confidence"
+    )
 
 
 class Move(ctypes.Structure):

@@ -173,7 +173,7 @@ def test_passes_without_the_window_leave_it_as_it_is() -> None:
     predict(drafter, batch, TokenTree.from_pending(batch.pending), range(VOCAB))  # decoded without a draft
     drafter.propose(batch)
     predict(drafter, batch, TokenTree.from_pending(batch.pending), range(VOCAB))  # the tree did not fit
-    predict(drafter, batch, drafter.propose(batch).limit_depth(torch.tensor([2])), range(VOCAB))  # it was too deep
+    predict(drafter, batch, drafter.propose(batch).limit_depth([2]), range(VOCAB))  # it was too deep
     widened = drafter.propose(batch)
     chain = torch.arange(-1, widened.num_nodes - 1).unsqueeze(0)
     predict(drafter, batch, TokenTree(widened.tokens, chain), range(VOCAB))  # another one, by chance as wide
@@ -228,7 +228,7 @@ def test_every_proposal_is_a_valid_tree_within_its_budget(data: st.DataObject) -
         tree.validate(VOCAB)
         assert torch.equal(tree.tokens[:, 0], batch.pending)
         assert tree.num_nodes <= config.max_nodes
-        assert bool((tree.depth.amax(1) <= batch.max_depth.clamp(min=0)).all())
+        assert bool((tree.depth.amax(1) <= torch.tensor(batch.max_depth).clamp(min=0)).all())
         logits = torch.randn(*tree.tokens.shape, VOCAB, generator=torch.Generator().manual_seed(step))
         verdict: Any = None
         drafter.observe(batch, tree, TargetOutput(logits), verdict)

@@ -211,7 +211,7 @@ def test_inconsistent_parts_are_refused_at_construction(arguments: dict[str, Any
 def test_limit_depth_drops_deeper_nodes_and_nothing_else(tree: TokenTree, data: st.DataObject) -> None:
     limits = data.draw(st.lists(st.integers(0, 9), min_size=tree.batch_size, max_size=tree.batch_size))
 
-    limited = tree.limit_depth(torch.tensor(limits))
+    limited = tree.limit_depth(limits)
 
     validate(limited)
     expected = [[n for n in row if len(n[0]) - 1 <= limit] for row, limit in zip(nodes_of(tree), limits, strict=True)]
