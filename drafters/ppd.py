@@ -20,9 +20,14 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.growth import rank
 from specdec.drafters.ppd_tree import Candidates, Plan, attach, best_candidates, choose_budget, hit_table, make_plan
 from specdec.drafters.weights import DrafterWeights, TargetFacts, check_weights, find_weights, load_weights
+from specdec.latency import LatencyKey, load_curve
+from specdec.planner import RUNGS
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import PADDING, TokenTree
 from specdec.verifiers.base import Verdict
+
+_LEAST_NODES = 4
+"""Of a pass: a root, and a guess and prompt tokens below both."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class PPDConfig:
         weights: folder that ``specdec train`` wrote; "" is what ships for the target.
         depth: prompt tokens below a node, at most those trained; the deepest guess.
         branching: guesses considered per distance.
-        max_nodes: most nodes of a pass, root and prompt tokens included.
+        max_nodes: most nodes of a pass, root and prompt tokens included; where a profile of the target is kept, those
+            are taken that it says are best.
         tree: how sure a guess is: the prompt token's own probability, or the calibrated hit rate of its rank.
     """
 
@@ -44,7 +50,7 @@ class PPDConfig:
     tree: Literal["confidence", "calibrated"] = "confidence"
 
     def __post_init__(self) -> None:
-        for name, least in (("depth", 1), ("branching", 1), ("max_nodes", 4)):
+        for name, least in (("depth", 1), ("branching", 1), ("max_nodes", _LEAST_NODES)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -95,7 +101,8 @@ class PPDDrafter(Drafter):
         config: options.
         weights: loaded weights, instead of ``config.weights``.
         latency: nodes of a pass -> its measured time, in any unit; the best budget among them replaces
-            ``config.max_nodes``. Needs hit rates.
+            ``config.max_nodes``. Needs hit rates. None for those of the target's profile, where one is kept, up to
+            ``config.max_nodes``.
     """
 
     name = "ppd"
@@ -123,7 +130,7 @@ class PPDDrafter(Drafter):
         self.module = self.module.to(target.device, target.dtype).eval().requires_grad_(False)
         self._num_tokens = min(self.config.depth, self.module.num_tokens)
         if weights.hit_rates:
-            self._use_rates(weights.hit_rates)
+            self._use_rates(weights.hit_rates, self._latency or self._profiled(target))
         elif self.config.tree == "calibrated" or self._latency is not None:
             raise ValueError(f"the weights of drafter {self.name!r} have no hit rates: run specdec calibrate")
         elif self.config.max_nodes < 2 * self.module.ensembles + 1:
@@ -132,8 +139,16 @@ class PPDDrafter(Drafter):
                 f"per prompt token, got {self.config.max_nodes}"
             )
 
-    def _use_rates(self, rates: Sequence[Sequence[float]]) -> None:
-        """Plan the trees; at least one prompt token below every node, or none below some, whichever promises more."""
+    def _profiled(self, target: HFTarget) -> dict[int, float]:
+        """Measured milliseconds of passes of up to ``max_nodes`` nodes; nothing without a profile."""
+        curve = load_curve(LatencyKey.of(target))
+        return {n: curve.at(n) for n in RUNGS if _LEAST_NODES <= n <= self.config.max_nodes} if curve else {}
+
+    def _use_rates(self, rates: Sequence[Sequence[float]], latency: Mapping[int, float]) -> None:
+        """Plan the trees, of the budget that is best by the latency of a pass, or as large as may be.
+
+        There is at least one prompt token below every node, or none below some, whichever promises more.
+        """
         table = hit_table([row[: self.config.branching] for row in rates], self._num_tokens)
         self._num_tokens = len(table)
 
@@ -141,7 +156,7 @@ class PPDDrafter(Drafter):
             plans = [make_plan(table, budget, self.module.ensembles, keep) for keep in (0, 1)]
             return max(plans, key=lambda made: made.tau)
 
-        self.plan = choose_budget(self._latency, plan) if self._latency else plan(self.config.max_nodes)
+        self.plan = choose_budget(latency, plan) if latency else plan(self.config.max_nodes)
 
     def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
         """What the plan promises; its trees come whole or not at all."""

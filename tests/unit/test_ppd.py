@@ -12,9 +12,11 @@ from torch import Tensor
 
 from specdec import SpecDecoder
 from specdec.batch import Batch
+from specdec.drafters import ppd as ppd_module
 from specdec.drafters.ppd import PPDConfig, PPDDrafter, attached_chains
 from specdec.drafters.weights import DrafterWeights, TargetFacts
 from specdec.kv_cache import KVCache
+from specdec.latency import LatencyCurve, LatencyKey
 from specdec.target import HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
@@ -235,6 +237,20 @@ def test_the_first_pass_is_the_root_and_its_prompt_tokens() -> None:
     assert first.num_drafted.tolist() == [0]
     assert attached_chains(first, 0, 0) == [[1, 2, 3], [4, 5, 6]]
     assert int(seen[1].num_drafted[0]) > 0
+
+
+@pytest.mark.parametrize(("slope", "larger"), [(0.0001, True), (1.0, False)])
+def test_a_profile_of_the_target_decides_the_budget(
+    monkeypatch: pytest.MonkeyPatch, slope: float, larger: bool
+) -> None:
+    target = HFTarget(tiny_model())
+    curves = {LatencyKey.of(target): LatencyCurve.simple({n: 1.0 + slope * n for n in (1, 64)})}
+    monkeypatch.setattr(ppd_module, "load_curve", curves.get)
+    drafter = PPDDrafter(PPDConfig(max_nodes=24), make_weights(target, hit_rates=RATES))
+    drafter.bind(target, None)
+    assert drafter.plan is not None
+    assert (drafter.plan.budget > 12) == larger
+    assert 4 <= drafter.plan.budget <= 24
 
 
 def test_fewer_prompt_tokens_than_trained_and_a_budget_from_latency() -> None:
