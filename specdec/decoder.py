@@ -158,7 +158,7 @@ class SpecDecoder:
             raise ValueError(
                 f"invariant=True: rounding of {type(self.target.model).__name__} in {self.target.dtype} on "
                 f"{self.target.device} depends on what rides in a pass; it does not for Llama, Mistral, Qwen2 and "
-                "Qwen3 loaded by name with dtype='bf16' on a CPU with a C compiler"
+                "Qwen3 loaded by name with dtype='bf16' on a CPU with a C compiler, quantized or not, but to nf4 or fp6"
             )
         if isinstance(drafter, str):
             drafter = create_drafter(resolve_drafter(drafter, self.target), drafter_options)
