@@ -143,9 +143,10 @@ def load_method(weights: DrafterWeights, target: HFTarget) -> Method:
 
     Options come from the module's shape, and from the facts of the training where it is silent.
     """
-    known = {option.name for option in fields(method_class(weights.drafter).Options)}
-    told = {**(weights.facts.get("options") or {}), **weights.shape}
-    options = {name: value for name, value in told.items() if name in known}
+    kind = method_class(weights.drafter)
+    known = {option.name for option in fields(kind.Options)}
+    trained = {name: value for name, value in (weights.facts.get("options") or {}).items() if name in known}
+    options = trained | kind.options_of(weights.shape)
     method = create_method(weights.drafter, target, options)
     counts = torch.zeros(target.vocab_size, dtype=torch.int64)
     vocabulary = weights.tensors.get("vocabulary")

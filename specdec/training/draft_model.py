@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,12 @@ class DraftModelMethod(HeadMethod):
         super().__init__(target, options)
         self.module = PrunedLayers(target, **self.shape).to(target.device)
         self.module.copy_layers(target)
+
+    @classmethod
+    def options_of(cls, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Method.options_of``: a shape names the layers themselves."""
+        layers = shape["layers"]
+        return {**super().options_of(shape), "layers": len(layers), "keep": ",".join(map(str, layers))}
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,6 +92,12 @@ class Method(ABC):
 
     @abstractmethod
     def __init__(self, target: HFTarget, options: Any) -> None: ...
+
+    @classmethod
+    def options_of(cls, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """Options, as far as a module's shape tells them, that make a module of that shape."""
+        known = {option.name for option in fields(cls.Options)}
+        return {name: value for name, value in shape.items() if name in known}
 
     def prepare(self, counts: Tensor) -> None:  # noqa: B027  most methods need no counts
         """Called once before training, on a resumed run too, and before ``module`` is first used.

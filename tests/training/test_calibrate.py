@@ -30,7 +30,9 @@ REPLIES = ["The quick brown fox jumps over the lazy dog.", "A rolling stone gath
 OPTIONS: dict[str, dict[str, Any]] = {
     "ppd": {"num_tokens": 2},
     "medusa": {"num_heads": 2, "vocab_size": 50, "int8": False},
+    "model": {"layers": 1, "vocab_size": 50, "int8": False},
 }
+DEPTHS = {"ppd": 2, "medusa": 2, "model": 5}
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_rates_are_counted_and_kept_with_the_weights(drafter: str, tmp_path: Pat
     target = make_weights(tmp_path / "weights", drafter)
     before = (tmp_path / "weights" / "model.safetensors").read_bytes()
     found = calibrate(tmp_path / "weights", drafter, target, data)
-    assert len(found.hit_rates) == len(found.positions) == 2
+    assert len(found.hit_rates) == len(found.positions) == DEPTHS[drafter]
     assert all(len(rates) == 10 and 0 <= sum(rates) <= 1 for rates in found.hit_rates)
     weights = load_weights(tmp_path / "weights")
     for kept, rates in zip(weights.hit_rates, found.hit_rates, strict=True):
@@ -109,8 +111,9 @@ def test_rates_of_batches_are_weighed_by_their_positions() -> None:
         measure(Counting(), [])  # type: ignore[arg-type]
 
 
-def test_a_method_is_restored_with_its_vocabulary(tmp_path: Path) -> None:
-    target = make_weights(tmp_path, "medusa")
+@pytest.mark.parametrize("drafter", ["medusa", "model"])
+def test_a_method_is_restored_with_its_vocabulary(drafter: str, tmp_path: Path) -> None:
+    target = make_weights(tmp_path, drafter)
     weights = load_weights(tmp_path)
     method = load_method(weights, target)
     for name, tensor in method.module.state_dict().items():
@@ -125,6 +128,16 @@ def test_calibrated_weights_shape_the_trees(tmp_path: Path, data: Path) -> None:
     assert drafter.plan is not None
     plain = SpecDecoder(target, "none").generate([5, 6, 7], max_new_tokens=12)
     assert decoder.generate([5, 6, 7], max_new_tokens=12).token_ids == plain.token_ids
+
+
+def test_a_calibrated_draft_model_expects_what_was_measured(tmp_path: Path, data: Path) -> None:
+    target = make_weights(tmp_path / "weights", "model")
+    folder = str(tmp_path / "weights")
+    drafters = [SpecDecoder(target, "model", drafter_options={"model": folder}).drafter]
+    found = calibrate(tmp_path / "weights", "model", target, data)
+    drafters.append(SpecDecoder(target, "model", drafter_options={"model": folder}).drafter)
+    assert drafters[0].expected_accepted((1, 2)) is None
+    assert drafters[1].expected_accepted((1, 2)) == pytest.approx([0.0, found.hit_rates[0][0]], abs=5e-5)
 
 
 def test_text_that_was_trained_on_is_pointed_out(tmp_path: Path, data: Path) -> None:
