@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import distributed, nn
@@ -16,13 +17,16 @@ from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
 
+ATTENTIONS = ("auto", *get_args(How))
+"""Values of the option ``attention``."""
+
 RANK_TIMEOUT = timedelta(minutes=2)
 """How long a process waits for the others before it gives up."""
 
 
 @dataclass(frozen=True)
 class LayerParallelConfig(ModelConfig):
-    """Options of the layer_parallel drafter, on top of the model drafter's.
+    """Options of the layer_parallel drafter, on top of the model drafter's; ``depth`` is at least 1 here.
 
     Attributes:
         group: layers whose attentions run at once, N; 1 drafts exactly as the model drafter.
@@ -37,6 +41,13 @@ class LayerParallelConfig(ModelConfig):
         super().__post_init__()
         if self.group < 1:
             raise ValueError(f"group must be at least 1, got {self.group}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}")
+        if self.depth == 0:
+            raise ValueError(
+                "depth must be at least 1 for drafter 'layer_parallel', got 0: no profile tells what passes of grouped "
+                "layers take, so no depth can be planned"
+            )
 
 
 class LayerParallelDrafter(ModelDrafter):
@@ -68,6 +79,9 @@ class LayerParallelDrafter(ModelDrafter):
         wrapped = LayerParallelModel(model, self.config.group, self._how)
         self._groups: nn.ModuleList = wrapped.draft_layers  # seen here by who adds up memory
         return wrapped
+
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        return super().expected_accepted(sizes) if self.config.group == 1 else None  # rates are of exact passes
 
     def propose(self, batch: Batch) -> TokenTree:
         if self._how == "ranks":

@@ -14,6 +14,8 @@ from unit_rows import make_batch, make_row
 
 from specdec.batch import Batch
 from specdec.drafters.base import Drafter
+from specdec.drafters.layer_parallel import LayerParallelConfig
+from specdec.drafters.model import ModelConfig
 from specdec.drafters.ngram import NgramConfig, NgramDrafter
 from specdec.drafters.none import NoneDrafter
 from specdec.drafters.recycling import RecyclingConfig, RecyclingDrafter, tree_template
@@ -442,6 +444,14 @@ def test_recycling_serves_a_vocabulary_smaller_than_its_candidates() -> None:
         (SuffixConfig, {"nodes_per_match": float("nan")}, "nodes_per_match must be at least"),
         (RecyclingConfig, {"candidates": 9}, r"candidates must be in \[1, 8\], got 9"),
         (RecyclingConfig, {"depth": 0}, "depth must be at least 1, got 0"),
+        (ModelConfig, {"depth": -1}, "depth must be at least 0, got -1"),
+        (ModelConfig, {"beams": 0}, "beams must be at least 1, got 0"),
+        (ModelConfig, {"max_nodes": 0}, "max_nodes must be at least 1, got 0"),
+        (LayerParallelConfig, {"group": 0}, "group must be at least 1, got 0"),
+        (LayerParallelConfig, {"beams": 0}, "beams must be at least 1, got 0"),
+        (LayerParallelConfig, {"attention": "bogus"}, "one of auto, fused, separate, ranks, got 'bogus'"),
+        (LayerParallelConfig, {"attention": "bogus", "group": 1}, "got 'bogus'"),
+        (LayerParallelConfig, {"depth": 0}, "depth must be at least 1 for drafter 'layer_parallel', got 0: no profile"),
     ],
 )
 def test_impossible_options_are_refused_with_their_value(config: Any, options: dict[str, Any], message: str) -> None:
