@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ from specdec.batch import Batch
 from specdec.drafters.base import Drafter
 from specdec.drafters.compiled import CompiledDrafter, compile_model
 from specdec.drafters.growth import grow, rank
-from specdec.drafters.heads import latest
+from specdec.drafters.heads import MOST_PLANNED, latest
 from specdec.drafters.model_prompts import DraftPrompts, Lookahead
 from specdec.drafters.pruned import NAME, build_pruned, read_pruned, ships_any
-from specdec.drafters.weights import TargetFacts, find_pretrained
+from specdec.drafters.weights import DrafterWeights, TargetFacts, find_pretrained
 from specdec.kernels.decoder_layer import MOST_TOP
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyKey, load_curve
 from specdec.models import find_device, find_dtype
-from specdec.placement import measure_link, plan_draft
+from specdec.optimal_tree import OptimalTrees
+from specdec.placement import USUAL_CHANCES, chances_by_depth, measure_link, plan_draft
+from specdec.policy import NO_LIMIT
 from specdec.sampling import filter_logits
 from specdec.target import PREFILL_CHUNK, HFTarget, TargetOutput
 from specdec.tree import PADDING, ROOT, TokenTree
@@ -38,10 +42,11 @@ class ModelConfig:
     Attributes:
         model: alias, folder or hub id of the draft model, or a folder that ``specdec train model`` wrote; "" is what
             ships for the target, or the loaded one that is passed to the drafter.
-        depth: passes of the draft model per step, depth of the tree; 0 chooses what pays by the profiles of both models
-            and the way between their devices, and is 5 where ``specdec profile`` has not measured both.
+        depth: passes of the draft model per step, depth of the tree; 0 chooses what pays, 5 at most, by the profiles of
+            both models, the way between their devices and the draft model's hit rates, and is 5, with a warning, where
+            ``specdec profile`` has not measured both.
         beams: nodes expanded per depth, and children per node.
-        max_nodes: most nodes of a tree, root included.
+        max_nodes: most nodes of a tree, root included; with ``depth`` 0 fixed trees have as many of them as pay.
         dtype: weights' dtype when loading; of a draft model made to order, beside its target, it is the target's.
         device: where the draft model runs, whatever the target's device; "auto" is the target's for a draft model made
             to order, CUDA where there is one for others.
@@ -89,6 +94,9 @@ class ModelDrafter(Drafter):
     ) -> None:
         self.config = config or ModelConfig()
         self.depth = self.config.depth or USUAL_DEPTH
+        self.nodes = self.config.max_nodes  # of a tree whose size nobody else decides
+        self._source = self.config.model
+        self._expected: list[float] = []  # accepted nodes of the best tree of each size, once they are asked for
         self._tokenizer = tokenizer
         self._cache: KVCache | None = None
         self._prompts: DraftPrompts | None = None
@@ -137,7 +145,8 @@ class ModelDrafter(Drafter):
             folder = find_pretrained(NAME, TargetFacts.of(target))
             if folder is None:
                 raise self._missing()
-            self._pruned = read_pruned(str(folder))
+            self._source = str(folder)
+            self._pruned = read_pruned(self._source)
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)
             dtype = find_dtype(self.config.dtype)  # a mistake shows on any device
@@ -157,18 +166,47 @@ class ModelDrafter(Drafter):
                     f"draft and target tokenizers differ: {word!r} is {mine.get(word)} for the draft model and "
                     f"{theirs.get(word)} for the target"
                 )
-
         if self.config.depth == 0:
-            self.depth = self._plan(target)
+            self._plan(target)
 
-    def _plan(self, target: HFTarget) -> int:
-        """The depth that pays by what passes of both models are known to take."""
-        curves = [load_curve(LatencyKey.of(model)) for model in (target, self.draft_model)]
-        if curves[0] is None or curves[1] is None:
-            return USUAL_DEPTH
-        link = measure_link(target.device, self.draft_model.device)
-        beams, most = self.config.beams, self.config.max_nodes
-        return max(1, plan_draft(curves[0], curves[1], link, beams=beams, max_nodes=most).depth)
+    def _plan(self, target: HFTarget) -> None:
+        """Draft as deep, and in fixed trees as many nodes, as pays by what passes of both models are known to take."""
+        self.depth, self.nodes, self._expected = USUAL_DEPTH, self.config.max_nodes, []
+        models = [(target, "TARGET"), (self.draft_model, self._source or "DRAFT")]
+        whole, draft = curves = [load_curve(LatencyKey.of(model)) for model, _ in models]
+        if whole is None or draft is None:
+            lacking = [_profile_command(*each) for each, curve in zip(models, curves, strict=True) if curve is None]
+            warnings.warn(
+                f"drafter {self.name!r} with depth=0 goes by profiles that are not there, so it drafts {USUAL_DEPTH} "
+                f"levels: run {' and '.join(lacking)} (with the --quantize and --kv of the target, where it has them)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        beams, most = self.config.beams, min(self.config.max_nodes, MOST_PLANNED)
+        rates = _known_rates(self._pruned)
+        plan = plan_draft(
+            whole, draft, measure_link(target.device, self.draft_model.device), beams=beams,
+            chances=chances_by_depth(rates, beams, USUAL_DEPTH) if rates else USUAL_CHANCES[:beams],
+            max_nodes=most, max_depth=USUAL_DEPTH,
+        )  # fmt: skip
+        self.depth = max(1, plan.depth)  # where nothing pays, the planner decides whether to ask for it
+        if plan.depth:
+            self.nodes = plan.nodes
+
+    def _most_nodes(self, batch: Batch) -> int:
+        """Nodes of a tree, root included: what was planned, but where somebody sets sizes while decoding."""
+        return self.nodes if batch.mean_nodes >= NO_LIMIT else self.config.max_nodes
+
+    def expected_accepted(self, sizes: Sequence[int]) -> list[float] | None:
+        rates = self._pruned.hit_rates if self._pruned is not None else ()
+        if not rates or self._prompts is not None:  # which are right less often than the model's own passes
+            return None
+        if not self._expected:
+            chances, most = chances_by_depth(rates, self.config.beams, self.depth), self.config.max_nodes
+            trees = OptimalTrees(chances, min(most, MOST_PLANNED), self.depth)
+            self._expected = [trees.best(size, self.depth).tokens - 1.0 for size in range(1, trees.max_nodes + 1)]
+        return [self._expected[min(size, len(self._expected)) - 1] for size in sizes]
 
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         self._cache = self.draft_model.new_cache(len(batch), max(len(row.tokens) for row in batch.rows) + 64)
@@ -178,7 +216,7 @@ class ModelDrafter(Drafter):
         if self.draft_model.max_context is not None:
             longest = max(len(row.tokens) for row in batch.rows)
             depth = min(depth, self.draft_model.max_context - longest)
-        if depth < 1 or self.config.max_nodes < 2:
+        if depth < 1 or self._most_nodes(batch) < 2:
             return TokenTree.from_pending(batch.pending)
         if batch.siblings == "deterministic":
             return self._ranked(batch, depth)
@@ -216,7 +254,7 @@ class ModelDrafter(Drafter):
 
     def _ranked(self, batch: Batch, depth: int) -> TokenTree:
         """The best nodes by joint confidence."""
-        beams, most = self.config.beams, min(self.config.max_nodes, batch.max_nodes)
+        beams, most = self.config.beams, min(self._most_nodes(batch), batch.max_nodes)
         if self._compiled is not None and batch.ranks_logits and beams <= MOST_TOP:
             assert self._cache is not None
             if self._cache.regular:
@@ -263,7 +301,7 @@ class ModelDrafter(Drafter):
     def _drawn(self, batch: Batch, logits: Tensor, depth: int) -> TokenTree:
         """Children drawn from the draft distribution, with the distributions they were drawn from."""
         device, size = self.draft_model.device, len(batch)
-        budget = self.config.max_nodes - 1
+        budget = self._most_nodes(batch) - 1
         width = max(1, min(self.config.beams, budget // depth, logits.shape[-1]))
         depth = min(depth, budget // width)
         tokens, parents = [batch.pending.to(device).unsqueeze(1)], [torch.full((size, 1), ROOT, device=device)]
@@ -311,3 +349,18 @@ class ModelDrafter(Drafter):
                 per_node.append(keyed.argmax(-1) if draws == children else keyed[0].topk(children).indices)
             drawn.append(torch.stack(per_node))
         return torch.stack(drawn)
+
+
+def _known_rates(weights: DrafterWeights | None) -> Sequence[Sequence[float]]:
+    """``[D][R]`` hit rates that lie with a draft model's weights, calibrated or of its training; none else."""
+    if weights is None:
+        return ()
+    held_out: Mapping[str, Any] = weights.facts.get("held_out") or {}
+    return weights.hit_rates or held_out.get("hit_rates") or ()
+
+
+def _profile_command(model: HFTarget, name: str) -> str:
+    """What measures a model as it runs here."""
+    dtype, device = str(model.dtype).removeprefix("torch."), model.device
+    threads = f" --threads {torch.get_num_threads()}" if device.type == "cpu" else ""
+    return f"`specdec profile -m {shlex.quote(name)} --dtype {dtype} --device {device}{threads}`"

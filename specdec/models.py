@@ -78,9 +78,11 @@ def load_model(
         allow_pickle: accept weights in pickle files, which can run code as they load.
         trust_remote_code: run modelling code that the checkpoint brings along.
         packed: lay linear layers out for decoding where that helps (see ``specdec.packing``); such a model generates
-            as before, but cannot be trained or saved. What is quantized already is left as it is.
+            as before, but cannot be trained or saved. What is quantized already is left as it is. A draft model made
+            to order is then what drafts beside its target, loaded in the same way: its layers are in 8 bit.
         quantize: precision of the linear layers' weights, one of ``specdec.quantization``'s names; the rest is then
-            bfloat16 where dtype is "auto" and the CPU computes in it.
+            bfloat16 where dtype is "auto" and the CPU computes in it. Of a draft model made to order it is that of its
+            target, whose output head it may share.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
         memory_budget: bytes in all; None is what is free. A model that does not fit is refused before it is read.
@@ -170,11 +172,10 @@ def _made_to_order(
     weights = read_pruned(name)
     if weights is None:
         return None
-    if quantize is not None:
-        raise ValueError(f"{name!r} is a draft model in 8 bit already: load it without quantize={quantize!r}")
     target = load_model(
         str(weights.facts.get("target", "")), dtype=dtype, device=device, allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress,
+        trust_remote_code=trust_remote_code, packed=packed, quantize=quantize, cache_dir=cache_dir,
+        progress=progress,
     )  # fmt: skip
     return LoadedModel(build_pruned(weights, HFTarget(target.model), packed=packed), target.tokenizer, name)
 

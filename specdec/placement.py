@@ -67,7 +67,7 @@ def plan_draft(
     draft: LatencyCurve,
     link: Link | None = None,
     *,
-    chances: Sequence[float] = USUAL_CHANCES,
+    chances: Sequence[float] | Sequence[Sequence[float]] = USUAL_CHANCES,
     beams: int = 4,
     max_nodes: int = 24,
     max_depth: int = 5,
@@ -85,7 +85,7 @@ def plan_draft(
         target: the target's passes on its device.
         draft: the draft model's on its own.
         link: between the two; None where they share a device.
-        chances: that the child of each rank is accepted, given that its parent is.
+        chances: that the child of each rank is accepted, given that its parent is; or a row of them per depth.
         beams: nodes the draft model expands per level.
         max_nodes: largest tree.
         max_depth: deepest one.
@@ -107,6 +107,12 @@ def plan_draft(
     depth, nodes = best.depth, len(best.parents)
     ms = pass_ms(nodes) + depth * draft.at(beams, batch, length)
     return DraftPlan(nodes, depth, best.tokens, best.tokens * plain / ms)
+
+
+def chances_by_depth(hit_rates: Sequence[Sequence[float]], ranks: int, depth: int) -> list[list[float]]:
+    """``[depth][ranks]`` chances from calibrated rates ``[D][R]``: deeper levels are as the last, ranks at most R."""
+    rows = [[float(rate) for rate in rates[:ranks]] for rates in hit_rates]
+    return (rows + rows[-1:] * depth)[:depth]
 
 
 def measure_link(first: torch.device, second: torch.device, rounds: int = 7) -> Link:

@@ -42,8 +42,8 @@ def calibrate(
 ) -> None:
     """Measure a trained drafter's hit rates per depth and rank, and write them into its config.json.
 
-    Drafters shape their trees by them: -o tree=calibrated, and the sizes of PPD's trees. The text is held out: the
-    model writes it now, from another seed than the training's.
+    Drafters shape their trees by them: -o tree=calibrated, -o depth=0 of model, the sizes of PPD's. The text is held
+    out: the model writes it now, from another seed than the training's.
 
     For skip the layers that draft best for their cost are searched, and kept with their rates, where --drafter skip
     finds them or in -o weights=DIR; -o trials=N, levels=N, depth=N, vocab_size=N are the search's.

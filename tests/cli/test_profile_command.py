@@ -7,12 +7,18 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chat import Invoke
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import SpecDecoder, latency
+from specdec.drafters.model import ModelDrafter
 from specdec.latency import LatencyCurve, LatencyKey
+from specdec.panels import panels_run
 from specdec.precisions import STORED_NAMES
 from specdec.quantization import SCHEMES
+from specdec.target import HFTarget
+from specdec.training.method import create_method
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +96,50 @@ def test_a_decoder_plans_by_the_profile_that_is_kept(invoke: Invoke, chat_folder
     kept = latency.load_curve(LatencyKey.of(decoder.target))
     assert kept is not None
     assert decoder._times._curve == kept
+
+
+@pytest.fixture(scope="module", params=[0, 64])
+def draft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a target in bfloat16 and of a draft model of its layers, which shares its head or has rows of it."""
+    folder = tmp_path_factory.mktemp("made_to_order")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=256, head_dim=32, num_hidden_layers=3, max_position_embeddings=256, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.save_pretrained(folder / "target")
+    method = create_method("model", HFTarget(model), {"layers": 2, "vocab_size": request.param})
+    method.prepare(torch.ones(256))
+    method.save(folder / "draft", {"target": str(folder / "target")})
+    return str(folder / "target"), str(folder / "draft")
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp32"}, {"quantize": "w8a8"}, {"quantize": "int4"}], ids=str)
+def test_a_draft_model_is_measured_as_it_drafts(
+    invoke: Invoke, draft: tuple[str, str], options: dict[str, str]
+) -> None:
+    """The commands that the drafter asks for write what it reads, and then it plans."""
+    target, folder = draft
+    drafter_options = {"model": folder, "depth": 0}
+    with pytest.warns(RuntimeWarning, match="goes by profiles that are not there") as warned:
+        decoder = SpecDecoder(target, "model", drafter_options=drafter_options, **options)  # type: ignore[arg-type]
+    assert isinstance(decoder.drafter, ModelDrafter)
+    wanted = [LatencyKey.of(decoder.target), LatencyKey.of(decoder.drafter.draft_model)]
+    if not options:
+        assert wanted[1].precision == ("bfloat16" if panels_run() else "float32")
+    commands = str(warned[0].message).split("`")[1::2]
+    assert len(commands) == 2
+    for command, key in zip(commands, wanted, strict=True):
+        words = [target if word == "TARGET" else word for word in command.split()]
+        quantized = ["--quantize", options["quantize"]] if "quantize" in options else []
+        result = invoke(*words[1:], *quantized, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["key"] == vars(key)
+    SpecDecoder(target, "model", drafter_options=drafter_options, **options)  # type: ignore[arg-type]
+
+
+def test_a_draft_model_is_measured_as_it_drafts_without_being_told_how(invoke: Invoke, draft: tuple[str, str]) -> None:
+    target, folder = draft
+    keys = [json.loads(invoke("profile", "-m", name, "--json").stdout)["key"] for name in (target, folder)]
+    decoder = SpecDecoder(target, "model", drafter_options={"model": folder, "depth": 0})
+    assert isinstance(decoder.drafter, ModelDrafter)
+    assert keys == [vars(LatencyKey.of(model)) for model in (decoder.target, decoder.drafter.draft_model)]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integration.architectures import generate_alone, tiny_model
+from integration.architectures import VOCAB, generate_alone, tiny_model
+from unit_rows import make_batch
 
 from specdec import SpecDecoder, placement
 from specdec.drafters import model as model_module
+from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import USUAL_DEPTH, ModelConfig, ModelDrafter
 from specdec.drafters.pruned import PrunedLayers
-from specdec.drafters.weights import TargetFacts
+from specdec.drafters.weights import TargetFacts, load_weights, write_config
 from specdec.latency import LatencyCurve, LatencyKey
 from specdec.models import find_device
 from specdec.optimal_tree import OptimalTrees
 from specdec.placement import USUAL_CHANCES, DraftPlan, Link, measure_link, plan_draft
 from specdec.target import HFTarget
+from specdec.training.method import create_method
 
 FAST = LatencyCurve.simple({1: 1.0, 64: 1.2})  # a device that waits for its memory
 SLOW = LatencyCurve.simple({1: 100.0, 4: 160.0, 16: 220.0, 64: 380.0})
@@ -107,20 +111,97 @@ def test_the_drafter_plans_its_depth_by_the_profiles_of_both(monkeypatch: pytest
     curves: dict[LatencyKey, LatencyCurve] = {}
     monkeypatch.setattr(model_module, "load_curve", curves.get)
 
-    def depth_of(draft_curve: LatencyCurve | None) -> int:
+    def depth_of(draft_curve: LatencyCurve) -> int:
         drafter = ModelDrafter(ModelConfig(depth=0), draft)
-        curves.clear()
         curves[LatencyKey.of(target)] = SLOW
-        if draft_curve is not None:
-            curves[LatencyKey.of(drafter.draft_model)] = draft_curve
+        curves[LatencyKey.of(drafter.draft_model)] = draft_curve
         drafter.bind(target, None)
         return drafter.depth
 
     assert TargetFacts.of(target).fingerprint != TargetFacts.of(HFTarget(draft)).fingerprint
-    assert depth_of(None) == USUAL_DEPTH
     assert depth_of(FAST) == plan_draft(SLOW, FAST).depth
     assert depth_of(SLOW) == 1, "at least one level; the planner decides whether to ask for it"
     assert ModelDrafter(ModelConfig(depth=3), draft).depth == 3
+
+
+def test_profiles_that_are_not_there_are_named_with_what_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = HFTarget(tiny_model())
+    drafter = ModelDrafter(ModelConfig(depth=0), tiny_model(seed=1))
+    curves = {LatencyKey.of(target): SLOW, LatencyKey.of(drafter.draft_model): FAST}
+    options = f"--dtype float32 --device cpu --threads {torch.get_num_threads()}"
+    for found, lacking in (
+        ({LatencyKey.of(target)}, [f"`specdec profile -m DRAFT {options}`"]),
+        (set(), [f"`specdec profile -m TARGET {options}`", f"`specdec profile -m DRAFT {options}`"]),
+    ):
+        monkeypatch.setattr(model_module, "load_curve", {key: curves[key] for key in found}.get)
+        with pytest.warns(RuntimeWarning, match="goes by profiles that are not there, so it drafts 5 levels") as seen:
+            drafter.bind(target, None)
+        assert f"run {' and '.join(lacking)} (" in str(seen[0].message)
+        assert drafter.depth == USUAL_DEPTH
+
+
+def made_to_order(target: HFTarget, folder: Path, hit_rates: list[list[float]] | None = None) -> ModelConfig:
+    """A draft model of two of the target's layers, which plans its depth."""
+    method = create_method("model", target, {"layers": 2, "vocab_size": 0})
+    method.prepare(torch.ones(target.vocab_size))
+    method.save(folder, {})
+    if hit_rates is not None:
+        write_config(folder, replace(load_weights(folder), hit_rates=hit_rates))
+    return ModelConfig(model=str(folder), depth=0, max_nodes=12)
+
+
+@pytest.mark.parametrize("where", ["calibration", "training"])
+def test_a_draft_models_own_hit_rates_are_planned_by(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = HFTarget(tiny_model(num_hidden_layers=4))
+    whole = LatencyKey.of(target)
+    monkeypatch.setattr(model_module, "load_curve", lambda key: SLOW if key == whole else SMALL_ON_SLOW)
+    rates = [[0.9, 0.05, 0.01, 0.01, 0.01]] * 3
+    config = made_to_order(target, tmp_path, rates)
+    if where == "training":
+        weights = load_weights(tmp_path)
+        write_config(tmp_path, replace(weights, hit_rates=(), facts={"held_out": {"hit_rates": rates}}))
+    drafter = ModelDrafter(config)
+    drafter.bind(target, None)
+    ranks = [[0.9, 0.05, 0.01, 0.01]] * 5  # as many as children are drafted, deeper levels as the last
+    plan = plan_draft(SLOW, SMALL_ON_SLOW, chances=ranks, max_nodes=12)
+    assert (drafter.depth, drafter.nodes) == (plan.depth, plan.nodes)
+    usual = plan_draft(SLOW, SMALL_ON_SLOW, max_nodes=12)
+    assert plan.depth > usual.depth, "else the usual chances would do as well"
+
+
+def test_calibrated_rates_are_what_the_planner_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "load_curve", lambda _: FAST)
+    target = HFTarget(tiny_model(num_hidden_layers=4))
+    rates = [[0.8, 0.1], [0.6, 0.1]]
+    for hit_rates in (None, rates):
+        drafter = ModelDrafter(replace(made_to_order(target, tmp_path, hit_rates), depth=2, max_nodes=3))
+        drafter.bind(target, None)
+        if hit_rates is None:
+            assert drafter.expected_accepted((1, 2, 3, 64)) is None
+    whole = 0.8 + 0.8 * 0.6  # a chain of two is better than two children
+    assert drafter.expected_accepted((1, 2, 3, 64)) == pytest.approx([0.0, 0.8, whole, whole])
+    for group in (1, 2):  # passes in groups are right less often, by how much nobody measured
+        grouped = LayerParallelDrafter(LayerParallelConfig(model=str(tmp_path), group=group))
+        grouped.bind(target, None)
+        assert (grouped.expected_accepted((2,)) is None) == (group > 1)
+
+
+def test_fixed_trees_are_of_the_planned_size_others_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "load_curve", lambda _: FAST)
+    flat = DraftPlan(nodes=3, depth=2, tokens=2.0, speedup=1.5)
+    monkeypatch.setattr(model_module, "plan_draft", lambda *_, **__: flat)
+    drafter = ModelDrafter(ModelConfig(depth=0, max_nodes=9), tiny_model(seed=1))
+    drafter.bind(HFTarget(tiny_model()), None)
+    for siblings in ("deterministic", "with_replacement"):
+        batch = make_batch([[5, 6, 7]], VOCAB)
+        batch.siblings = siblings  # type: ignore[assignment]
+        drafter.start(batch, None)
+        assert drafter.propose(batch).num_nodes == 3
+        batch.max_nodes = batch.mean_nodes = 8
+        assert drafter.propose(batch).num_nodes > 3
+        drafter.stop()
 
 
 def test_text_does_not_depend_on_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
