@@ -178,7 +178,8 @@ class ModelDrafter(Drafter):
             lacking = [_profile_command(*each) for each, curve in zip(models, curves, strict=True) if curve is None]
             warnings.warn(
                 f"drafter {self.name!r} with depth=0 goes by profiles that are not there, so it drafts {USUAL_DEPTH} "
-                f"levels: run {' and '.join(lacking)} (with the --quantize and --kv of the target, where it has them)",
+                f"levels: run {' and '.join(lacking)}, with the target's --quantize where it has one, and TARGET with "
+                "its --kv",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -11,7 +11,7 @@ import torch
 
 from specdec.latency import LatencyCurve
 from specdec.optimal_tree import OptimalTrees
-from specdec.registry import drafter_class
+from specdec.registry import drafter_class, drafter_parts
 
 NODE_BYTES = 16
 """What a node of a ranked tree is: token and parent, int64 each."""
@@ -135,7 +135,7 @@ def _copy_ms(first: torch.device, second: torch.device, count: int, rounds: int)
 
 
 def with_draft_device(drafter: Any, options: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, Any]:
-    """A drafter's options with the device of its draft model.
+    """A drafter's options with the device of its draft model; of joined drafters every part that has one gets it.
 
     Args:
         drafter: its name.
@@ -143,12 +143,20 @@ def with_draft_device(drafter: Any, options: Mapping[str, Any] | None, device: t
         device: as ``specdec.models.find_device`` takes it.
 
     Raises:
-        ValueError: for a drafter that is constructed already or runs no model of its own, and for a device given twice.
+        ValueError: for a drafter that is constructed already, one of which no part runs a model of its own, and for a
+            device given twice.
     """
     if not isinstance(drafter, str):
         raise ValueError(f"draft_device {str(device)!r} goes with a drafter's name; this one is constructed already")
-    if "device" not in drafter_class(drafter).Config.__dataclass_fields__:
+    given, found = dict(options or {}), {}
+    for part in drafter_parts(drafter):
+        if "device" in drafter_class(part).Config.__dataclass_fields__:
+            name = "device" if part == drafter else f"{part}.device"
+            if name in given:
+                raise ValueError(
+                    f"the draft model's device is given twice: {str(device)!r} and {str(given[name])!r} as {name!r}"
+                )
+            found[name] = str(device)
+    if not found:
         raise ValueError(f"drafter {drafter!r} runs on the target's device: it takes no draft_device {str(device)!r}")
-    if options and "device" in options:
-        raise ValueError(f"the draft model's device is given twice: {str(device)!r} and {str(options['device'])!r}")
-    return {**(options or {}), "device": str(device)}
+    return given | found

@@ -106,6 +106,16 @@ def drafter_class(name: str) -> type[Drafter]:
     return cls
 
 
+def drafter_parts(name: str) -> list[str]:
+    """The drafters that a name joins by ``JOIN``, or the one it is. Raises ValueError where they make no hybrid."""
+    names = name.split(JOIN)
+    if len(names) > 1:
+        from specdec.drafters.hybrid import check_names
+
+        check_names(names)
+    return names
+
+
 def resolve_drafter(name: str, target: HFTarget) -> str:
     """The drafter that "auto" stands for with this target; any other name as it is."""
     if name != "auto":
@@ -131,10 +141,9 @@ def create_drafter(name: str, options: Mapping[str, Any] | None = None) -> Draft
 
 
 def _create_hybrid(name: str, options: Mapping[str, Any]) -> Drafter:
-    from specdec.drafters.hybrid import HybridConfig, HybridDrafter, check_names
+    from specdec.drafters.hybrid import HybridConfig, HybridDrafter
 
-    names = name.split(JOIN)
-    check_names(names)
+    names = drafter_parts(name)
     for part in names:
         drafter_class(part)  # unknown names first
     own: dict[str, Any] = {}

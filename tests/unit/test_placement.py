@@ -136,7 +136,7 @@ def test_profiles_that_are_not_there_are_named_with_what_makes_them(monkeypatch:
         monkeypatch.setattr(model_module, "load_curve", {key: curves[key] for key in found}.get)
         with pytest.warns(RuntimeWarning, match="goes by profiles that are not there, so it drafts 5 levels") as seen:
             drafter.bind(target, None)
-        assert f"run {' and '.join(lacking)} (" in str(seen[0].message)
+        assert f"run {' and '.join(lacking)}, with" in str(seen[0].message)
         assert drafter.depth == USUAL_DEPTH
 
 
@@ -232,6 +232,13 @@ def test_a_draft_model_elsewhere_takes_copies_and_leaves_the_target_where_it_is(
         ({"drafter": "ngram"}, "drafter 'ngram' runs on the target's device: it takes no draft_device 'cpu'"),
         ({"drafter": ModelDrafter(model=tiny_model())}, "goes with a drafter's name; this one is constructed already"),
         ({"drafter": "model", "drafter_options": {"device": "cuda"}}, "given twice: 'cpu' and 'cuda'"),
+        ({"drafter": "ngram+suffix"}, r"drafter 'ngram\+suffix' runs on the target's device: it takes no draft_device"),
+        (
+            {"drafter": "suffix+model", "drafter_options": {"model.device": "cuda"}},
+            "given twice: 'cpu' and 'cuda' as 'model.device'",
+        ),
+        ({"drafter": "suffix+modell"}, "unknown drafter 'modell'; did you mean 'model'"),
+        ({"drafter": "suffix+none"}, "'none' cannot be part of a hybrid"),
     ],
 )
 def test_a_draft_device_that_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -244,6 +251,25 @@ def test_devices_are_checked_before_anything_loads(tmp_path: Path) -> None:
         find_device("meta")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         SpecDecoder(str(tmp_path / "nowhere"), "model", drafter_options={"model": str(tmp_path)}, draft_device="gpu")
+
+
+def test_the_draft_device_reaches_every_part_that_runs_a_model(tmp_path: Path) -> None:
+    tiny_model(num_hidden_layers=4).save_pretrained(tmp_path)
+    target = tiny_model()
+    options = {"model.model": str(tmp_path), "layer_parallel.model": str(tmp_path)}
+    decoder = SpecDecoder(
+        target, "suffix+model+layer_parallel", drafter_options=options, draft_device="cpu", adaptive=False,
+        on_drafter_error="raise",
+    )  # fmt: skip
+    for part in decoder.drafter.parts[1:]:
+        assert isinstance(part, ModelDrafter)
+        assert part.config.device == "cpu"
+        assert part.draft_model.device == torch.device("cpu")
+    result = decoder.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True)
+    assert result.token_ids == generate_alone(target, [5, 6, 7], 8, eos_token_id=None)
+    for device, message in (("gpu", "unknown device 'gpu'"), ("meta", "device 'meta' holds no values")):
+        with pytest.raises(ValueError, match=message):
+            SpecDecoder(target, "suffix+model", drafter_options={"model.model": str(tmp_path)}, draft_device=device)
 
 
 def test_the_draft_device_reaches_the_draft_model(tmp_path: Path) -> None:
