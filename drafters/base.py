@@ -26,6 +26,7 @@ class Drafter(ABC):
         virtual_nodes: whether its trees hold virtual nodes, which cannot be merged with another drafter's.
         takes_rows: of a drafter with ``features``, whether ``join`` takes those of rows that join; if not, new rows
             wait until all others have ended.
+        in_step: whether it shares its work with other processes, all of which have to draft for the same trees.
         parts: the drafters it is made of, if any.
     """
 
@@ -35,6 +36,7 @@ class Drafter(ABC):
     reads_logits: bool = True
     virtual_nodes: ClassVar[bool] = False
     takes_rows: bool = False
+    in_step: bool = False
     parts: Sequence[Drafter] = ()
 
     @property

@@ -57,7 +57,7 @@ class LayerParallelDrafter(ModelDrafter):
     an exact one (bonus calibration), so errors do not add up along the text. Text does not depend on any of it.
 
     With "ranks", every process runs the same program, with ``adaptive=False``: a policy that looks at the clock may
-    decide otherwise in each.
+    decide otherwise in each, and one would wait for the others. ``SpecDecoder`` refuses it.
     """
 
     name = "layer_parallel"
@@ -73,6 +73,7 @@ class LayerParallelDrafter(ModelDrafter):
         self._how = cast(How, automatic if config.attention == "auto" else config.attention)
         if self._how == "ranks":
             _join_ranks()
+            self.in_step = distributed.get_world_size() > 1
         super().__init__(config, model, tokenizer)
 
     def _wrap(self, model: Any) -> HFTarget:

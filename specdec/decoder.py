@@ -33,7 +33,7 @@ from specdec.memory_plan import (
     spare_slots,
     tree_size,
 )
-from specdec.placement import with_draft_device
+from specdec.placement import check_in_step, with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
 from specdec.prefix import KeptText, PrefixStore, SharedWork
@@ -174,6 +174,7 @@ class SpecDecoder:
         self._calls = 0
         self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
+        check_in_step(self.drafter, self._adaptive)
         self.drafter.bind(self.target, tokenizer)
         if draft_kv is not None:
             quantize_draft_kv(self.drafter, self.target, draft_kv)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from specdec.drafters.base import Drafter
 from specdec.latency import LatencyCurve
 from specdec.optimal_tree import OptimalTrees
 from specdec.registry import drafter_class, drafter_parts
@@ -160,3 +161,26 @@ def with_draft_device(drafter: Any, options: Mapping[str, Any] | None, device: t
     if not found:
         raise ValueError(f"drafter {drafter!r} runs on the target's device: it takes no draft_device {str(device)!r}")
     return given | found
+
+
+def check_in_step(drafter: Drafter, adaptive: bool) -> None:
+    """Refuse clocks that decide about trees for which processes wait for each other: they may disagree.
+
+    Args:
+        drafter: or a hybrid, of which a part may be ``in_step``.
+        adaptive: whether trees are planned by what passes take.
+
+    Raises:
+        ValueError: saying what to pass instead.
+    """
+    for part in drafter.parts or (drafter,):
+        if part.in_step and adaptive:
+            raise ValueError(
+                f"drafter {part.name!r} shares its work among processes, which may plan different trees by their "
+                "clocks and wait for each other: pass adaptive=False (--fixed-trees), and a seed where tokens are drawn"
+            )
+        if part.in_step and part is not drafter and getattr(getattr(drafter, "config", None), "ask", "") == "paying":
+            raise ValueError(
+                f"drafter {part.name!r} shares its work among processes, of which some may ask it where others do not: "
+                f"have {drafter.name!r} ask all parts in every pass, ask='always' (-o ask=always)"
+            )

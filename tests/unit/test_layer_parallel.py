@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from integration import torchrun_ranks
 from integration.architectures import VOCAB, describe_difference, generate_alone, tiny_model
 from unit_rows import make_batch
 
 from specdec import SpecDecoder
+from specdec.drafters.hybrid import HybridConfig, HybridDrafter
 from specdec.drafters.layer_groups import (
     GroupedKVCache,
     LayerGroup,
@@ -22,10 +25,12 @@ from specdec.drafters.layer_groups import (
 )
 from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.memory_plan import drafter_weights
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
 
+PROGRAMS = Path(__file__).parents[1] / "integration"
 LAYERS = 7
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [30, 31], [9, 10, 11, 9, 10, 11, 9]]
 CHANGES: dict[str, dict[str, Any]] = {
@@ -245,24 +250,46 @@ def test_other_layers_are_refused_by_name() -> None:
         LayerParallelDrafter(LayerParallelConfig(attention="ranks"), draft_model())
 
 
-def test_processes_that_share_the_attentions_draft_the_same_to_the_bit() -> None:
-    """Two and four gloo ranks against one process, in float32."""
-    script = Path(__file__).parents[1] / "integration" / "layer_ranks.py"
-    path = os.pathsep.join(
-        [
-            str(script.parents[1]),
-            str(script.parents[1] / "unit"),
-            str(script.parents[2]),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-    )
+def run_program(arguments: list[str], timeout: int) -> str:
+    """What a program of the tests prints, in processes of one thread each."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([*map(str, (tests, tests / "unit", tests.parent)), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "4"]
+    return done.stdout
+
+
+def test_processes_that_share_the_attentions_draft_the_same_to_the_bit() -> None:
+    """Two and four gloo ranks against one process, in float32."""
+    assert run_program([str(PROGRAMS / "layer_ranks.py")], 120).split() == ["2", "4"]
+
+
+def test_torchrun_starts_the_processes_and_their_text_is_that_of_one(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run_program([*launch, str(PROGRAMS / "torchrun_ranks.py"), str(tmp_path)], 120)
+    alone = torchrun_ranks.decode("separate")
+    assert all(drafted > 0 for drafted, _ in alone["accepted"])
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone, rank
+
+
+def test_clocks_that_may_disagree_are_refused_before_anybody_waits() -> None:
+    drafter = LayerParallelDrafter(model=draft_model())
+    drafter.in_step = True
+    with pytest.raises(ValueError, match=r"'layer_parallel' shares its work .* pass adaptive=False \(--fixed-trees\)"):
+        SpecDecoder(tiny_model(), drafter)
+    SpecDecoder(tiny_model(), drafter, adaptive=False)
+    hybrid = HybridDrafter([SuffixDrafter(), drafter])
+    with pytest.raises(ValueError, match="pass adaptive=False"):
+        SpecDecoder(tiny_model(), hybrid)
+    with pytest.raises(ValueError, match=r"have 'suffix\+layer_parallel' ask all parts in every pass"):
+        SpecDecoder(tiny_model(), hybrid, adaptive=False)
+    always = HybridDrafter([SuffixDrafter(), drafter], HybridConfig(ask="always"))
+    SpecDecoder(tiny_model(), always, adaptive=False)
