@@ -30,7 +30,7 @@ def make_card(facts: Mapping[str, Any]) -> str:
         _texts(facts.get("texts") or {}),
         _start(facts.get("start")),
         _how(facts),
-        _curve(facts.get("curve") or ()),
+        _curve(facts.get("curve") or (), facts),
         "## Licence\n\nThese weights were learnt from text that the target wrote and from its hidden states: they "
         "derive from the target, whose licence applies to them.",
     ]
@@ -128,7 +128,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     return [(escape(name.replace("_", " ")), escape(value))]
 
 
-def _curve(points: Sequence[Mapping[str, Any]]) -> str:
+def _curve(points: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     rows = [
         (
             str(point.get("step", "")),
@@ -140,7 +140,20 @@ def _curve(points: Sequence[Mapping[str, Any]]) -> str:
         for point in points
     ]
     headers = ("step", "reply tokens", "held-out loss", "accepted by depth", "estimated tau")
-    return "## Learning curve\n\n" + _table(headers, rows) if rows else ""
+    return f"## Learning curve\n\n{_measured_on(facts)}{_table(headers, rows)}" if rows else ""
+
+
+def _measured_on(facts: Mapping[str, Any]) -> str:
+    """A paragraph on what text the curve's rows are of; "" where that is not known."""
+    some = (facts.get("trainer") or {}).get("evaluation_tokens")
+    if some is None:
+        return ""
+    positions = (facts.get("held_out") or {}).get("positions") or ["?"]
+    return (
+        f"The last row is measured on all held-out texts ({escape(positions[0])} positions), those above on the first "
+        f"{escape(some)} tokens of them. Where these are fewer, it does not compare with the others: they may still be "
+        "rising where it falls.\n\n"
+    )
 
 
 def _number(value: Any) -> str:

@@ -64,6 +64,16 @@ def test_what_was_measured_is_said_with_how() -> None:
         assert "Measured" not in make_card({**FACTS, "measured": measured})
 
 
+def test_it_says_that_the_curves_last_row_is_of_more_text_than_the_others() -> None:
+    card = make_card({**FACTS, "trainer": {"evaluation_tokens": 50}})
+    section = card.partition("## Learning curve")[2].partition("## ")[0]
+    said = "on all held-out texts (100 positions), those above on the first 50 tokens of them"
+    assert said in section
+    assert section.index(said) < section.index("| step |")
+    assert "The last row" not in make_card(FACTS)
+    assert "The last row" not in make_card({**FACTS, "trainer": {"evaluation_tokens": 50}, "curve": ()})
+
+
 def test_little_is_enough() -> None:
     card = make_card({})
     assert card.startswith("# ? drafter for ?")
