@@ -17,9 +17,11 @@ from specdec.benchmarks.questions import SHIPPED, load_questions
 from specdec.benchmarks.record import commit
 from specdec.benchmarks.tables import fill, layer_parallel_table
 from specdec.cli import main
+from specdec.drafters import weights
 from specdec.drafters.layer_parallel import LayerParallelConfig, LayerParallelDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.target import HFTarget
+from specdec.training.method import create_method
 from specdec.tree import TokenTree
 
 PROMPTS = [[5, 6, 7], [30, 31]]
@@ -76,6 +78,28 @@ def test_the_command_reports_both(tmp_path: Path) -> None:
     assert found["questions"]["count"] == 2
     block = fill("<!-- results: layer-parallel r.json -->\n<!-- /results -->\n", tmp_path)
     assert "| groups of 4 | 1.000 | +0.0 % |" in block
+
+
+def test_the_draft_model_that_ships_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PRETRAINED", tmp_path / "ships")
+    tokenizer: Any = make_tokenizer(TEMPLATE)
+    model = make_model(tokenizer)
+    model.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    arguments = ["-m", str(tmp_path / "target"), "-t", "8", "--limit", "1", "--dtype", "fp32"]
+    command = ["bench", "layer-parallel", *arguments, "--json", str(tmp_path / "r.json")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2
+    assert "drafter 'model' needs a draft model" in refused.stderr
+
+    method = create_method("model", HFTarget(model), {"layers": 1, "vocab_size": 0})
+    method.prepare(torch.ones(len(tokenizer)))
+    method.save(tmp_path / "ships" / "model", {})
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["settings"]["draft_model"] == "the draft model that ships"
+    assert found["comparison"]["accuracy"][0] == found["comparison"]["accuracy"][1] < 1.0  # one layer makes no group
 
 
 def test_the_table_says_what_groups_cost_and_save_and_where_it_was_measured() -> None:

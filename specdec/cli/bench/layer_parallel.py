@@ -14,7 +14,7 @@ QUESTIONS = 8
 
 @click.command("layer-parallel")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
-@click.option("--draft-model", required=True, help="Alias, folder or hub id of the draft model.")
+@click.option("--draft-model", default="", help="Alias, folder or hub id of the draft model; else what ships for -m.")
 @click.option("--group", type=click.IntRange(min=1), default=4, show_default=True, help="Layers of a group.")
 @click.option("--depth", type=click.IntRange(min=1), default=5, show_default=True, help="Passes of a draft.")
 @click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1 drafts a chain.")
@@ -78,7 +78,8 @@ def layer_parallel(
     click.echo(f"in groups  {100 * found.accuracy_lost:.1f} % less accurate, drafts {found.speedup:.2f}x as fast")
     if json_path is not None:
         settings = {
-            "model": model, "draft_model": draft_model, "dtype": str(decoder.target.dtype).removeprefix("torch."),
+            "model": model, "draft_model": draft_model or "the draft model that ships",
+            "dtype": str(decoder.target.dtype).removeprefix("torch."),
             "group": group, "depth": depth, "beams": beams, "max_new_tokens": max_new_tokens,
         }  # fmt: skip
         write_json(json_path, document(found, settings, questions, ["specdec", *sys.argv[1:]], start))
