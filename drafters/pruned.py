@@ -32,10 +32,25 @@ def choose_layers(num_layers: int, count: int) -> list[int]:
     Raises:
         ValueError: where there are not so many.
     """
-    if not 1 <= count <= num_layers:
-        raise ValueError(f"count must be in [1, {num_layers}], the target's layers, got {count}")
+    _check_count(num_layers, count)
     front = count // 2
     return [*range(front), *range(num_layers - count + front, num_layers)]
+
+
+def spaced_layers(num_layers: int, count: int) -> list[int]:
+    """``count`` of the indices 0 .. ``num_layers`` - 1, evenly spaced, the first and the last among them; the first
+    alone where ``count`` is 1.
+
+    Raises:
+        ValueError: where there are not so many.
+    """
+    _check_count(num_layers, count)
+    return [round(place * (num_layers - 1) / max(count - 1, 1)) for place in range(count)]
+
+
+def _check_count(num_layers: int, count: int) -> None:
+    if not 1 <= count <= num_layers:
+        raise ValueError(f"count must be in [1, {num_layers}], the target's layers, got {count}")
 
 
 class PrunedLayers(HeadModule):

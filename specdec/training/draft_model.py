@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specdec.drafters.model import USUAL_DEPTH
-from specdec.drafters.pruned import PrunedLayers, choose_layers
+from specdec.drafters.pruned import PrunedLayers, choose_layers, spaced_layers
 from specdec.packing import PackedLinear
 from specdec.target import HFTarget
 from specdec.training.distillation import Anchors, DistillationOptions, HeadMethod
@@ -22,17 +22,22 @@ class DraftModelOptions(DistillationOptions):
     """Options of a draft model.
 
     Attributes:
-        layers: how many of the target's layers it starts from; ``choose_layers`` says which.
-        keep: their indices instead, as "0,1,28,29".
+        layers: how many of the target's layers it starts from.
+        spread: which they are: "ends" takes half from the front and half from the back (``choose_layers``), "even"
+            spaces them evenly (``spaced_layers``).
+        keep: their indices instead, as "0,1,28,29", whatever ``spread``.
     """
 
     layers: int = 6
+    spread: Literal["ends", "even"] = "ends"
     keep: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1, got {self.layers}")
+        if self.spread not in ("ends", "even"):
+            raise ValueError(f"spread must be 'ends' or 'even', got {self.spread!r}")
         try:
             [int(index) for index in self.keep.split(",") if self.keep]
         except ValueError:
@@ -42,7 +47,8 @@ class DraftModelOptions(DistillationOptions):
         """The target's layers that are kept; ``PrunedLayers`` checks them."""
         if self.keep:
             return [int(index) for index in self.keep.split(",")]
-        return choose_layers(num_layers, self.layers)
+        choose = spaced_layers if self.spread == "even" else choose_layers
+        return choose(num_layers, self.layers)
 
 
 class DraftModelMethod(HeadMethod):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.heads import drafting_head, make_vocabulary
-from specdec.drafters.pruned import choose_layers
+from specdec.drafters.pruned import choose_layers, spaced_layers
 from specdec.drafters.skip import NAME, SkippedLayers, kept_folder
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
 from specdec.memory_plan import ModelShape
@@ -190,7 +190,7 @@ def search(
     """
     sizes = sorted({max(1, round(share * num_layers)) for share in _SHARES})
     starts = [tuple(range(size)) for size in sizes]
-    starts += [tuple(choose(num_layers, size)) for choose in (choose_layers, _spaced) for size in sizes]
+    starts += [tuple(choose(num_layers, size)) for choose in (choose_layers, spaced_layers) for size in sizes]
     measured: dict[Layers, Subset] = {}
     best: Subset | None = None
 
@@ -217,11 +217,6 @@ def search(
         else:
             break
     return best
-
-
-def _spaced(num_layers: int, count: int) -> list[int]:
-    """``count`` layers evenly spaced, the first and the last among them; the first alone where it is 1."""
-    return [round(place * (num_layers - 1) / max(count - 1, 1)) for place in range(count)]
 
 
 def neighbours(layers: Layers, num_layers: int) -> list[Layers]:

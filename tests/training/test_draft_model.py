@@ -16,7 +16,7 @@ from specdec.cli import main
 from specdec.cli import train as command
 from specdec.drafters import weights
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.drafters.pruned import PrunedLayers, build_pruned, choose_layers, read_pruned
+from specdec.drafters.pruned import PrunedLayers, build_pruned, choose_layers, read_pruned, spaced_layers
 from specdec.models import load_model
 from specdec.packing import PackedLinear
 from specdec.target import HFTarget
@@ -86,11 +86,26 @@ def test_layers_are_taken_from_both_ends() -> None:
     assert DraftModelOptions(keep="0,1,5").chosen(8) == [0, 1, 5]
 
 
+def test_layers_are_evenly_spaced_where_that_is_asked_for() -> None:
+    assert spaced_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+    assert spaced_layers(4, 4) == [0, 1, 2, 3]
+    assert spaced_layers(4, 1) == [0]
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=rf"count must be in \[1, 4\], the target's layers, got {count}"):
+            spaced_layers(4, count)
+    assert DraftModelOptions(layers=3).chosen(5) == [0, 3, 4]
+    method = create_method("model", target_of(layers=5), {"layers": "3", "spread": "even"})
+    assert isinstance(method, DraftModelMethod)
+    assert method.module.layers == [0, 2, 4]
+    assert DraftModelOptions(spread="even", keep="0,1,5").chosen(8) == [0, 1, 5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"layers": 4}, "layers must be fewer than the model's 4, got 4"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"layers": 2, "spread": "middle"}, "unknown value of spread 'middle'"),
         ({"layers": 2, "keep": "3,1"}, r"layers must ascend within 0 .. 3, got \[3, 1\]"),
         ({"layers": 2, "keep": "1,4"}, r"layers must ascend within 0 .. 3, got \[1, 4\]"),
         ({"layers": 2, "keep": "1-3"}, "keep must be indices as '0,1,28,29', got '1-3'"),
