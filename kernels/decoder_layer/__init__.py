@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.build import NotBuilt, load_library
+from specdec.kernels.decoder_layer.passes import MOST_LEVELS, LayerTable, PassEnd, PassPart, array_of, levels_of
 from specdec.kernels.decoder_layer.structures import (
     Attention,
     DraftCache,
@@ -64,9 +64,6 @@ LANES = 16
 MOST_WIDTH = 512
 """Widest head."""
 
-MOST_LEVELS = 8
-"""Of segments that rows share."""
-
 MOST_TOP = 64
 """Tokens that ``Kernels.top`` finds."""
 
@@ -75,62 +72,6 @@ PANEL = 32
 
 TOGETHER = 32
 """Inputs that share a scale, where they are in 8 bit by groups; groups of weights are whole numbers of them."""
-
-
-@dataclass(frozen=True)
-class PassPart:
-    """Rows of one cache in a pass.
-
-    Attributes:
-        arguments: what their layers share.
-        keys: address of the addresses of each layer's, as ``Kernels.attention`` takes them.
-        values: the same.
-        slots: of a row there.
-        segments: each layer's, likewise; None where rows share nothing.
-    """
-
-    arguments: PassArguments
-    keys: int
-    values: int
-    slots: int
-    segments: Sequence[Tensor] | None = None
-
-    def fill(self) -> Any:
-        """Set the layers' addresses in ``arguments``; those of segments are good as long as what is returned."""
-        arguments, segments = self.arguments, self.segments
-        tables = None if segments is None else array_of([table.data_ptr() for table in segments])
-        arguments.keys, arguments.values = self.keys, self.values
-        arguments.segments, arguments.next = None if tables is None else ctypes.addressof(tables), None
-        arguments.slots = self.slots
-        arguments.levels = 0 if segments is None else _levels(segments[0])
-        return tables
-
-
-class LayerTable:
-    """Layers of one size in sequence, as ``Kernels.layers`` reads them."""
-
-    def __init__(self, layers: Sequence[LayerArguments]) -> None:
-        self.layers = list(layers)
-        self.addresses = array_of([ctypes.addressof(layer) for layer in layers])
-
-
-@dataclass(frozen=True)
-class PassEnd:
-    """What follows the layers in the same call.
-
-    Attributes:
-        norm: ``[d]`` factors of an RMSNorm.
-        eps: its epsilon.
-        head: an output head that reads as many channels as the layers; None for none.
-        shape: ``(B, N)`` of the logits, where they are not as the nodes are.
-        places: ``[T]`` int64, where among these B * N the T nodes' stand; what is between them is undefined.
-    """
-
-    norm: Tensor
-    eps: float
-    head: Linear | None = None
-    shape: tuple[int, int] | None = None
-    places: Tensor | None = None
 
 
 class Kernels:
@@ -455,24 +396,10 @@ class Kernels:
         self._attention(
             Attention(
                 *(pointer_to(tensor) for tensor in tensors), batch_size, num_nodes, depth.shape[1], heads, kv_heads,
-                width, slots, window or 0, _levels(segments), scale, torch.get_num_threads(),
+                width, slots, window or 0, levels_of(segments), scale, torch.get_num_threads(),
             )
         )  # fmt: skip
         return out
-
-
-def array_of(addresses: Sequence[int | None]) -> Any:
-    """A C array of addresses."""
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def _levels(segments: Tensor | None) -> int:
-    if segments is None:
-        return 0
-    levels = segments.shape[1]
-    if levels > MOST_LEVELS:
-        raise ValueError(f"a row can share {MOST_LEVELS} segments at most, got {levels}: copy the last ones")
-    return levels
 
 
 @cache
