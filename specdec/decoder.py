@@ -36,7 +36,8 @@ from specdec.memory_plan import (
 from specdec.placement import check_in_step, with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
-from specdec.prefix import KeptText, PrefixStore, SharedWork
+from specdec.prefix import SharedWork
+from specdec.prefix_store import KeptText, PrefixStore
 from specdec.prompts import Message, Prompt, encode_prompt, split_prompts
 from specdec.registry import check_verifier, create_drafter, create_verifier, resolve_drafter, unknown
 from specdec.result import GenerationStream

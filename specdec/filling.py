@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.batch import Row
 from specdec.kv_cache import KVCache
-from specdec.prefix import PrefixStore, Stretch, shared_prefixes
+from specdec.prefix import Stretch, shared_prefixes
+from specdec.prefix_store import PrefixStore
 from specdec.segments import first_tokens
 from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 

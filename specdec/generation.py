@@ -20,7 +20,8 @@ from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
-from specdec.prefix import PrefixStore, common_prefix, prefill_shared
+from specdec.prefix import common_prefix, prefill_shared
+from specdec.prefix_store import PrefixStore
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
 from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput

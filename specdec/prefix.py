@@ -1,4 +1,4 @@
-"""Prefixes that prompts share: found for a whole batch up front, computed once, and kept across calls where asked to.
+"""Prefixes that prompts share: found for a whole batch up front, and computed once.
 
 A trie over token ids says which prompts begin alike (BatchLLM, Zheng et al. 2024, section 4.1: global prefix
 identification). Its inner nodes nest - system prompt, examples, question - and are prefilled a level at a time, each on
@@ -7,18 +7,19 @@ top of its parent's keys and values, which it refers to; the prompts go on from 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import size_text
-from specdec.segments import Shares, distinct, first_tokens, num_tokens
+from specdec.segments import Shares, first_tokens, num_tokens
 from specdec.target import Feature, HFTarget, TargetOutput
+
+if TYPE_CHECKING:
+    from specdec.prefix_store import PrefixStore
 
 LEAST_SAVED = 16
 """Tokens that sharing must save to be worth a pass of its own."""
@@ -132,135 +133,6 @@ class Stretch:
     def length(self) -> int:
         """Tokens."""
         return num_tokens(self.shares)
-
-
-@dataclass
-class KeptText:
-    """A prefix in the store."""
-
-    tokens: tuple[int, ...]
-    stretch: Stretch
-    pinned: int = 0
-
-    @property
-    def feature_bytes(self) -> int:
-        """Bytes of hidden states drafters read."""
-        return sum(states.nbytes for states in self.stretch.features.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its keys and values, shared ones included, and of hidden states drafters read."""
-        return sum(part.num_bytes for part in distinct([self.stretch.shares])) + self.feature_bytes
-
-
-class PrefixStore:
-    """Prefixes kept across calls; the least recently used go first where memory runs out.
-
-    Args:
-        target: whose keys and values they are.
-        budget: bytes for all of them.
-        bytes_per_token: what a token takes, to refuse a prefix before it is computed.
-    """
-
-    def __init__(self, target: HFTarget, budget: int, bytes_per_token: int) -> None:
-        self.target = target
-        self.budget = budget
-        self._bytes_per_token = bytes_per_token
-        self._kept: OrderedDict[tuple[int, ...], KeptText] = OrderedDict()  # least recently used first
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __contains__(self, tokens: Sequence[int]) -> bool:
-        return tuple(tokens) in self._kept
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all that is kept; what several prefixes begin with counts once."""
-        segments = distinct(kept.stretch.shares for kept in self._kept.values())
-        return sum(part.num_bytes for part in segments) + sum(kept.feature_bytes for kept in self._kept.values())
-
-    @contextmanager
-    def hold(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Iterator[KeptText]:
-        """Have a prefix computed and keep it for sure within the block, and afterwards while there is room.
-
-        Args:
-            tokens: the prefix.
-            features: hidden states a drafter will want of it.
-
-        Raises:
-            ValueError: when it is larger than all that may be kept, or what is in use leaves no room for it.
-        """
-        kept = self._take(tuple(tokens), features)
-        kept.pinned += 1
-        try:
-            yield kept
-        finally:
-            kept.pinned -= 1
-
-    def evict(self, tokens: Sequence[int]) -> None:
-        """Forget a prefix. Raises ValueError where it is not kept, or in use."""
-        key = tuple(tokens)
-        if key not in self._kept:
-            raise ValueError(f"no prefix of these {len(key)} tokens is kept")
-        if self._kept[key].pinned:
-            raise ValueError(f"the prefix of {len(key)} tokens is in use: leave its with-block first")
-        del self._kept[key]
-
-    def clear(self) -> None:
-        """Forget all that is not in use."""
-        for key in [key for key, kept in self._kept.items() if not kept.pinned]:
-            del self._kept[key]
-
-    def find(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Stretch | None:
-        """The longest beginning of a text that is kept, with the hidden states asked for; None where there is none."""
-        best, length = None, 0
-        for kept in [*self._kept.values()]:  # a server looks from a thread of its own
-            shared = common_prefix(kept.tokens, tokens)
-            if shared > length and set(features) <= set(kept.stretch.features):
-                best, length = kept, shared
-        if best is None:
-            return None
-        if best.tokens in self._kept:
-            self._kept.move_to_end(best.tokens)
-        return Stretch(first_tokens(best.stretch.shares, length), best.stretch.features)
-
-    def _take(self, tokens: tuple[int, ...], features: Sequence[Feature]) -> KeptText:
-        known = self._kept.get(tokens)
-        if known is not None and set(features) <= set(known.stretch.features):
-            self._kept.move_to_end(tokens)
-            return known
-        needed = len(tokens) * self._bytes_per_token
-        if needed > self.budget:
-            raise ValueError(
-                f"a prefix of {len(tokens)} tokens takes {size_text(needed)}, prefixes may take "
-                f"{size_text(self.budget)}: raise prefix_memory or shorten it"
-            )
-        self._make_room(needed, tokens)
-        cache, output = extend_from(self.target, [tokens], [self.find(tokens, features)], len(tokens), features)
-        states = {} if output is None else {name: value[0].clone() for name, value in output.features.items()}
-        kept = KeptText(tokens, Stretch(cache.give_away()[0], states), 0 if known is None else known.pinned)
-        self._kept[tokens] = kept
-        self._kept.move_to_end(tokens)
-        try:
-            self._make_room(0, tokens)  # hidden states were not foreseen
-        except ValueError:
-            if not kept.pinned:
-                del self._kept[tokens]
-            raise
-        return kept
-
-    def _make_room(self, needed: int, tokens: tuple[int, ...]) -> None:
-        """Evict until ``needed`` more bytes fit; ``tokens`` stays."""
-        for key in [key for key, kept in self._kept.items() if not kept.pinned and key != tokens]:
-            if self.num_bytes + needed <= self.budget:
-                return
-            del self._kept[key]
-        if self.num_bytes + needed > self.budget:
-            raise ValueError(
-                f"the prefixes in use and this one of {len(tokens)} tokens take {size_text(self.num_bytes + needed)}, "
-                f"{size_text(self.budget)} is the limit: leave a with-block, or raise prefix_memory"
-            )
 
 
 def prefill_shared(

@@ -17,7 +17,7 @@ from specdec.drafters.hybrid import HybridConfig, HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.generation import Generation
 from specdec.memory_plan import ModelShape
-from specdec.prefix import PrefixStore
+from specdec.prefix_store import PrefixStore
 from specdec.registry import create_verifier
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.kv_cache import KVCache
-from specdec.prefix import PrefixStore, SharedWork, prefill_shared, shared_prefixes
+from specdec.prefix import SharedWork, prefill_shared, shared_prefixes
 from specdec.target import HFTarget
-
-TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
 
 
 @pytest.fixture(scope="module")
@@ -108,71 +106,6 @@ def test_empty_prompts_have_nothing_to_cache(target: HFTarget) -> None:
     cache, output = prefill_shared(target, [(), (3, 4)], 8)
     assert cache.row_lengths == [0, 2]
     assert output is not None
-
-
-def test_a_kept_prefix_is_built_on_as_far_as_it_goes(target: HFTarget) -> None:
-    counting = Counting(target.model)
-    store = PrefixStore(counting, 2**20, TOKEN_BYTES)
-    with store.hold(run_of(1, 40), ["last"]):
-        counting.computed = 0
-        prompts = [run_of(1, 44), run_of(1, 20) + run_of(5, 6), run_of(1, 40)]
-        cache, output = prefill_shared(counting, prompts, 64, ["last"], store)
-        assert counting.computed == 3 * 6  # rows are padded to the longest rest
-    assert output is not None
-    for row, prompt in enumerate(prompts):
-        alone = target.new_cache(1, 64)
-        expected = target.extend([prompt], alone, ["last"])
-        torch.testing.assert_close(output.features["last"][row, : len(prompt)], expected.features["last"][0])
-        torch.testing.assert_close(cache.entries(1, row)[0], alone.layers[1].keys[0, :, : len(prompt)])
-
-
-def test_a_prefix_without_the_hidden_states_asked_for_is_computed_anew(target: HFTarget) -> None:
-    store = PrefixStore(target, 2**20, TOKEN_BYTES)
-    with store.hold(run_of(1, 20)):
-        assert store.find(run_of(1, 25)) is not None
-        assert store.find(run_of(1, 25), ["last"]) is None
-        with store.hold(run_of(1, 20), ["last"]):
-            assert store.find(run_of(1, 25), ["last"]) is not None
-        with pytest.raises(ValueError, match="in use"):
-            store.evict(run_of(1, 20))  # the outer block still holds it
-
-
-def test_the_least_recently_used_goes_first(target: HFTarget) -> None:
-    store = PrefixStore(target, 3 * 20 * TOKEN_BYTES, TOKEN_BYTES)
-    first, second, third, fourth = (run_of(token, 20) for token in (1, 2, 3, 4))
-    for tokens in (first, second, third):
-        with store.hold(tokens):
-            pass
-    assert store.num_bytes == store.budget
-    store.find((*first, 5))  # used again
-    with store.hold(fourth):
-        assert [tokens in store for tokens in (first, second, third, fourth)] == [True, False, True, True]
-
-
-def test_prefixes_in_use_are_never_evicted(target: HFTarget) -> None:
-    store = PrefixStore(target, 2 * 20 * TOKEN_BYTES, TOKEN_BYTES)
-    with store.hold(run_of(1, 20)), store.hold(run_of(2, 15)):
-        with pytest.raises(ValueError, match="prefixes in use"), store.hold(run_of(3, 20)):
-            pass
-        with pytest.raises(ValueError, match="in use: leave its with-block"):
-            store.evict(run_of(1, 20))
-        store.clear()
-        assert len(store) == 2
-    store.evict(run_of(1, 20))
-    assert run_of(1, 20) not in store
-    with pytest.raises(ValueError, match="no prefix of these 20 tokens"):
-        store.evict(run_of(1, 20))
-
-
-def test_a_prefix_larger_than_the_whole_store_is_refused_before_it_is_computed(target: HFTarget) -> None:
-    counting = Counting(target.model)
-    store = PrefixStore(counting, 20 * TOKEN_BYTES, TOKEN_BYTES)
-    with pytest.raises(ValueError, match="prefixes may take"), store.hold(run_of(1, 21)):
-        pass
-    assert (counting.computed, len(store)) == (0, 0)
-    with pytest.raises(ValueError, match="is the limit"), store.hold(run_of(1, 20), ["last"]):
-        pass  # hidden states come on top
-    assert len(store) == 0
 
 
 def test_rows_are_copied_between_caches() -> None:
