@@ -319,9 +319,10 @@ class SpecDecoder:
             prompt: text, token ids or chat messages.
 
         Raises:
-            ValueError: when it is larger than ``prefix_memory``, or than what prefixes in use leave of it.
+            ValueError: when it is larger than ``prefix_memory``, or than what prefixes in use leave of it, and when it
+                leaves no room in the model's context for a prompt that begins with it.
         """
-        tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
+        tokens = self._encode(prompt, "prefix")
         running = None if self._running is None else self._running()
         with ExitStack() as stack:
             # A server computes in a thread of its own, and the model can do one thing at a time.
@@ -417,9 +418,7 @@ class SpecDecoder:
         eos = frozenset() if params.ignore_eos else self.target.eos_token_ids
         rows: list[Row] = []
         for prompt_index, prompt in enumerate(prompts):
-            tokens = encode_prompt(prompt, self.tokenizer, self.target.vocab_size)
-            if limit is not None and len(tokens) >= limit:
-                raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context only {limit}: shorten it")
+            tokens = self._encode(prompt, "prompt")
             longest = len(tokens) + params.max_new_tokens
             for completion in range(params.n):
                 noise = PositionNoise(derive_seed(seed, completion if repeatable else len(rows)), self._vocabulary)
@@ -427,6 +426,13 @@ class SpecDecoder:
                 max_len = longest if limit is None else min(longest, limit)
                 rows.append(Row(list(tokens), len(tokens), max_len, params, noise, eos, prompt_index, completion, text))
         return rows
+
+    def _encode(self, prompt: Prompt, what: str) -> list[int]:
+        """Tokens of a prompt or prefix; raises ValueError where the model's context has no room for one more."""
+        tokens, limit = encode_prompt(prompt, self.tokenizer, self.target.vocab_size), self.target.max_context
+        if limit is not None and len(tokens) >= limit:
+            raise ValueError(f"the {what} has {len(tokens)} tokens, the model's context only {limit}: shorten it")
+        return tokens
 
 
 def _is_foretold(verifier: Verifier, params: SamplingParams) -> bool:

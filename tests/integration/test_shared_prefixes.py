@@ -160,6 +160,19 @@ def test_a_prefix_larger_than_the_limit_is_refused(target: Counting) -> None:
         make(target, prefix_memory="much")
 
 
+def test_a_prefix_that_no_prompt_could_begin_with_is_refused(target: Counting) -> None:
+    decoder, limit = make(target, prefix_memory="1GiB"), target.max_context
+    assert limit == 2048
+    target.computed = 0
+    for length in (limit, limit + 500):
+        refused = pytest.raises(ValueError, match=f"the prefix has {length} tokens, the model's context only {limit}")
+        with refused, decoder.prefix([3] * length):
+            pass
+    assert (target.computed, len(decoder.prefixes)) == (0, 0)
+    with decoder.prefix([3] * (limit - 1)):
+        assert len(decoder.generate([3] * (limit - 1), max_new_tokens=4).token_ids) == 1
+
+
 def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list[int]]) -> None:
     decoder, prompts = make(target), 6 * PROMPTS
     decoder.generate(prompts, max_new_tokens=20)
