@@ -269,12 +269,17 @@ class SpecDecoder:
         if params.n != 1:
             raise ValueError(f"a request is one completion, got n={params.n}: submit it as often")
         row = self._make_rows([prompt], params, self._pick_verifier(params))[0]
-        self._plan_memory([row], joins=True)
+        self._fits([row], self._shared_work([row]))
         return row, params
 
-    def _fits(self, rows: Sequence[Row]) -> bool:
-        """Whether all these rows may run at a time."""
-        return self._plan_memory(rows, joins=True).rows >= len(rows)
+    def _fits(self, rows: Sequence[Row], shared: SharedWork | None) -> bool:
+        """Whether all these rows may run at a time. Raises ValueError where not even one may."""
+        return self._plan_memory(rows, shared, joins=True).rows >= len(rows)
+
+    def _shared_work(self, rows: Sequence[Row]) -> SharedWork | None:
+        """What the prompts of a call share; None where nobody looks for it."""
+        prompts = [tuple(row.tokens[: row.prompt_len - 1]) for row in rows]
+        return SharedWork.of(prompts) if self._share_prefixes else None
 
     def _make_generation(
         self,
@@ -288,10 +293,11 @@ class SpecDecoder:
     ) -> Generation:
         """A generation planned for ``rows``, with those of ``start`` in it; with all of them where None."""
         policy, limit = self._pick_policy(verifier, params), self._max_rows
+        shared = self._shared_work(rows)
         if start is None and limit is not None and limit < len(rows):
             start, rows = rows, sorted(rows, key=lambda row: row.max_len)[-limit:]
         spare = self._pick_spare(rows, policy, verifier) if start is None else None
-        plan = self.memory_plan = self._plan_memory(rows, start is not None, spare)
+        plan = self.memory_plan = self._plan_memory(rows, shared, start is not None, spare)
         together = plan.rows >= len(rows)
         rows = rows if start is None else start
         return Generation(
@@ -361,11 +367,11 @@ class SpecDecoder:
         whole = isinstance(policy, FixedTrees) or self.drafter.virtual_nodes or verifier.siblings != "deterministic"
         return None if whole or len(rows) == 1 else spare_slots(max(row.max_len - row.prompt_len for row in rows))
 
-    def _plan_memory(self, rows: Sequence[Row], joins: bool = False, spare: int | None = None) -> MemoryPlan:
+    def _plan_memory(
+        self, rows: Sequence[Row], shared: SharedWork | None, joins: bool, spare: int | None = None
+    ) -> MemoryPlan:
         """The most this call can have. Raises ValueError where it cannot run."""
         length = max(row.max_len for row in rows)
-        prompts = [tuple(row.tokens[: row.prompt_len - 1]) for row in rows]
-        shared = SharedWork.of(prompts) if self._share_prefixes else None
         work = Workload(
             rows=len(rows),
             prompt_len=max(row.prompt_len for row in rows),

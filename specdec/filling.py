@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.batch import Row
 from specdec.kv_cache import KVCache
-from specdec.prefix import Stretch, shared_prefixes
+from specdec.prefix import CommonPrefix, Stretch, longest_known
 from specdec.prefix_store import PrefixStore
-from specdec.segments import first_tokens
+from specdec.segments import Shares, first_tokens
 from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 
 PASS_TOKENS = 128
@@ -33,19 +33,22 @@ class _Text:
 
     Attributes:
         tokens: all of it.
-        parent: the longest shared prefix that it begins with.
-        row: whose prompt it is; None for a shared prefix.
+        parent: the longest shared prefix that it begins with; None once it has begun.
+        becomes: whose prompt it is, or which shared prefix.
         cache: of one row; None before its turn.
-        stretch: a prefix that is done.
         states: hidden states wanted of it, in parts; those of what it begins with are the first.
     """
 
     tokens: tuple[int, ...]
-    parent: _Text | None = None
-    row: Row | None = None
+    parent: CommonPrefix | None
+    becomes: Row | CommonPrefix
     cache: KVCache | None = None
-    stretch: Stretch | None = None
     states: dict[Feature, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row | None:
+        """Whose prompt it is; None of a shared prefix."""
+        return self.becomes if isinstance(self.becomes, Row) else None
 
     @property
     def features(self) -> dict[Feature, Tensor]:
@@ -91,7 +94,6 @@ class FillingRows:
     Args:
         target: the model.
         store: prefixes computed earlier.
-        share: whether to look for what prompts of rows that come together share.
         features: hidden states to keep of every prompt.
     """
 
@@ -99,12 +101,10 @@ class FillingRows:
         self,
         target: HFTarget,
         store: PrefixStore | None = None,
-        share: bool = True,
         features: Sequence[Feature] = (),
     ) -> None:
         self._target = target
         self._features = features
-        self._share = share
         self._store = store
         self._texts: list[_Text] = []
 
@@ -117,16 +117,27 @@ class FillingRows:
         """The rows, in the order of their turns."""
         return [text.row for text in self._texts if text.row is not None]
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Take rows in; all tokens but the last are to be computed."""
-        prompts = [tuple(row.tokens[:-1]) for row in rows]
-        nodes, below = shared_prefixes(prompts) if self._share else ([], [None] * len(prompts))
-        prefixes: list[_Text] = []
-        for node in nodes:
-            prefixes.append(_Text(node.tokens, None if node.parent is None else prefixes[node.parent]))
-        self._texts += prefixes
-        for row, prompt, index in zip(rows, prompts, below, strict=True):
-            self._texts.append(_Text(prompt, None if index is None else prefixes[index], row))
+    @property
+    def shares(self) -> list[tuple[Row | None, Shares]]:
+        """What the texts that have begun refer to, and whose prompts they are; None for a shared prefix."""
+        return [(text.row, text.cache.shares[0]) for text in self._texts if text.cache is not None]
+
+    def prefix_of(self, row: Row) -> CommonPrefix | None:
+        """What a row here has in common with others, where its prompt has not begun."""
+        return next((text.parent for text in self._texts if text.becomes is row), None)
+
+    def add(self, rows: Sequence[Row], prefixes: Sequence[CommonPrefix | None]) -> None:
+        """Take rows in; all tokens but the last are to be computed.
+
+        Args:
+            rows: the rows.
+            prefixes: what each shares with others; what of it is not computed yet is computed before it.
+        """
+        for row, prefix in zip(rows, prefixes, strict=True):
+            for each in [] if prefix is None else prefix.missing:
+                if not any(text.becomes is each for text in self._texts):
+                    self._texts.append(_Text(each.tokens, each.parent, each))
+            self._texts.append(_Text(tuple(row.tokens[:-1]), prefix, row))
 
     def chunks(self, budget: int) -> list[Chunk]:
         """What the next pass should compute: at most ``budget`` tokens, and at least one where any is missing."""
@@ -145,9 +156,8 @@ class FillingRows:
     def _begun(self, text: _Text) -> bool:
         """Whether a text has its cache; it gets one where what it begins with is done."""
         if text.cache is None and (text.parent is None or text.parent.stretch is not None):
-            known = [None if text.parent is None else text.parent.stretch]
-            known.append(None if self._store is None else self._store.find(text.tokens, self._features))
-            origin = max((each for each in known if each is not None), key=lambda each: each.length, default=None)
+            origin = longest_known(text.tokens, text.parent, self._store, self._features)
+            text.parent = None  # what is needed of it is referred to from now on
             text.cache = self._target.new_cache(1, max(len(text.tokens), 1))
             text.states = {name: [] for name in self._features}
             if origin is not None:
@@ -165,19 +175,15 @@ class FillingRows:
                 break
             assert text.cache is not None
             self._texts.remove(text)
-            if text.row is not None:
-                found.append(FilledRow(text.row, text.cache, text.features))
+            if isinstance(text.becomes, Row):
+                found.append(FilledRow(text.becomes, text.cache, text.features))
             else:
-                text.stretch = Stretch(text.cache.give_away()[0], text.features)
+                text.becomes.finish(Stretch(text.cache.give_away()[0], text.features))
         return found
 
     def drop(self, row: Row) -> None:
-        """Forget a row; what no other row needs is computed no further."""
+        """Forget a row; what no other row here needs is computed no further."""
         texts = [text for text in self._texts if text.row is not row]
-        wanted = {id(each) for text in texts if text.row is not None for each in _lineage(text)}
-        self._texts = [text for text in texts if id(text) in wanted]
-
-
-def _lineage(text: _Text) -> list[_Text]:
-    """A text and what it begins with."""
-    return [text, *([] if text.parent is None else _lineage(text.parent))]
+        prefixes = [text.parent for text in texts if text.row is not None and text.parent is not None]
+        needed = {id(each) for prefix in prefixes for each in prefix.missing}
+        self._texts = [text for text in texts if text.row is not None or id(text.becomes) in needed]

@@ -20,13 +20,14 @@ from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
-from specdec.prefix import common_prefix, prefill_shared
+from specdec.prefix import SharedWork, common_prefix, prefill_shared
 from specdec.prefix_store import PrefixStore
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
 from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict, Verifier
+from specdec.waiting import WaitingRows, shared_work
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Generation:
         most_rows: decoded at a time; the others take the places of those that end.
         prefixes: computed by earlier calls, to build on.
         pass_tokens: nodes of a pass in which prompts ride along, those of decoding rows included.
-        share: whether to compute and hold once what prompts begin with alike.
+        share: whether to compute and hold once what prompts begin with alike, those of rows that wait included.
         spare: slots of the KV cache behind the longest possible text; trees are cut to what room there is. Where None
             there is room for usual trees, and larger ones make the cache grow.
         by_clock: whether drafts may depend on how long things took.
@@ -97,13 +98,12 @@ class Generation:
         self._most_nodes = most_nodes
         self._most_rows = most_rows
         self._pass_tokens = pass_tokens
-        self._share_prefixes = share
         self._by_clock = by_clock
         self._features: Sequence[Feature] = ()
         self._filling = self._new_filling()
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
-        self._waiting = list(rows)
+        self._waiting = WaitingRows(rows, share, in_order=len(rows) <= most_rows)
         self._batch = self._next_batch()
         for counted in self._counted(rows):
             self._name(counted)
@@ -149,11 +149,21 @@ class Generation:
         self._name(row.stats)
         return self._added - 1
 
+    def foresee(self, rows: Sequence[Row]) -> None:
+        """Say which rows may be added later, in place of those foreseen before: what their prompts share with others is
+        computed once, and held for them.
+        """
+        self._waiting.foresee(rows)
+
+    def shared_work(self, rows: Sequence[Row]) -> SharedWork:
+        """What so many rows would take at a time, some of them perhaps foreseen only; between passes only."""
+        return shared_work(rows, self._batch, self._filling, self._waiting)
+
     def cancel(self, row: Row) -> None:
         """End a row before its time; between passes only."""
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
-        self._waiting = [each for each in self._waiting if each is not row]
+        self._waiting.drop(row)
         self._filling.drop(row)
 
     @property
@@ -162,7 +172,7 @@ class Generation:
         return self.drafter.takes_rows or not self._wanted
 
     def _new_filling(self) -> FillingRows:
-        return FillingRows(self.target, self._prefixes, self._share_prefixes, self._wanted)
+        return FillingRows(self.target, self._prefixes, self._wanted)
 
     @property
     def _wanted(self) -> Sequence[Feature]:
@@ -170,7 +180,7 @@ class Generation:
         return self._features if self.drafter.features else ()
 
     def _next_batch(self) -> Batch:
-        rows, self._waiting = self._waiting[: self._most_rows], self._waiting[self._most_rows :]
+        rows, self._begin_with = self._waiting.take(self._most_rows)
         return self._make_batch(rows)
 
     def _make_batch(self, rows: Sequence[Row]) -> Batch:
@@ -188,8 +198,7 @@ class Generation:
             return cache
         room = self._most_rows - len(self._batch) - len(self._filling)
         if room > 0 and self._waiting:
-            self._filling.add(self._waiting[:room])
-            self._waiting = self._waiting[room:]
+            self._filling.add(*self._waiting.take(room))
         filled = self._filling.take()
         if not filled:
             return cache
@@ -244,9 +253,8 @@ class Generation:
             capacities = [row.max_len + self._spare for row in batch.rows]
             prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
             if self._kept is None or self._kept.cache is None or self._wanted:
-                cache, output = prefill_shared(
-                    self.target, prompts, capacities, self._wanted, self._prefixes, self._share_prefixes
-                )
+                prefixes, self._begin_with = self._begin_with, []
+                cache, output = prefill_shared(self.target, prompts, capacities, self._wanted, self._prefixes, prefixes)
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale

@@ -372,14 +372,14 @@ class KVCache(SlotOrder):
         """Turn what every row holds into shares for other caches to refer to; this one is empty afterwards."""
         own = self._host_own
         lent: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in own]
-        full = self._lends and min(own, default=0) == self.slots
+        lends = self._lends and own == [self.slots]
         for layer in [*self.layers]:
             buffers = self.layers.pop(layer)
             for row, count in enumerate(own):
                 if count:
                     keys, values = buffers.keys[row, :, :count], buffers.values[row, :, :count]
-                    # Rows as they are where all of them are full: a view of one would keep all alive.
-                    lent[row][layer] = (keys, values) if full else (_copied(keys), _copied(values))
+                    # The only row as it is where it is full: a view of one of several would keep all alive.
+                    lent[row][layer] = (keys, values) if lends else (_copied(keys), _copied(values))
         given = [
             (*shares, Share(Segment(layers, count), count)) if count else shares
             for shares, layers, count in zip(self._shares, lent, own, strict=True)

@@ -52,9 +52,10 @@ class Workload:
         nodes: most nodes of a row's tree.
         features: hidden states a drafter reads.
         sampled: whether tokens are drawn.
-        shared: what prompts begin with alike, held and computed once; None where nobody looks for it.
+        shared: what prompts begin with alike, those of rows that wait included: it is held and computed once. None
+            where nobody looks for it.
         refers: whether rows refer to it; else it is copied to them.
-        joins: whether prompts of further rows are computed beside those that run.
+        joins: whether prompts of further rows are computed beside those that run, even where all of these rows do.
         spare: see ``spare_slots``; None is room for whole trees.
         new_tokens: most of a row; None is what the longest text has behind the longest prompt.
     """
@@ -210,22 +211,25 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     spare = max(SPARE_SLOTS, nodes) if work.spare is None or joins else work.spare
     behind = spare if nodes > 1 else 1
     capacity = work.max_len + behind
-    shared = None if joins else work.shared  # fewer rows may share less
-    beside = 0 if work.shared is None else work.shared.held
-    if joins:
-        beside = min(beside, rows // 2 * prompt)  # of rows that run, two at least share a prefix
-    if joins:
-        beside += prompt  # one in the making has its own cache
-    own = capacity
-    if shared is not None and work.refers:
-        new_tokens = work.max_len - work.prompt_len if work.new_tokens is None else work.new_tokens
-        own = min(capacity, shared.own + 1 + new_tokens + behind)  # prompts are computed without their last token
+    passes: tuple[tuple[int, int, int], ...] = ((rows, prompt, prompt),)
+    beside = known = 0
+    own, computed = capacity, prompt  # tokens that a row holds itself, and of a prompt those that are computed for it
+    if work.shared is not None:
+        # Prefixes are those of all rows, so whichever run at a time hold no more than the longest rest.
+        passes, beside, computed = work.shared.passes, work.shared.held(rows), work.shared.own
+        known = sum(min(texts, rows) * longest for texts, _, longest in passes[:-1])
+        if work.refers:
+            new_tokens = work.max_len - work.prompt_len if work.new_tokens is None else work.new_tokens
+            own = min(capacity, computed + 1 + new_tokens + behind)  # prompts are computed without their last token
+    if joins:  # a prompt is computed beside the rows
+        beside += computed if work.refers else prompt
     kv = rows * model.kv_bytes(own) + model.kv_bytes(beside)
-    held = 2 * work.features * rows * prompt * model.hidden * model.element  # in parts and put together
+    # Hidden states: of prefixes, of prompts as they are computed, and of all their tokens put together.
+    held = work.features * (known + rows * (computed + prompt)) * model.hidden * model.element
     moments = [(0, *_layer(model, rows, nodes, work.max_len + nodes))]
     if prompt > 0:
-        for texts, computed, longest in ((rows, prompt, prompt),) if shared is None else shared.passes:
-            masks, activations = _layer(model, texts, min(computed, PREFILL_CHUNK), longest)
+        for texts, most, longest in passes:
+            masks, activations = _layer(model, min(texts, rows), min(most, PREFILL_CHUNK), longest)
             moments.append((0, masks, activations + held))
     choices = (3 if work.sampled else 1) * rows * model.vocab * 4
     if rows > 1:

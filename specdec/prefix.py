@@ -1,4 +1,4 @@
-"""Prefixes that prompts share: found for a whole batch up front, and computed once.
+"""Prefixes that prompts share: found for all prompts of a call up front, and computed once.
 
 A trie over token ids says which prompts begin alike (BatchLLM, Zheng et al. 2024, section 4.1: global prefix
 identification). Its inner nodes nest - system prompt, examples, question - and are prefilled a level at a time, each on
@@ -79,17 +79,24 @@ def shared_prefixes(
 
 @dataclass(frozen=True)
 class SharedWork:
-    """What ``prefill_shared`` takes.
+    """What prompts that share prefixes take.
 
     Attributes:
-        held: tokens of all prefixes while they are computed, those of a level side by side and padded.
         own: most tokens of a prompt behind what it shares.
         passes: per level, and last of the prompts themselves: texts, most tokens computed of one, longest.
     """
 
-    held: int
     own: int
     passes: tuple[tuple[int, int, int], ...]
+
+    def held(self, rows: int) -> int:
+        """Tokens of the prefixes that are there at a time, at most, where so many rows run; those of a level are
+        computed side by side, padded.
+
+        Where others wait, in ``prefix_order``, what is held for them is what the row that began last begins with: that
+        one runs, or its place is free.
+        """
+        return sum(min(texts, rows) * most for texts, most, _ in self.passes[:-1])
 
     @classmethod
     def of(cls, prompts: Sequence[tuple[int, ...]]) -> SharedWork:
@@ -105,7 +112,7 @@ class SharedWork:
         known = [_known(nodes, index) for index in below]
         missing = max(len(prompt) - length for prompt, length in zip(prompts, known, strict=True))
         last = (len(prompts), missing, max(map(len, prompts)))
-        return cls(sum(count * most for count, most, _ in computed), missing, (*computed, last))
+        return cls(missing, (*computed, last))
 
 
 def _known(nodes: Sequence[TrieNode], index: int | None) -> int:
@@ -135,13 +142,104 @@ class Stretch:
         return num_tokens(self.shares)
 
 
+@dataclass(eq=False)
+class CommonPrefix:
+    """What several prompts begin with: computed for the first of them, and held for those that come later.
+
+    Whoever has still to compute such a prompt refers to it. Once nobody does it is gone, and its keys and values are
+    where no row refers to them either.
+
+    Attributes:
+        tokens: all of it, from the prompts' beginning.
+        parent: what is to be computed before it; it begins with that, or a part. None at the top, and once it is
+            computed itself.
+        stretch: None until it is computed.
+    """
+
+    tokens: tuple[int, ...]
+    parent: CommonPrefix | None = None
+    stretch: Stretch | None = None
+
+    @property
+    def missing(self) -> list[CommonPrefix]:
+        """What is still to be computed of it, in order, itself the last; nothing where it is computed."""
+        if self.stretch is not None:
+            return []
+        return [*([] if self.parent is None else self.parent.missing), self]
+
+    def finish(self, stretch: Stretch) -> None:
+        """It is computed."""
+        self.stretch, self.parent = stretch, None
+
+    def length_in(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a text it gives."""
+        count = len(self.tokens)
+        return count if tuple(tokens[:count]) == self.tokens else common_prefix(self.tokens, tokens)
+
+
+def common_prefixes(
+    prompts: Sequence[tuple[int, ...]], begun: Sequence[CommonPrefix] = ()
+) -> list[CommonPrefix | None]:
+    """Per prompt the longest prefix that is worth computing once.
+
+    Args:
+        prompts: token ids.
+        begun: what is computed or being computed already, for earlier prompts; a prompt that begins like one of them
+            is given that one.
+    """
+    nodes, deepest = shared_prefixes([*prompts, *(each.tokens for each in begun)])
+    found: list[CommonPrefix] = []
+    for node in nodes:
+        there = [each for each in begun if each.tokens[: len(node.tokens)] == node.tokens]
+        if there:
+            found.append(min(there, key=lambda each: (each.stretch is None, len(each.tokens))))
+        else:
+            found.append(CommonPrefix(node.tokens, None if node.parent is None else found[node.parent]))
+    return [None if index is None else found[index] for index in deepest[: len(prompts)]]
+
+
+def prefix_order(prefixes: Sequence[CommonPrefix | None]) -> list[int]:
+    """Indices of prompts such that those with a prefix in common follow each other, else in order of the first of them.
+
+    So few prefixes are held at a time, whatever the order in which prompts come: those of running rows, and what the
+    next prompt begins with.
+
+    Args:
+        prefixes: of each prompt, none of them computed yet.
+    """
+    first: dict[CommonPrefix, int] = {}
+    lineages = [[] if prefix is None else prefix.missing for prefix in prefixes]
+    for index, lineage in enumerate(lineages):
+        for prefix in lineage:
+            first.setdefault(prefix, index)
+    return sorted(range(len(prefixes)), key=lambda index: [*(first[each] for each in lineages[index]), index])
+
+
+def longest_known(
+    tokens: Sequence[int], prefix: CommonPrefix | None, store: PrefixStore | None, features: Sequence[Feature]
+) -> Stretch | None:
+    """The longest beginning of a text that is computed, of a common prefix or one in the store.
+
+    Args:
+        tokens: the text.
+        prefix: one that it begins with, or with a part of it.
+        store: prefixes computed earlier.
+        features: hidden states that are needed of it.
+    """
+    found = [] if store is None else [store.find(tokens, features)]
+    if prefix is not None and prefix.stretch is not None and set(features) <= set(prefix.stretch.features):
+        whole = prefix.stretch
+        found.append(Stretch(first_tokens(whole.shares, prefix.length_in(tokens)), whole.features))
+    return max((each for each in found if each is not None), key=lambda each: each.length, default=None)
+
+
 def prefill_shared(
     target: HFTarget,
     prompts: Sequence[tuple[int, ...]],
     capacities: int | Sequence[int],
     features: Sequence[Feature] = (),
     store: PrefixStore | None = None,
-    share: bool = True,
+    prefixes: Sequence[CommonPrefix | None] | None = None,
 ) -> tuple[KVCache, TargetOutput | None]:
     """Cache prompts, computing what they share once.
 
@@ -151,28 +249,25 @@ def prefill_shared(
         capacities: tokens that rows of the cache have room for, all alike or each.
         features: hidden states to return.
         store: prefixes computed earlier.
-        share: whether to look for what prompts share.
+        prefixes: of each prompt, what it shares with others, these or later ones; what of it is not computed yet is.
+            Where None, what these prompts share.
 
     Returns:
         A cache with a row per prompt, which refers to what it shares, and the features ``[B, longest, d]`` of all their
         tokens, padded at the end; None where no prompt has a token.
     """
-    nodes, below = shared_prefixes(prompts) if share else ([], [None] * len(prompts))
-    stretches: list[Stretch | None] = [None] * len(nodes)
-
-    def origin(tokens: tuple[int, ...], parent: int | None) -> Stretch | None:
-        found = [None if parent is None else stretches[parent], store.find(tokens, features) if store else None]
-        return max((each for each in found if each is not None), key=lambda each: each.length, default=None)
-
-    for level in range(1 + max((node.level for node in nodes), default=-1)):
-        indices = [index for index, node in enumerate(nodes) if node.level == level]
-        texts = [nodes[index].tokens for index in indices]
-        origins = [origin(nodes[index].tokens, nodes[index].parent) for index in indices]
+    prefixes = common_prefixes(prompts) if prefixes is None else prefixes
+    missing = dict.fromkeys(each for prefix in prefixes if prefix is not None for each in prefix.missing)
+    while missing:
+        level = [each for each in missing if each.parent is None or each.parent.stretch is not None]
+        texts = [each.tokens for each in level]
+        origins = [longest_known(each.tokens, each.parent, store, features) for each in level]
         cache, output = extend_from(target, texts, origins, [*map(len, texts)], features)
-        for row, (index, shares) in enumerate(zip(indices, cache.give_away(), strict=True)):
-            states = {} if output is None else {name: value[row] for name, value in output.features.items()}
-            stretches[index] = Stretch(shares, states)
-    origins = [origin(prompt, parent) for prompt, parent in zip(prompts, below, strict=True)]
+        states = _taken_apart(output, [*map(len, texts)])
+        for each, shares, found in zip(level, cache.give_away(), states, strict=True):
+            each.finish(Stretch(shares, found))
+            del missing[each]
+    origins = [longest_known(prompt, prefix, store, features) for prompt, prefix in zip(prompts, prefixes, strict=True)]
     return extend_from(target, prompts, origins, capacities, features)
 
 
@@ -231,6 +326,17 @@ def _put_together(
         if length < len(text):
             whole[row, length : len(text)] = output.features[name][row, : len(text) - length]
     return whole
+
+
+def _taken_apart(output: TargetOutput | None, lengths: Sequence[int]) -> list[dict[Feature, Tensor]]:
+    """Each row's hidden states ``[length, d]``, taken out of the output; copies: none keeps the others' memory."""
+    found: list[dict[Feature, Tensor]] = [{} for _ in lengths]
+    states = {} if output is None else output.features
+    for name in [*states]:
+        value = states.pop(name)  # one by one: there is not all of it twice
+        for row, length in enumerate(lengths):
+            found[row][name] = value[row, :length].clone() if len(lengths) > 1 else value[row]
+    return found
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

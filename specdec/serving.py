@@ -8,6 +8,7 @@ ended, and so do those behind it, so that none waits for ever.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Generator
@@ -35,7 +36,11 @@ class _Request:
 
 
 class ServedStream(AsyncIterator[StreamPiece]):
-    """One request's pieces as they come; ``result`` holds what there is so far at any time."""
+    """One request's pieces as they come; ``result`` holds what there is so far at any time.
+
+    Decoding does not wait for the reader: pieces that are not read yet are kept, a token each. A request whose stream
+    nobody reads any more runs to its end unless it is cancelled.
+    """
 
     def __init__(self, request: _Request, server: Server) -> None:
         self._request = request
@@ -78,7 +83,7 @@ class Server:
     Args:
         decoder: runs them.
         max_rows: decoded at a time.
-        max_waiting: requests that may wait; ``submit`` waits for its turn beyond that.
+        max_waiting: requests that may wait; beyond that ``submit`` waits for its turn. Nothing else is held back.
         pass_tokens: nodes of a pass, those of decoding rows and of prompts that ride along.
     """
 
@@ -236,6 +241,7 @@ class Server:
 
     def _admit(self) -> None:
         """Move requests from the queue to the batch, in order, as places and memory allow."""
+        self._foresee()
         while self._waiting and len(self._running) < self._max_rows:
             request = self._waiting[0]
             try:
@@ -244,8 +250,6 @@ class Server:
                 if self._generation is None:
                     self._begin(request)
             except ValueError as error:  # less memory is free than when it was handed in
-                if self._running:
-                    break
                 request.error = error
                 self._end(request, "error")
                 self._unqueue(request)
@@ -255,12 +259,28 @@ class Server:
             self._running[request.index] = request
             self._unqueue(request)
 
+    def _foresee(self) -> None:
+        """Tell the generation who waits to join it, so that what they share is computed once."""
+        if self._generation is not None:
+            self._generation.foresee([each.row for each in itertools.takewhile(self._is_alike, self._waiting)])
+
+    def _is_alike(self, request: _Request) -> bool:
+        """Whether a request's parameters let it join those that run."""
+        coupled = self._generation is not None and self._generation.verifier.coupled
+        return coupled or _choice(request.params) == _choice(self._params)
+
     def _may_join(self, request: _Request) -> bool:
-        """Whether a request may run beside those that run. Raises ValueError where it could not even run alone."""
+        """Whether a request may run beside those that run.
+
+        Where none does, and what is held for others leaves no room, the generation ends and another begins with it.
+        """
         if self._generation is None:
             return True
-        alike = self._generation.verifier.coupled or _choice(request.params) == _choice(self._params)
-        return alike and self._decoder._fits([*(running.row for running in self._running.values()), request.row])
+        rows = [*(running.row for running in self._running.values()), request.row]
+        try:
+            return self._is_alike(request) and self._decoder._fits(rows, self._generation.shared_work(rows))
+        except ValueError:
+            return False
 
     def _begin(self, request: _Request) -> None:
         """A generation for requests such as this one."""
@@ -269,6 +289,7 @@ class Server:
             [request.row], request.params, verifier, self._max_rows, pass_tokens=self._pass_tokens, start=()
         )
         self._passes = self._generation.passes()
+        self._foresee()
 
     def _cancel(self, request: _Request) -> None:
         self._cancelled.append(request)

@@ -22,6 +22,7 @@ from specdec.drafters.heads import HeadDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer import LayerShape
 from specdec.drafters.model import ModelConfig, ModelDrafter
+from specdec.drafters.none import NoneDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.weights import DrafterWeights, TargetFacts
@@ -132,6 +133,36 @@ def test_what_prompts_share_is_planned_once(target: HFTarget, tmp_path: Path, no
         tight = SpecDecoder(target, "none", memory_budget=plan.total)
         tight.generate(prompts, max_new_tokens=40, ignore_eos=True)
         assert tight.memory_plan == plan
+
+
+def test_what_waiting_rows_share_is_planned_once(target: HFTarget, tmp_path: Path) -> None:
+    """Two rows at a time; the others join them, and hold what is their own alone."""
+    prompts = [[3] * 1500 + [row, *[4] * 200] for row in range(6)]
+    decoder = SpecDecoder(target, "none", max_rows=2)
+    peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", pieces=100, max_new_tokens=24)
+    plan = decoder.memory_plan
+    assert plan is not None
+    assert plan.rows == 2
+    assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
+    assert plan.kv == (1500 + 200 + 2 * (200 + 1 + 24 + 1)) * ModelShape.of(target).kv_bytes_per_token
+
+
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_hidden_states_of_prefixes_are_counted(target: HFTarget, tmp_path: Path, max_rows: int | None) -> None:
+    """Of nested ones, which a drafter reads whole; the plan is for a moment at which nothing is dropped yet."""
+
+    class Reading(NoneDrafter):
+        features = ("last", 1, 2)
+        takes_rows = True
+
+        def join(self, *_: Any) -> None:
+            pass
+
+    decoder = SpecDecoder(target, Reading(), max_rows=max_rows, on_drafter_error="raise")
+    prompts = [[3] * 900 + [row // 2] * 300 + [row, *[4] * 20] for row in range(6)]
+    peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", pieces=60, max_new_tokens=24)
+    assert decoder.memory_plan is not None
+    assert peak - SLACK <= decoder.memory_plan.working <= 2 * peak
 
 
 def test_a_prompt_that_is_computed_beside_others_is_counted(target: HFTarget, tmp_path: Path) -> None:

@@ -279,6 +279,8 @@ def test_compiled_layers_write_the_same_text_to_the_token(drafter: str) -> None:
     assert [each.token_ids for each in make(short, drafter).generate(PROMPTS, max_new_tokens=24)] == separate
     texts = [each.token_ids for each in make(short, drafter).generate(PROMPTS[:3], max_new_tokens=24, n=2)]
     assert texts == [separate[index] for index in (0, 0, 1, 1, 2, 2)]
+    two = make(short, drafter, max_rows=2)
+    assert [each.token_ids for each in two.generate(PROMPTS, max_new_tokens=24)] == separate
     decoder = make(short, drafter)
     with decoder.prefix([*SYSTEM, *SHOTS]):
         assert [each.token_ids for each in decoder.generate(PROMPTS, max_new_tokens=24)] == separate

@@ -68,9 +68,9 @@ def test_tokens_held_beside_the_rows_are_those_of_every_level_side_by_side() -> 
     found = SharedWork.of(prompts)
     # Two at the top, of 100 and 50 tokens; below the first, of 60 and 30; a token of each row's own behind them.
     assert found.passes == ((2, 100, 100), (2, 60, 160), (6, 1, 161))
-    assert (found.held, found.own) == (2 * 100 + 2 * 60, 1)
+    assert (found.held(6), found.own) == (2 * 100 + 2 * 60, 1)
     assert SharedWork.of([*prompts, (7, 8)]).own == 2
-    assert SharedWork.of(prompts[:1]) == SharedWork(0, 161, ((1, 161, 161),))
+    assert SharedWork.of(prompts[:1]) == SharedWork(161, ((1, 161, 161),))
 
 
 def test_what_saves_little_is_no_pass_of_its_own() -> None:
