@@ -96,8 +96,9 @@ class OurRow(Contender):
         start = perf_counter()
         drafter = create_drafter(self._spec.name, self._spec.options) if self._spec else PLAIN
         self._decoder = SpecDecoder(
-            self.target, drafter, tokenizer=self._tokenizer, adaptive=self._adaptive, on_drafter_error="raise"
-        )
+            self.target, drafter, tokenizer=self._tokenizer, adaptive=self._adaptive, on_drafter_error="raise",
+            keep_prefixes=False,
+        )  # fmt: skip
         self._decoder.tokenizer = None
         return PeerHello(__version__, 1000.0 * (perf_counter() - start))
 

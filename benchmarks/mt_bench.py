@@ -213,8 +213,11 @@ class _Bench:
         """New decoders, warmed up: drafters remember earlier texts, and no repeat may know another's."""
         rows = self._settings.batch_size
         decoders = {
-            PLAIN: SpecDecoder(self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise", max_rows=rows)
-        }
+            PLAIN: SpecDecoder(
+                self._target, "none", tokenizer=self._tokenizer, on_drafter_error="raise", max_rows=rows,
+                keep_prefixes=False,
+            )
+        }  # fmt: skip
         for spec in self._settings.drafters:
             decoders[spec.label] = SpecDecoder(
                 self._target,
@@ -224,6 +227,7 @@ class _Bench:
                 adaptive=self._settings.adaptive,
                 on_drafter_error="raise",
                 max_rows=rows,
+                keep_prefixes=False,  # prompts are computed whole, each time
             )
         prompt = encode_prompt(WARM_UP, self._tokenizer, self._target.vocab_size)
         params = replace(self._settings.params, max_new_tokens=min(WARM_UP_TOKENS, self._settings.max_new_tokens))

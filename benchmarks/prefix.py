@@ -132,12 +132,15 @@ def run_prefix(
     params = SamplingParams(max_new_tokens=sizes.new_tokens, ignore_eos=True)
     texts = [list(prompt) for prompt in prompts]
     say("each row alone")
-    plain = SpecDecoder(target, "none", tokenizer=tokenizer)
+    plain = SpecDecoder(target, "none", tokenizer=tokenizer, keep_prefixes=False)
     plain.generate(texts[0], replace(params, max_new_tokens=min(4, sizes.new_tokens)))  # warm up
     alone = [plain.generate(text, params).token_ids for text in texts]
     figures = []
     for name in drafters:
-        sides = [SpecDecoder(target, name, tokenizer=tokenizer, share_prefixes=share) for share in (True, False)]
+        sides = [
+            SpecDecoder(target, name, tokenizer=tokenizer, share_prefixes=share, keep_prefixes=False)
+            for share in (True, False)
+        ]
         seconds: tuple[list[float], list[float]] = ([], [])
         prefill: tuple[list[float], list[float]] = ([], [])
         held = [0, 0]

@@ -162,7 +162,7 @@ def _speeds(
 ) -> tuple[list[list[int]], dict[str, DrafterFigures]]:
     """Plain decoding's answers, and figures by drafter."""
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    decoders = {name: SpecDecoder(target, name) for name in dict.fromkeys([PLAIN, *drafters])}
+    decoders = {name: SpecDecoder(target, name, keep_prefixes=False) for name in dict.fromkeys([PLAIN, *drafters])}
     for decoder in decoders.values():  # warm up
         decoder.generate(list(prompts[0]), params)
     answers: list[list[int]] = []

@@ -85,6 +85,8 @@ class SpecDecoder:
             memory allows. (``serve`` has its own.)
         prefix_memory: bytes that prefixes kept across calls may take, see ``prefix``.
         share_prefixes: compute and hold once what prompts of a call begin with alike; False is there to compare with.
+        keep_prefixes: keep, as ``prefix`` does, what prompts of successive calls begin with alike, as far as
+            ``prefix_memory`` goes; None does where texts are the same to the bit with it and without (``invariant``).
         on_drafter_error: "warn" goes on without the drafter for the rest of the call, "raise" raises.
         allow_pickle: load pickled weights, which can execute code.
         trust_remote_code: run modelling code that comes with the weights.
@@ -112,6 +114,7 @@ class SpecDecoder:
         max_rows: int | None = None,
         prefix_memory: int | str = "1GiB",
         share_prefixes: bool = True,
+        keep_prefixes: bool | None = None,
         on_drafter_error: Literal["warn", "raise"] = "warn",
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
@@ -124,7 +127,7 @@ class SpecDecoder:
         self._max_rows = max_rows
         self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
         self._prefix_memory = parse_size(prefix_memory)
-        self._share_prefixes = share_prefixes
+        self._share_prefixes, self._keep_prefixes = share_prefixes, keep_prefixes
         self._prefixes: PrefixStore | None = None
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
@@ -311,7 +314,11 @@ class SpecDecoder:
     def prefixes(self) -> PrefixStore:
         """What is kept across calls."""
         if self._prefixes is None:
-            self._prefixes = PrefixStore(self.target, self._prefix_memory, self._model_shape().kv_bytes_per_token)
+            keeps = self.target.invariant if self._keep_prefixes is None else self._keep_prefixes
+            self._prefixes = PrefixStore(
+                self.target, self._prefix_memory, self._model_shape().kv_bytes_per_token,
+                keeps and self.target.refers_to_segments,
+            )  # fmt: skip
         return self._prefixes
 
     @contextmanager
@@ -385,16 +392,25 @@ class SpecDecoder:
             spare=spare,
             new_tokens=max(row.max_len - row.prompt_len for row in rows),
         )
-        shape = self._model_shape()
         if self._held is None:
             self._held = drafter_weights(self.drafter, self.target)
-        held, budget = self._held, self._memory_budget
-        if budget is None:
-            free = free_bytes(self.target.device)
-            budget = None if free is None else free + shape.weights + held  # these are there already
-        elif self._prefixes is not None:
-            budget -= self._prefixes.num_bytes
-        return plan_memory(shape, held + drafter_kv(self.drafter, len(rows), length), work, budget)
+        taken = self._held + drafter_kv(self.drafter, len(rows), length)
+        if self._prefixes is not None and len(self._prefixes):
+            try:
+                plan = plan_memory(self._model_shape(), taken, work, self._budget(self._held))
+                if (plan.rows, plan.nodes) == (work.rows, work.nodes):
+                    return plan
+            except ValueError:
+                pass
+            self._prefixes.clear()  # what is kept beyond calls is worth less than what this one needs
+        return plan_memory(self._model_shape(), taken, work, self._budget(self._held))
+
+    def _budget(self, drafter: int) -> int | None:
+        """Bytes for everything, weights, a drafter's among them, included; None where nobody knows."""
+        if self._memory_budget is not None:
+            return self._memory_budget - (0 if self._prefixes is None else self._prefixes.num_bytes)
+        free = free_bytes(self.target.device)
+        return None if free is None else free + self._model_shape().weights + drafter  # these are there already
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         if not (self._adaptive and _may_vary(verifier, params)):

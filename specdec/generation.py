@@ -216,6 +216,9 @@ class Generation:
                 cache.share(index, each.cache.shares[0])  # all rows', so that buffers are made for what is behind them
             for index, each in enumerate(filled, first):
                 cache.copy_row(index, each.cache, 0, len(each.row.tokens) - 1)
+                if self._prefixes is not None:
+                    states = {name: value.unsqueeze(0) for name, value in each.features.items()}
+                    self._prefixes.notice([tuple(each.row.tokens[:-1])], each.cache, states)
         output = joined_features(filled) if self._wanted else None
         with clock.phase("draft"):
             if first:
@@ -255,6 +258,8 @@ class Generation:
             if self._kept is None or self._kept.cache is None or self._wanted:
                 prefixes, self._begin_with = self._begin_with, []
                 cache, output = prefill_shared(self.target, prompts, capacities, self._wanted, self._prefixes, prefixes)
+                if self._prefixes is not None and self._kept is None:
+                    self._prefixes.notice(prompts, cache, {} if output is None else output.features)
             else:
                 cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
                 self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale

@@ -1,17 +1,33 @@
-"""Prefixes kept across calls, the least recently used going first where memory runs out."""
+"""Prefixes kept across calls, the least recently used going first where memory runs out.
+
+Whoever calls names them, or the store finds them: what a prompt and an earlier one begin with alike - a system prompt,
+examples, the conversation so far - is likely to come again, and is there already once the prompt is computed.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from specdec.kv_cache import KVCache
 from specdec.memory_plan import size_text
-from specdec.prefix import Stretch, common_prefix, extend_from
+from specdec.prefix import Stretch, beginning_of, common_prefix, extend_from
 from specdec.segments import distinct, first_tokens
 from specdec.target import Feature, HFTarget
+
+_RECENT = 8
+"""Prompts that later ones are compared with."""
+
+LEAST_NOTICED = 16
+"""Tokens beyond those kept already that prompts must have in common."""
+
+_NOTICED_SHARE = 4
+"""What is kept without being asked for takes at most this part of the budget, each."""
 
 
 @dataclass
@@ -43,14 +59,17 @@ class PrefixStore:
         target: whose keys and values they are.
         budget: bytes for all of them.
         bytes_per_token: what a token takes, to refuse a prefix before it is computed.
+        notices: whether to keep, as far as there is room, what successive prompts begin with alike.
     """
 
-    def __init__(self, target: HFTarget, budget: int, bytes_per_token: int) -> None:
+    def __init__(self, target: HFTarget, budget: int, bytes_per_token: int, notices: bool = False) -> None:
         self.target = target
         self.budget = budget
         self._bytes_per_token = bytes_per_token
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, ...], KeptText] = OrderedDict()  # least recently used first
+        self._notices = notices
+        self._recent: deque[tuple[int, ...]] = deque(maxlen=_RECENT)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -83,6 +102,39 @@ class PrefixStore:
         finally:
             with self._lock:
                 self._kept[key].pinned -= 1  # another block may have had it computed anew, with more hidden states
+
+    def notice(self, prompts: Sequence[tuple[int, ...]], cache: KVCache, features: Mapping[Feature, Tensor]) -> None:
+        """Prompts were computed: keep what one of them and an earlier one begin with alike.
+
+        Args:
+            prompts: token ids, a row of the cache each.
+            cache: holds them; what is kept is copied.
+            features: ``[B, longest, d]`` hidden states of them, by name.
+        """
+        if not self._notices:
+            return
+        for row, tokens in enumerate(prompts):
+            count = max((common_prefix(tokens, each) for each in self._recent), default=0)
+            known = self.find(tokens[:count], [*features])
+            if count - (0 if known is None else known.length) < LEAST_NOTICED:
+                continue
+            states = {name: value[row, :count].clone() for name, value in features.items()}
+            if count * self._bytes_per_token <= self.budget // _NOTICED_SHARE:
+                self._put(KeptText(tokens[:count], Stretch(beginning_of(cache, row, count), states)))
+        self._recent.extend(prompts[-_RECENT:])
+
+    def _put(self, found: KeptText) -> None:
+        """Keep a text if there is room beside those in use."""
+        with self._lock:
+            before = self._kept.get(found.tokens)
+            found.pinned = 0 if before is None else before.pinned
+            self._kept[found.tokens] = found
+            self._kept.move_to_end(found.tokens)
+            try:
+                self._make_room(0, found.tokens)
+            except ValueError:
+                if not found.pinned:
+                    del self._kept[found.tokens]
 
     def evict(self, tokens: Sequence[int]) -> None:
         """Forget a prefix. Raises ValueError where it is not kept, or in use."""
