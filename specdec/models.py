@@ -14,6 +14,7 @@ from specdec.embedded import find_wheel_gguf, read_gguf
 from specdec.kernels.decoder_layer import LANES
 from specdec.lean import KNOWN
 from specdec.lean_stack import make_lean
+from specdec.mismatched_weights import find_mismatch, find_wrong_size
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
 from specdec.packing import can_pack, cpu_takes_bfloat16, onednn_takes_bfloat16, pack_linears
 from specdec.panels import panels_run
@@ -200,28 +201,46 @@ def _load(path: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote
 def _load_folder(
     folder: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote_code: bool
 ) -> tuple[Any, Any | None, list[str]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    auto_model: Any = AutoModelForCausalLM
     try:
+        wrong = None if trust_remote_code else find_wrong_size(folder)
+        if wrong is not None:
+            raise ValueError(wrong)
         found = None if trust_remote_code else read_4bit(folder, dtype)
         if found is None:
-            model, info = auto_model.from_pretrained(
-                folder, dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=True,
-                trust_remote_code=trust_remote_code, output_loading_info=True,
-            )  # fmt: skip
-            found = model, sorted(info["missing_keys"])
-        tokenizer = None
-        if any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            found = _load_by_transformers(folder, dtype, allow_pickle, trust_remote_code)
     except (*_NOT_LOADED, *_LACKING) as error:
+        wrong = None if trust_remote_code else find_mismatch(folder)
+        if wrong is not None:
+            raise ValueError(f"{folder} cannot be loaded: {wrong}") from error
         hint = missing_library(folder, error)
         if not hint and isinstance(error, _LACKING):
             raise
         raise ValueError(f"{folder} cannot be loaded: {error}{hint}") from error
-    return found[0], tokenizer, found[1]
+    return found[0], _load_tokenizer(folder, trust_remote_code), found[1]
+
+
+def _load_by_transformers(
+    folder: Path, dtype: torch.dtype | str, allow_pickle: bool, trust_remote_code: bool
+) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
+        folder, dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=True,
+        trust_remote_code=trust_remote_code, output_loading_info=True,
+    )  # fmt: skip
+    return model, sorted(info["missing_keys"])
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
+    from transformers import AutoTokenizer
+
+    if not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except _NOT_LOADED as error:
+        raise ValueError(f"{folder} has a tokenizer that cannot be loaded: {error}") from error
 
 
 def find_device(device: torch.device | str) -> torch.device:

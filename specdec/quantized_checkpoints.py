@@ -6,8 +6,7 @@ groups of inputs that are not neighbours, is left to transformers and the librar
 
 from __future__ import annotations
 
-import importlib
-import json
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from specdec.kernels.w4a16 import Int4Weight, from_awq, from_gptq, from_q4_1
 from specdec.kernels.w4a16.weight import GROUP_SIZES
+from specdec.mismatched_weights import empty_model, read_quantization
 from specdec.stored_weights import Int8Blocks, StoredWeight, from_q8_0, install
 
 _WORDS = ("qweight", "qzeros", "scales", "g_idx")
@@ -27,7 +27,7 @@ def read_4bit(folder: Path, dtype: torch.dtype | str) -> tuple[Any, list[str]] |
     """Load a GPTQ or AWQ checkpoint whose layout ``specdec.kernels.w4a16`` has.
 
     Args:
-        folder: its files, safetensors.
+        folder: its files, safetensors, in which layers have the sizes of the model's (``find_wrong_size``).
         dtype: of what is not quantized, and of activations; "auto" is the checkpoint's own.
 
     Returns:
@@ -36,15 +36,12 @@ def read_4bit(folder: Path, dtype: torch.dtype | str) -> tuple[Any, list[str]] |
     settings = _settings(folder)
     if settings is None:
         return None
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     what = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.float16
-    auto: Any = AutoModelForCausalLM
-    accelerate: Any = importlib.import_module("accelerate")  # without types
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=what)
+    model = empty_model(config, what)
     layers, rest = _sorted(folder)
     modules = dict(model.named_modules())
     if not layers or not all(type(modules.get(name)) is nn.Linear for name in layers):
@@ -60,13 +57,6 @@ def read_4bit(folder: Path, dtype: torch.dtype | str) -> tuple[Any, list[str]] |
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta and name not in replaced)
     if missing:
         return model, missing
-    shapes = {name: (modules[name].out_features, modules[name].in_features) for name in stored}
-    wrong = [name for name, shape in shapes.items() if _shape(stored[name]) != shape]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} is {list(_shape(stored[wrong[0]]))} in the files, {list(shapes[wrong[0]])} in the model: they "
-            "are of another architecture"
-        )
     install(model, stored, what)
     if (folder / "generation_config.json").is_file():
         settings_of: Any = GenerationConfig
@@ -75,27 +65,42 @@ def read_4bit(folder: Path, dtype: torch.dtype | str) -> tuple[Any, list[str]] |
 
 
 def missing_library(folder: Path, error: Exception) -> str:
-    """What to add to an error in loading a folder: how to install what its quantized weights need, where that may help.
+    """What to add to an error in loading a folder: the library that its quantized weights need and how to install it.
 
-    Libraries that are missing or too old show as whatever transformers, or they themselves, raise.
+    Returns:
+        Nothing where that library is there, and the error none that a version too old would raise; nor for errors that
+        do not come from a library: of files, settings and values.
     """
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        found = None
-    if not isinstance(found, dict):
-        return ". pip install -U 'specdec[quantized]'" if isinstance(error, ImportError) else ""
-    method = found.get("quant_method", "unknown")
-    return f". Its weights are quantized ({method}): pip install -U 'specdec[quantized]' may bring what is missing"
+    settings = read_quantization(folder)
+    if settings is None or not isinstance(error, _OF_LIBRARIES):
+        return ""
+    method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+    needed = _LIBRARIES.get(method, ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    start = f". Its weights are quantized ({method}): "
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{start}{' and '.join(missing)} {verb} missing, pip install 'specdec[quantized]'"
+    if needed and not isinstance(error, RuntimeError):
+        return f"{start}{' or '.join(needed)} may be too old, pip install -U 'specdec[quantized]'"
+    return ""
+
+
+_OF_LIBRARIES = (ImportError, RuntimeError, NameError, AttributeError, TypeError)
+"""What transformers' quantizers raise without their library or with another version of it. GPTQ's RuntimeError says
+that a GPU is required, where it is gptqmodel that is missing."""
+
+_LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    "gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",), "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",), "torchao": ("torchao",),
+}  # fmt: skip
+"""Modules that transformers loads a method's checkpoints with; the extra ``quantized`` brings them."""
 
 
 def _settings(folder: Path) -> Mapping[str, Any] | None:
     """A configuration's entry on quantization where it says 4 bits in GPTQ's or AWQ's usual layout."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if not isinstance(found, dict) or found.get("quant_method") not in ("gptq", "awq"):
+    found = read_quantization(folder)
+    if found is None or found.get("quant_method") not in ("gptq", "awq"):
         return None
     bits = found.get("bits", found.get("w_bit"))
     group = found.get("group_size", found.get("q_group_size"))

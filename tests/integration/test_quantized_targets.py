@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.checkpoints import save_bitsandbytes, save_compressed, save_quantized
 from specdec.cli import main
 from specdec.decoder import SpecDecoder
 from specdec.models import load_model
@@ -97,15 +97,6 @@ def test_the_command_line_takes_the_precision(folder: Path) -> None:
 # --- checkpoints of transformers' quantizers
 
 
-def quantized_checkpoint(folder: Path, out: Path, settings: Any) -> Path:
-    """The model quantized by transformers on the way in, and saved."""
-    auto: Any = AutoModelForCausalLM
-    auto.from_pretrained(folder, quantization_config=settings, dtype=torch.float32, device_map="cpu").save_pretrained(
-        out
-    )
-    return out
-
-
 def check(path: Path) -> None:
     """The checkpoint loads, is left as it is, and drafts do not change its text."""
     loaded = load_model(str(path), device="cpu", packed=True, dtype="fp32")
@@ -118,14 +109,7 @@ def check(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes(folder: Path, tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    settings = {
-        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-        "int8": {"load_in_8bit": True},
-    }[kind]
-    check(quantized_checkpoint(folder, tmp_path, BitsAndBytesConfig(**settings)))
+    check(save_bitsandbytes(folder, tmp_path, kind))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -146,73 +130,9 @@ def test_torchao(folder: Path, tmp_path: Path, kind: str) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    check(quantized_checkpoint(folder, tmp_path, TorchAoConfig(getattr(torchao, kind)())))
+    check(save_quantized(folder, tmp_path, TorchAoConfig(getattr(torchao, kind)())))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_compressed_tensors(folder: Path, tmp_path: Path) -> None:
-    """Weights in 8 bit with a scale per channel, written as the library writes them."""
-    compressed = pytest.importorskip("compressed_tensors")
-    weights = compressed.quantization.QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
-    scheme = compressed.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    config = compressed.quantization.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    compressed.quantization.apply_quantization_config(model, config)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data = module.weight.detach().abs().amax(-1, keepdim=True) / 127
-            if hasattr(module, "weight_zero_point"):
-                module.weight_zero_point.data.zero_()
-            module.quantization_status = compressed.quantization.QuantizationStatus.FROZEN
-    compressor = compressed.ModelCompressor(quantization_config=config)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path)
-    compressor.update_config(tmp_path)
-    check(tmp_path)
-
-
-def test_gptq_and_awq_need_a_library_that_is_named(folder: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("gptqmodel") is not None:
-        pytest.skip("gptqmodel is there: nothing is missing")
-    for method in ("gptq", "awq"):
-        settings = {"quant_method": method, "bits": 4, "group_size": 32}
-        path = with_config(folder, tmp_path / method, quantization_config=settings)
-        with pytest.raises(ValueError, match=r"specdec\[quantized\]"):
-            load_model(str(path), device="cpu")
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, NameError, TypeError])
-def test_whatever_a_quantizer_raises_comes_with_what_to_install(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
-    """GPTQ's says that a GPU is required, or that a name is not defined, where it is gptqmodel that is missing."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise kind("GPU is required")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    settings = {"quant_method": "gptq", "bits": 3, "group_size": 32}
-    path = with_config(folder, tmp_path / "gptq", quantization_config=settings)
-    with pytest.raises(
-        ValueError, match=r"GPU is required. Its weights are quantized \(gptq\): .*specdec\[quantized\]"
-    ):
-        load_model(str(path), device="cpu")
-    ours = ValueError if kind is RuntimeError else kind  # a mistake in a model's code is not to be hidden
-    with pytest.raises(ours, match=r"GPU is required$"):
-        load_model(str(folder), device="cpu")
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
-    other = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB).to_dict()
-    path = with_config(folder, tmp_path / "other", **(other | {"architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(ValueError, match=r"lacks .* of the model's weights"):
-        load_model(str(path), device="cpu", quantize="int8")
-
-
-def with_config(folder: Path, out: Path, **changes: Any) -> Path:
-    """The model's weights below a configuration that differs."""
-    out.mkdir()
-    settings = json.loads((folder / "config.json").read_text()) | changes
-    (out / "config.json").write_text(json.dumps(settings))
-    (out / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    return out
+    check(save_compressed(folder, tmp_path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.checkpoints import save_blocks
 from specdec.decoder import SpecDecoder
 from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.w4a16 import Int4Weight, from_dense
@@ -26,7 +26,6 @@ from specdec.stored_weights import Int8Blocks, StoredInt4, StoredInt8, from_q8_0
 
 VOCAB = 96
 PROMPTS = [[5, 9, 13, 5, 9, 13, 5, 9], [60, 2, 60, 2, 60]]
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @pytest.fixture(scope="module")
@@ -38,54 +37,6 @@ def model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
-
-
-def words(fields: Tensor) -> Tensor:
-    """``[a, 8 b]`` numbers of 4 bits to ``[a, b]`` int32, eight a word, the first in the lowest bits."""
-    parts = fields.unflatten(1, (-1, 8)).long() << 4 * torch.arange(8)
-    whole = parts.sum(-1)
-    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
-
-
-def as_gptq(weight: Int4Weight, version: str) -> dict[str, Tensor]:
-    codes, zeros = weight.unpack(), weight.offsets.long()
-    stored = zeros - 1 if version == "gptq" else zeros
-    groups = torch.arange(weight.num_inputs) // weight.group_size
-    return {
-        "qweight": words(codes).t().contiguous(), "qzeros": words((stored & 15).t().contiguous()),
-        "scales": weight.scales.t().contiguous(), "g_idx": groups.to(torch.int32),
-    }  # fmt: skip
-
-
-def as_awq(weight: Int4Weight) -> dict[str, Tensor]:
-    def mixed(columns: Tensor) -> Tensor:
-        return words(columns.unflatten(1, (-1, 8))[:, :, AWQ_ORDER].flatten(1))
-
-    codes, zeros = weight.unpack().t().contiguous(), weight.offsets.t().contiguous()
-    return {"qweight": mixed(codes), "qzeros": mixed(zeros), "scales": weight.scales.t().contiguous()}
-
-
-def checkpoint(model: LlamaForCausalLM, out: Path, method: str, group: int, **changes: Any) -> LlamaForCausalLM:
-    """Write the model in a method's layout; the same numbers, dense, are returned."""
-    model.save_pretrained(out)
-    dense = LlamaForCausalLM(model.config)
-    state = load_file(out / "model.safetensors")
-    for name in [name for name in state if "_proj" in name]:
-        weight = from_dense(state.pop(name), group)
-        if method != "awq":  # 0 is stored as -1, which wraps: published files have none
-            offsets = weight.offsets.clamp(min=1)
-            weight = Int4Weight(weight.codes, weight.scales, offsets)
-        parts = as_awq(weight) if method == "awq" else as_gptq(weight, method)
-        state |= {name.replace("weight", word): part for word, part in parts.items()}
-        dense.get_parameter(name).data = weight.dequantize()
-    for name in [name for name in state if dense.state_dict().get(name) is not None]:
-        dense.get_parameter(name).data = state[name].clone()
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    settings = {"quant_method": "awq" if method == "awq" else "gptq", "bits": 4, "group_size": group}
-    settings |= {"version": "gemm", "zero_point": True} if method == "awq" else {"checkpoint_format": method}
-    config = json.loads((out / "config.json").read_text()) | {"quantization_config": settings | changes}
-    (out / "config.json").write_text(json.dumps(config))
-    return dense.eval()
 
 
 def logits(model: Any, tokens: list[int]) -> Tensor:
@@ -115,7 +66,7 @@ def check(path: str, dense: Any, **options: Any) -> Any:
 def test_gptq_and_awq_files_are_run_from_their_codes(
     model: LlamaForCausalLM, tmp_path: Path, method: str, group: int
 ) -> None:
-    dense = checkpoint(model, tmp_path, method, group)
+    dense = save_blocks(model, tmp_path, method, group)
     loaded = check(str(tmp_path), dense)
     assert sum(isinstance(module, StoredInt4) for module in loaded.modules()) == 2 * 4  # siblings are one product
     linears = sum(p.numel() for name, p in dense.named_parameters() if "_proj" in name)
@@ -131,30 +82,19 @@ def test_gptq_and_awq_files_are_run_from_their_codes(
 def test_layouts_the_kernels_have_not_are_left_to_the_library(
     model: LlamaForCausalLM, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    checkpoint(model, tmp_path, "gptq", 32, **changes)
+    save_blocks(model, tmp_path, "gptq", 32, **changes)
     assert read_4bit(tmp_path, torch.float32) is None
 
 
 def test_groups_of_inputs_that_are_not_neighbours_are_left_to_the_library(
     model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    checkpoint(model, tmp_path, "gptq", 32)
+    save_blocks(model, tmp_path, "gptq", 32)
     state = load_file(tmp_path / "model.safetensors")
     name = next(name for name in state if name.endswith("g_idx"))
     state[name] = state[name].flip(0).contiguous()
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert read_4bit(tmp_path, torch.float32) is None
-
-
-def test_weights_of_another_architecture_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    checkpoint(model, tmp_path, "gptq", 32)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 384}))
-    with pytest.raises(ValueError, match="of another architecture"):
-        load_model(str(tmp_path), device="cpu")
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"lacks .* of the model's weights"):
-        load_model(str(tmp_path), device="cpu")
 
 
 # --- GGUF
