@@ -18,10 +18,9 @@ from specdec.mismatched_weights import find_mismatch, find_wrong_size
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
 from specdec.packing import can_pack, cpu_takes_bfloat16, onednn_takes_bfloat16, pack_linears
 from specdec.panels import panels_run
-from specdec.precisions import BY_GROUPS_IN_8_BIT, DECODED, STORED_IN_8_BIT, STORED_NAMES
-from specdec.quantization import check_scheme, is_quantized, isolate_rows, quantize_linears
+from specdec.precisions import DECODED, STORED_IN_8_BIT, STORED_NAMES
+from specdec.quantization import check_runs, check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
-from specdec.stored_weights import check_in_8_bit
 
 _NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError)
 """What loading raises."""
@@ -101,8 +100,7 @@ def load_model(
         takes = onednn_takes_bfloat16() if quantize in DECODED else cpu_takes_bfloat16()
         if dtype == "auto" and where.type == "cpu" and takes:
             what = torch.bfloat16
-        if quantize in BY_GROUPS_IN_8_BIT:
-            check_in_8_bit(where, what)
+        check_runs(quantize, where, what)
     found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
     if found is not None:
         return found

@@ -22,6 +22,7 @@ Weight-only kernels read less, which pays for few rows. Ours then cost what 16-b
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ from specdec.kernels.w4a16 import from_dense
 from specdec.kernels.w4a16.weight import GROUP_SIZES, halves_suffice
 from specdec.packing import WeightFactory, pack_linears
 from specdec.panels import Int8PanelWeight, PanelWeight, W8A8PanelWeight
-from specdec.precisions import STORED_NAMES
+from specdec.precisions import BY_GROUPS_IN_8_BIT, STORED_NAMES
 from specdec.quantized_weight import SMALLEST, Fp6Weight, QuantizedWeight, round_rows
 from specdec.registry import unknown
 from specdec.stored_weights import check_in_8_bit, own_kernels_multiply, run_int4
@@ -154,20 +155,9 @@ def _only_on_a_cpu(model: nn.Module) -> None:
     raise ValueError(f"quantize='w4a8' runs on a CPU alone, {type(model).__name__} is on another device: use 'int4'")
 
 
-def _with_torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
-    def apply(model: nn.Module) -> None:
-        library = _library("torchao", "torchao.quantization", config)
-        try:
-            library.quantize_(model, getattr(library, config)(**options))
-        except ImportError as error:
-            raise ValueError(f"torchao cannot run {config} here: {error}") from error
-
-    return apply
-
-
 def _with_bitsandbytes(model: nn.Module) -> None:
     """NF4 with double quantization; the output head stays, as QLoRA leaves it, and so do rows of no whole blocks."""
-    library = _library("bitsandbytes", "bitsandbytes.nn", "Linear4bit", "Params4bit")
+    library = _bitsandbytes()
     output: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
@@ -181,6 +171,10 @@ def _with_bitsandbytes(model: nn.Module) -> None:
                 )
                 layer.bias = linear.bias
                 setattr(module, name, layer.to(linear.weight.device).eval())
+
+
+def _bitsandbytes() -> ModuleType:
+    return _library("bitsandbytes", "bitsandbytes.nn", "Linear4bit", "Params4bit")
 
 
 def isolate_rows(model: nn.Module) -> int:
@@ -238,19 +232,42 @@ class Scheme:
     Attributes:
         cpu: what a weight becomes on the CPU; None where ``other`` does it there too.
         other: does it on other devices, in place.
+        check: raises ValueError where ``other`` cannot in a dtype, for want of a library.
     """
 
     cpu: WeightFactory | None
     other: Callable[[nn.Module], None]
+    check: Callable[[torch.dtype | str], object] = lambda _: None
+
+
+def _by_torchao(cpu: WeightFactory, config: str, *through: str, **options: Any) -> Scheme:
+    """On other devices by a configuration of torchao's; through one of these libraries, which know bfloat16 alone."""
+
+    def check(dtype: torch.dtype | str) -> ModuleType:
+        library = _library("torchao", "torchao.quantization", config)
+        if through and all(importlib.util.find_spec(name) is None for name in through):
+            raise ValueError(f"torchao's {config} needs {' or '.join(through)}, which is missing: use 'int4-g128'")
+        if through and dtype != torch.bfloat16:
+            raise ValueError(f"torchao's {config} is for bfloat16, got {dtype}: use dtype='bf16' or 'int4-g128'")
+        return library
+
+    def apply(model: nn.Module) -> None:
+        library = _library("torchao", "torchao.quantization", config)
+        try:
+            library.quantize_(model, getattr(library, config)(**options))
+        except ImportError as error:
+            raise ValueError(f"torchao cannot run {config} here: {error}") from error
+
+    return Scheme(cpu, apply, check)
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int8": Scheme(_int8, _with_torchao("Int8WeightOnlyConfig")),
-    "w8a8": Scheme(_w8a8, _with_torchao("Int8DynamicActivationInt8WeightConfig")),
-    "int4": Scheme(_int4_where_it_fits, _with_torchao("Int4WeightOnlyConfig", group_size=128)),
+    "int8": _by_torchao(_int8, "Int8WeightOnlyConfig"),
+    "w8a8": _by_torchao(_w8a8, "Int8DynamicActivationInt8WeightConfig"),
+    "int4": _by_torchao(_int4_where_it_fits, "Int4WeightOnlyConfig", "mslk", "fbgemm_gpu", group_size=128),
     "int4-g128": Scheme(_int4_in_large_groups, lambda model: _on_the_spot(model, _int4_in_large_groups)),
     "w4a8": Scheme(_w4a8_where_it_fits, _only_on_a_cpu),
-    "nf4": Scheme(None, _with_bitsandbytes),
+    "nf4": Scheme(None, _with_bitsandbytes, lambda _: _bitsandbytes()),
     "fp6": Scheme(_fp6_where_it_fits, lambda model: _on_the_spot(model, _fp6_where_it_fits)),
 }
 """Names ``quantize=`` takes, those of ``SCHEME_NAMES``; beside them ``STORED_NAMES``."""
@@ -262,17 +279,46 @@ def check_scheme(name: str) -> None:
         raise ValueError(unknown("quantization", name, [*SCHEMES, *STORED_NAMES]))
 
 
+def check_runs(name: str, device: torch.device, dtype: torch.dtype | str) -> None:
+    """See that a precision can be made and computed with, before anything is loaded.
+
+    Args:
+        name: what ``quantize=`` is to be.
+        device: where the model goes.
+        dtype: of the rest; "auto" is bfloat16.
+
+    Raises:
+        ValueError: for an unknown name; an instruction, a kernel or a library that is missing, or one that is too old.
+    """
+    check_scheme(name)
+    what = torch.bfloat16 if dtype == "auto" else dtype
+    if name in BY_GROUPS_IN_8_BIT:
+        check_in_8_bit(device, what)
+    if name in STORED_NAMES:
+        return
+    scheme = SCHEMES[name]
+    if scheme.cpu is None or device.type != "cpu":
+        scheme.check(what)
+    elif scheme.cpu is _w8a8:
+        _check_w8a8(what)
+
+
+def _check_w8a8(dtype: torch.dtype | str) -> None:
+    if not (torch.cpu._is_vnni_supported() or own_kernels_multiply(torch.device("cpu"), dtype)):
+        # Without VNNI's instructions oneDNN adds products of 8 bit in 16, where they overflow.
+        raise ValueError(
+            f"quantize='w8a8' needs a CPU with AVX-512 VNNI, or bfloat16 and a C compiler, got {dtype}: use 'int8'"
+        )
+
+
 def usable(device: torch.device, dtype: torch.dtype | str) -> list[str]:
-    """Names of the schemes that a device, the dtype of the rest and what is installed allow; the dtype "auto" is
-    bfloat16 where the CPU computes in it."""
-    missing = set()
-    if not own_kernels_multiply(device, torch.bfloat16 if dtype == "auto" else dtype):
-        missing.add("w4a8")
-        if not torch.cpu._is_vnni_supported():
-            missing.add("w8a8")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        missing.add("nf4")
-    return [name for name in SCHEMES if name not in missing]
+    """Names of the schemes that a device, the dtype of the rest and what is installed allow (``check_runs``)."""
+    found = []
+    for name in SCHEMES:
+        with contextlib.suppress(ValueError):
+            check_runs(name, device, dtype)
+            found.append(name)
+    return found
 
 
 def is_quantized(model: Any) -> bool:
@@ -328,12 +374,8 @@ def quantize_linears(model: nn.Module, name: str) -> None:
     if scheme.cpu is None or places != {torch.device("cpu")}:
         scheme.other(model)
         return
-    dtype = linears[0].weight.dtype
-    if scheme.cpu is _w8a8 and not (torch.cpu._is_vnni_supported() or own_kernels_multiply(torch.device("cpu"), dtype)):
-        # Without VNNI's instructions oneDNN adds products of 8 bit in 16, where they overflow.
-        raise ValueError(
-            f"quantize='w8a8' needs a CPU with AVX-512 VNNI, or bfloat16 and a C compiler, got {dtype}: use 'int8'"
-        )
+    if scheme.cpu is _w8a8:
+        _check_w8a8(linears[0].weight.dtype)
     if scheme.cpu is _w4a8_where_it_fits:
         for linear in linears:
             check_in_8_bit(linear.weight.device, linear.weight.dtype)

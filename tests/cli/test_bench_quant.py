@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,6 @@ from specdec.benchmarks.quant import run_quant
 from specdec.benchmarks.questions import SHIPPED, load_questions
 from specdec.benchmarks.tables import fill
 from specdec.models import load_model
-from specdec.panels import panels_run
-from specdec.quantization import usable
 from specdec.target import HFTarget
 
 
@@ -58,21 +57,16 @@ def test_perplexity_is_that_of_the_model_itself(chat_folder: str) -> None:
     assert line.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_loaded(invoke: Invoke, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    result = invoke("bench", "quant", "-m", "no such model", "-q", "nf4")
+    assert result.exit_code == 2
+    assert "bitsandbytes is needed" in result.stderr
     result = invoke("bench", "quant", "-m", "no such model", "-q", "int7")
     assert result.exit_code == 2
     assert "unknown quantization 'int7'" in result.stderr
     result = invoke("bench", "quant", "-m", "no such model", "--json", str(tmp_path / "missing" / "out.json"))
     assert result.exit_code == 2
     assert "there is no folder" in result.stderr
-
-
-def test_precisions_that_cannot_run_here_are_left_out_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert usable(torch.device("cpu"), torch.float32) == ["int8", "int4", "int4-g128", "fp6"]
-
-
-def test_activations_in_8_bit_by_groups_are_for_bfloat16() -> None:
-    assert "w4a8" not in usable(torch.device("cpu"), torch.float32)
-    assert ("w4a8" in usable(torch.device("cpu"), torch.bfloat16)) == panels_run()

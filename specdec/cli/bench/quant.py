@@ -55,18 +55,18 @@ def quant(
     from specdec.cli.console import note, slow_status
     from specdec.kv_quantized import find_kv
     from specdec.models import find_device, find_dtype, load_model
-    from specdec.quantization import check_scheme, usable
+    from specdec.quantization import check_runs, usable
     from specdec.target import HFTarget
 
+    where = find_device(device)
     for name in names:
-        check_scheme(name)
+        check_runs(name, where, find_dtype(dtype))
     bits = {f"{dtype}, KV {name}": find_kv(name) for name in caches}
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
     if threads is not None:
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)
-    where = find_device(device)
     chosen = names or (() if caches else tuple(usable(where, find_dtype(dtype))))
     found: dict[str, Any] = {}
 
