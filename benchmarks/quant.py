@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from specdec.benchmarks import record
 from specdec.benchmarks.agreement import AgreementError, compare
-from specdec.benchmarks.quant_rows import HEADS, KV_TOKENS, rows
+from specdec.benchmarks.quant_rows import HEADS, KV_TOKENS, caption, rows
 from specdec.benchmarks.questions import Question, QuestionSet
 from specdec.benchmarks.schema import PLAIN, SCHEMA
 from specdec.decoder import SpecDecoder
@@ -35,6 +35,29 @@ WINDOW = 512
 
 Load = Callable[[str], tuple[HFTarget, Any]]
 """From a precision's name to a target and its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a target is measured in.
+
+    Attributes:
+        weights: what ``quantize=`` is; None leaves them as they are.
+        kv: what ``kv=`` is.
+    """
+
+    weights: str | None = None
+    kv: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of a precision of weights, or of one and the cache's: ``int8``, ``int8+kv-int4``; names are not checked."""
+        weights, plus, kv = text.partition("+kv-")
+        return cls(weights, kv if plus else None)
+
+    def label(self, dtype: str) -> str:
+        """How the table names it; ``dtype`` is what weights are in as they are."""
+        return (self.weights or dtype) + ("" if self.kv is None else f", KV {self.kv}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,7 @@ class PrecisionFigures:
         text_agreement: share of a greedy answer that comes before the first token that differs, mean over questions.
         weight_bytes: parameters and buffers.
         kv_bytes: a row's KV cache with room for ``KV_TOKENS``.
+        scored_tokens: tokens that perplexity and the likeliest ones are over.
         drafters: by label; "none" is plain decoding.
     """
 
@@ -76,6 +100,7 @@ class PrecisionFigures:
     text_agreement: float
     weight_bytes: int
     kv_bytes: int
+    scored_tokens: int
     drafters: dict[str, DrafterFigures] = field(default_factory=dict)
 
 
@@ -125,7 +150,7 @@ def run_quant(
         lines.append(
             PrecisionFigures(
                 precision, perplexity, perplexity / reference.perplexity - 1, same / count, fmean(shares),
-                shape.weights, shape.kv_bytes(KV_TOKENS), figures,
+                shape.weights, shape.kv_bytes(KV_TOKENS), count, figures,
             )
         )  # fmt: skip
         del target
@@ -206,7 +231,13 @@ def document(
     }  # fmt: skip
 
 
-def table(lines: Sequence[PrecisionFigures]) -> str:
-    """One line per precision and drafter, in Markdown."""
-    cells = [HEADS, tuple("---" for _ in HEADS), *rows([asdict(line) for line in lines])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+def table(lines: Sequence[PrecisionFigures], num_texts: int) -> str:
+    """One line per precision and drafter, in Markdown, and what perplexity is over.
+
+    Args:
+        lines: what ``run_quant`` returned.
+        num_texts: the questions it was given.
+    """
+    precisions = [asdict(line) for line in lines]
+    cells = [HEADS, tuple("---" for _ in HEADS), *rows(precisions, num_texts)]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", caption(precisions)])

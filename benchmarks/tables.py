@@ -143,7 +143,9 @@ def serve_table(result: Mapping[str, Any]) -> str:
 
 def quant_table(result: Mapping[str, Any]) -> str:
     """What precisions cost and give, and where the figures come from."""
-    return f"{_table(quant_rows.HEADS, quant_rows.rows(result['precisions']))}\n{_origin(result)}\n"
+    precisions = result["precisions"]
+    rows = quant_rows.rows(precisions, result["questions"]["count"])
+    return f"{_table(quant_rows.HEADS, rows)}\n{_origin(result, extra=quant_rows.caption(precisions))}\n"
 
 
 _COMPANY = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from specdec.benchmarks.tables import ROOT, fill, main, mt_bench_table, peers_table
+from specdec.benchmarks.tables import ROOT, fill, main, mt_bench_table, peers_table, quant_table
 
 EXAMPLE = Path(__file__).with_name("example_result.json")
 BLOCK = "<!-- results: mt-bench r.json -->\n<!-- /results -->\n"
@@ -120,6 +120,20 @@ def test_peers_table_says_what_must_be_known_of_its_rows(peers: dict[str, Any]) 
     ]
     peers["summary"]["peers"][1]["disturbed_runs"], peers["summary"]["peers"][0]["disturbed_runs"] = 2, 4
     assert "- answers that shared the machine with something else that computed: all\n" in peers_table(peers)
+
+
+def test_quant_table_counts_equal_texts_and_says_what_perplexity_is_over(result: dict[str, Any]) -> None:
+    figures = {"tokens_per_s": 20.0, "speedup": 1.0, "tau": 1.0, "differing": 0}
+    line = {
+        "precision": "int8", "perplexity": 9.5, "perplexity_change": 0.25, "top_agreement": 0.5, "text_agreement": 0.75,
+        "weight_bytes": 2e6, "kv_bytes": 1e6, "drafters": {"none": figures, "alpha": figures | {"differing": 1}},
+    }  # fmt: skip
+    lines = quant_table(result | {"precisions": [line]}).splitlines()
+    assert cells(lines[0])[-1] == "texts equal to plain"
+    assert [cells(row)[-1] for row in lines[2:4]] == ["", "3 of 4"]
+    assert "perplexity" not in lines[-1]
+    lines = quant_table(result | {"precisions": [line | {"scored_tokens": 162}]}).splitlines()
+    assert "perplexity and same token over 162 tokens" in lines[-1]
 
 
 def test_hostile_text_breaks_neither_table_nor_block(result: dict[str, Any], tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 @click.command("quant")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option(
-    "-q", "--quantize", "names", multiple=True, help="Precision to measure; repeatable. All that can run by default."
-)
+    "-q", "--quantize", "names", multiple=True,
+    help="Precision to measure, with the KV cache's if wanted (int8, int8+kv-int4); repeatable. All that can run by "
+    "default.",
+)  # fmt: skip
 @click.option(
     "--kv", "caches", multiple=True, help="Precision of the KV cache to measure, weights as they are; repeatable."
 )
@@ -49,7 +51,7 @@ def quant(
     import torch
 
     from specdec.benchmarks.agreement import AgreementError
-    from specdec.benchmarks.quant import document, run_quant, table
+    from specdec.benchmarks.quant import Precision, document, run_quant, table
     from specdec.benchmarks.questions import SHIPPED, load_questions
     from specdec.benchmarks.record import write_json
     from specdec.cli.console import note, slow_status
@@ -59,37 +61,39 @@ def quant(
     from specdec.target import HFTarget
 
     where = find_device(device)
-    for name in names:
-        check_runs(name, where, find_dtype(dtype))
-    bits = {f"{dtype}, KV {name}": find_kv(name) for name in caches}
+    asked = [*map(Precision.parse, names), *(Precision(kv=name) for name in caches)]
+    for each in asked:
+        find_kv(each.kv)
+        if each.weights is not None:
+            check_runs(each.weights, where, find_dtype(dtype))
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
     if threads is not None:
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)
-    chosen = names or (() if caches else tuple(usable(where, find_dtype(dtype))))
+    asked = asked or [Precision(name) for name in usable(where, find_dtype(dtype))]
+    rows = {each.label(dtype): each for each in (Precision(), *asked)}
     found: dict[str, Any] = {}
 
-    def load(precision: str) -> tuple[HFTarget, Any]:
-        quantize = None if precision == dtype or precision in bits else precision
-        loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=quantize)
+    def load(label: str) -> tuple[HFTarget, Any]:
+        loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=rows[label].weights)
         if loaded.tokenizer is None:
             raise ValueError(f"{model!r} has no tokenizer: questions are text")
         found["device"] = torch.device(loaded.model.device)
         target = HFTarget(loaded.model)
-        target.kv_bits = bits.get(precision)
+        target.kv_bits = find_kv(rows[label].kv)
         return target, loaded.tokenizer
 
     with slow_status(f"loading {model}") as say:
         try:
-            lines = run_quant(load, [dtype, *chosen, *bits], drafters, questions.questions, max_new_tokens, say)
+            lines = run_quant(load, [*rows], drafters, questions.questions, max_new_tokens, say)
         except AgreementError as error:
             raise click.ClickException(f"refused: {error}") from error
-    click.echo(table(lines))
+    click.echo(table(lines, len(questions.questions)))
     if json_path is not None:
         settings = {
-            "model": model, "dtype": dtype, "precisions": list(chosen), "kv": list(caches), "drafters": list(drafters),
-            "max_new_tokens": max_new_tokens,
+            "model": model, "dtype": dtype, "precisions": names or [each.weights for each in asked if each.weights],
+            "kv": list(caches), "drafters": list(drafters), "max_new_tokens": max_new_tokens,
         }  # fmt: skip
         command = ["specdec", *sys.argv[1:]]
         write_json(json_path, document(lines, settings, questions, command, found["device"]))
