@@ -11,10 +11,10 @@ VLLM_BIN := $(VLLM_DIR)/vllm/bin
 VLLM_STAMP := $(VLLM_DIR)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint vllm-test vllm-environment results wheel clean
+.PHONY: help demo test lint torchao-test vllm-test vllm-environment results wheel clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## install what is needed and show specdec at work on a small model
 	$(BIN)/specdec demo
@@ -25,6 +25,11 @@ test: lint ## lint, then run the tests
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# In a folder of its own: transformers imports torchao, which then speaks, wherever it is found.
+torchao-test: $(STAMP) ## the tests that need torchao
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/integration/test_quantized_targets.py -k torchao
 
 vllm-test: $(VLLM_STAMP) ## the plugin in a real vLLM on the CPU, in an environment of its own; VLLM=0.27.0 for another
 	$(VLLM_BIN)/python -m pytest tests/vllm_engine
