@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from specdec.kernels.w4a16 import Int4Weight, from_dense
+from specdec.stored_weights import Int8Blocks, from_q8_0
 
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -63,6 +66,68 @@ def save_blocks(model: LlamaForCausalLM, out: Path, method: str, group: int, **c
     config = json.loads((out / "config.json").read_text()) | {"quantization_config": settings | changes}
     (out / "config.json").write_text(json.dumps(config))
     return dense.eval()
+
+
+def _q4_1(weight: Int4Weight) -> np.ndarray:
+    head = torch.stack([weight.scales, weight.offsets], -1).view(torch.uint8).view(weight.num_outputs, -1, 4)
+    codes = weight.codes.view(weight.num_outputs, -1, 16)
+    return np.asarray(torch.cat([head, codes], -1).flatten(1))
+
+
+def q8_0(dense: Tensor) -> tuple[np.ndarray, Int8Blocks]:
+    groups = dense.unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    raw = torch.cat([scales.unsqueeze(-1).view(torch.uint8), codes.view(torch.uint8)], -1).flatten(1)
+    return np.asarray(raw), from_q8_0(raw)
+
+
+def save_gguf(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
+    """The model in Q4_1, its head and value projections in Q8_0; the same numbers, dense, are returned."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(out), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = [chr(0x100 + i) for i in range(config.vocab_size - 1)]
+    tokens.append(tokens[0] + tokens[1])
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    dense = LlamaForCausalLM(config).eval()
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        stored = table.get_name(name, try_suffixes=(".weight",))
+        own, target = parameter.detach(), dense.get_parameter(name)
+        if own.ndim == 1 or "embed" in name:
+            writer.add_tensor(stored, own.numpy())
+            target.data = own.clone()
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        rows = torch.arange(len(own))
+        if heads is not None:  # the format keeps the two numbers of a rotary pair beside each other
+            rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
+        if "v_proj" in name or "lm_head" in name:
+            raw, blocks = q8_0(own[rows])
+            kind, numbers = gguf.GGMLQuantizationType.Q8_0, blocks.dequantize()
+        else:
+            weight = from_dense(own[rows], 32, zero_points=False)
+            raw, kind, numbers = _q4_1(weight), gguf.GGMLQuantizationType.Q4_1, weight.dequantize()
+        writer.add_tensor(stored, raw, raw_dtype=kind)
+        target.data = torch.empty_like(numbers)
+        target.data[rows] = numbers
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
 
 
 def save_quantized(folder: Path, out: Path, settings: Any) -> Path:

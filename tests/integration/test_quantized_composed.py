@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from integration.architectures import tiny_model
+from integration.checkpoints import save_gguf
 from specdec.decoder import SpecDecoder
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.models import load_model
+from specdec.panels import panels_run
 from specdec.quantization import is_quantized
 from specdec.target import HFTarget
 
 VOCAB = 96
 HEAD = [(5 * n) % VOCAB for n in range(40)]
 PROMPTS = [[*HEAD, 4, 9, 4, 9], [*HEAD, 17], [*HEAD, 50, 60, 70, 50, 60], [8, 8, 9]]
-FIELDS: dict[str, Any] = {"max_new_tokens": 20}
+FIELDS: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True}
 
 
 def make_model(seed: int, layers: int = 2) -> Any:
@@ -37,11 +39,26 @@ class Counting(HFTarget):
         return super().run(tokens, *args, **kwargs)
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+needs_panels = pytest.mark.skipif(not panels_run(), reason="this CPU has none of our own kernels")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("int8", "fp32"), ("int4", "fp32"), pytest.param(("w8a8", "bf16"), marks=needs_panels),
+        pytest.param(("gguf-a8", "bf16"), marks=needs_panels),
+    ],
+    ids=lambda pair: "-".join(pair),
+)  # fmt: skip
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counting:
-    folder = tmp_path_factory.mktemp("model")
-    make_model(3).save_pretrained(folder)
-    model = load_model(str(folder), dtype="fp32", device="cpu", packed=True, quantize=request.param).model
+    quantize, dtype = request.param
+    path = tmp_path_factory.mktemp("model")
+    if quantize == "gguf-a8":
+        path /= "tiny.gguf"
+        save_gguf(make_model(3), path)
+    else:
+        make_model(3).save_pretrained(path)
+    model = load_model(str(path), dtype=dtype, device="cpu", packed=True, quantize=quantize).model
     assert is_quantized(model)
     return Counting(model)
 
@@ -73,6 +90,20 @@ def test_a_batch_that_shares_a_prefix(target: Counting, alone: list[list[int]]) 
     make(target).generate(PROMPTS, max_new_tokens=1)
     assert target.computed < 2 * len(HEAD)  # of three rows that begin with it
     assert [result.token_ids for result in make(target).generate(PROMPTS, **FIELDS)] == alone
+
+
+@pytest.mark.parametrize("name", ["recycling", "suffix"])
+def test_trees_over_a_batch_that_shares_a_prefix(target: Counting, alone: list[list[int]], name: str) -> None:
+    target.computed = 0
+    decoder = make(target, name)
+    decoder.generate(PROMPTS, max_new_tokens=1)
+    assert target.computed < 2 * len(HEAD)
+    results = decoder.generate(PROMPTS, **FIELDS)
+    assert [result.token_ids for result in results] == alone
+    nodes = sum(result.stats.drafted for result in results)
+    assert nodes > 0
+    if name == "recycling":  # the tree is static, and no chain
+        assert nodes > sum(depth * count for result in results for depth, count in result.stats.offered_depth.items())
 
 
 def test_serving(target: Counting, alone: list[list[int]]) -> None:

@@ -13,16 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.checkpoints import save_blocks
+from integration.checkpoints import q8_0, save_blocks, save_gguf
 from specdec.decoder import SpecDecoder
 from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
-from specdec.kernels.w4a16 import Int4Weight, from_dense
 from specdec.memory_plan import stored_bytes
 from specdec.models import load_model
 from specdec.panels import panels_run
 from specdec.quantization import is_quantized
 from specdec.quantized_checkpoints import read_4bit
-from specdec.stored_weights import Int8Blocks, StoredInt4, StoredInt8, from_q8_0
+from specdec.stored_weights import StoredInt4, StoredInt8, from_q8_0
 
 VOCAB = 96
 PROMPTS = [[5, 9, 13, 5, 9, 13, 5, 9], [60, 2, 60, 2, 60]]
@@ -100,71 +99,9 @@ def test_groups_of_inputs_that_are_not_neighbours_are_left_to_the_library(
 # --- GGUF
 
 
-def q4_1(weight: Int4Weight) -> np.ndarray:
-    head = torch.stack([weight.scales, weight.offsets], -1).view(torch.uint8).view(weight.num_outputs, -1, 4)
-    codes = weight.codes.view(weight.num_outputs, -1, 16)
-    return np.asarray(torch.cat([head, codes], -1).flatten(1))
-
-
-def q8_0(dense: Tensor) -> tuple[np.ndarray, Int8Blocks]:
-    groups = dense.unflatten(1, (-1, 32))
-    scales = (groups.abs().amax(-1) / 127).half()
-    codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    raw = torch.cat([scales.unsqueeze(-1).view(torch.uint8), codes.view(torch.uint8)], -1).flatten(1)
-    return np.asarray(raw), from_q8_0(raw)
-
-
-def write_gguf(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
-    """The model in Q4_1, its head and value projections in Q8_0; the same numbers, dense, are returned."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(out), "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(128)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    tokens = [chr(0x100 + i) for i in range(VOCAB - 1)]
-    tokens.append(tokens[0] + tokens[1])
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
-    dense = LlamaForCausalLM(config).eval()
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for name, parameter in model.named_parameters():
-        stored = table.get_name(name, try_suffixes=(".weight",))
-        own, target = parameter.detach(), dense.get_parameter(name)
-        if own.ndim == 1 or "embed" in name:
-            writer.add_tensor(stored, own.numpy())
-            target.data = own.clone()
-            continue
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
-        rows = torch.arange(len(own))
-        if heads is not None:  # the format keeps the two numbers of a rotary pair beside each other
-            rows = rows.view(heads, 2, -1).transpose(1, 2).flatten()
-        if "v_proj" in name or "lm_head" in name:
-            raw, blocks = q8_0(own[rows])
-            kind, numbers = gguf.GGMLQuantizationType.Q8_0, blocks.dequantize()
-        else:
-            weight = from_dense(own[rows], 32, zero_points=False)
-            raw, kind, numbers = q4_1(weight), gguf.GGMLQuantizationType.Q4_1, weight.dequantize()
-        writer.add_tensor(stored, raw, raw_dtype=kind)
-        target.data = torch.empty_like(numbers)
-        target.data[rows] = numbers
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return dense
-
-
 def test_a_gguf_file_is_run_from_its_blocks(model: LlamaForCausalLM, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    dense = write_gguf(model, path)
+    dense = save_gguf(model, path)
     loaded = check(str(path), dense, quantize="gguf")
     kinds = [type(module) for module in loaded.modules()]
     # Query and key, 4 bits, and value, 8, are not one product; gate and up are.
@@ -178,7 +115,7 @@ def test_blocks_times_activations_in_8_bit_give_a_text_of_their_own(model: Llama
     if not panels_run():
         pytest.skip("our own kernels do not run here")
     path = tmp_path / "tiny.gguf"
-    write_gguf(model, path)
+    save_gguf(model, path)
     decoder = SpecDecoder(str(path), "none", dtype="bf16", device="cpu", quantize="gguf-a8")
     loaded = decoder.target.model
     kinds = [type(module) for module in loaded.modules()]
