@@ -11,7 +11,7 @@ VLLM_BIN := $(VLLM_DIR)/vllm/bin
 VLLM_STAMP := $(VLLM_DIR)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint torchao-test vllm-test vllm-environment results wheel clean
+.PHONY: help demo test lint torchao-environment torchao-test vllm-test vllm-environment results wheel clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,10 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 # In a folder of its own: transformers imports torchao, which then speaks, wherever it is found.
-torchao-test: $(STAMP) ## the tests that need torchao
+torchao-environment: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+
+torchao-test: torchao-environment ## the tests that need torchao
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest tests/integration/test_quantized_targets.py -k torchao
 
 vllm-test: $(VLLM_STAMP) ## the plugin in a real vLLM on the CPU, in an environment of its own; VLLM=0.27.0 for another
