@@ -24,7 +24,8 @@ from specdec.benchmarks.questions import QuestionSet
 from specdec.benchmarks.schema import SCHEMA
 from specdec.decoder import SpecDecoder
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import ModelShape, stored_bytes
+from specdec.memory import stored_bytes
+from specdec.model_shape import ModelShape
 from specdec.prompts import encode_prompt
 from specdec.sampling import SamplingParams
 from specdec.target import HFTarget

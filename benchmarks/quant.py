@@ -23,7 +23,7 @@ from specdec.benchmarks.quant_rows import HEADS, KV_TOKENS, caption, rows
 from specdec.benchmarks.questions import Question, QuestionSet
 from specdec.benchmarks.schema import PLAIN, SCHEMA
 from specdec.decoder import SpecDecoder
-from specdec.memory_plan import ModelShape
+from specdec.model_shape import ModelShape
 from specdec.prefix import common_prefix
 from specdec.prompts import encode_prompt
 from specdec.sampling import SamplingParams

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.latency import measure_curve
-from specdec.memory_plan import storage_key, storages
+from specdec.memory import storage_key, storages
 from specdec.target import HFTarget
 
 CURVE_NODES = (1, 4, 8, 16, 32, 64)

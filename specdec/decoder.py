@@ -21,18 +21,17 @@ from specdec.generation import Generation, KeptPrefix
 from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
 from specdec.load_plan import stored_drafter_bytes
+from specdec.memory import free_bytes, parse_size
 from specdec.memory_plan import (
     MemoryPlan,
-    ModelShape,
     Workload,
     drafter_kv,
     drafter_weights,
-    free_bytes,
-    parse_size,
     plan_memory,
     spare_slots,
     tree_size,
 )
+from specdec.model_shape import ModelShape
 from specdec.placement import check_in_step, with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy

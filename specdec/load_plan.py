@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from specdec.drafters.base import Drafter
-from specdec.memory_plan import MemoryPlan, ModelShape, Workload, plan_memory, size_text
+from specdec.memory import size_text
+from specdec.memory_plan import MemoryPlan, Workload, plan_memory
+from specdec.model_shape import ModelShape
 from specdec.registry import unknown
 
 _DTYPES = {

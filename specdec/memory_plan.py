@@ -6,22 +6,16 @@ at the worst moment: attention or the MLP of a layer, for a chunk of the prompt 
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specdec.drafters.base import Drafter
 from specdec.drafters.layer import DraftLayer
 from specdec.drafters.none import NoneDrafter
-from specdec.kv_groups import kv_bytes
-from specdec.kv_quantized import IN_FULL
+from specdec.memory import size_text, storages
+from specdec.model_shape import ModelShape, layer_bytes
 from specdec.planner import RUNGS
 from specdec.target import PREFILL_CHUNK, HFTarget
 
@@ -33,12 +27,6 @@ SPARE_SLOTS = 64
 
 _TOKENS_PER_SPARE_SLOT = 32
 """New tokens of a text for each slot there is behind it where rows are many."""
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{middle}B": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for middle, base in (("i", 1024), ("", 1000))
-}
 
 
 @dataclass(frozen=True)
@@ -71,85 +59,6 @@ class Workload:
     joins: bool = False
     spare: int | None = None
     new_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What of a model decides its memory; all sizes in elements but ``weights`` (bytes) and ``element`` (bytes each).
-
-    Attributes:
-        weights: parameters and buffers.
-        layers: number of decoder layers.
-        hidden: width of the hidden states.
-        inner: width of the MLP.
-        queries: width of all query heads together.
-        keys: width of all key heads together, and of the values.
-        group: query heads per key head.
-        vocab: width of the logits.
-        element: bytes of a number.
-        scores: whether attention holds its scores: with a soft-cap or sinks there is no fused kernel.
-        kv_bits: of a number in the KV cache; None where it is not quantized.
-        width: of a head.
-    """
-
-    weights: int
-    layers: int
-    hidden: int
-    inner: int
-    queries: int
-    keys: int
-    group: int
-    vocab: int
-    element: int
-    scores: bool = False
-    kv_bits: int | None = None
-    width: int = 0
-
-    @classmethod
-    def of(cls, target: HFTarget) -> ModelShape:
-        """The shape of a loaded model."""
-        weights = stored_bytes([*target.model.parameters(), *target.model.buffers()])
-        shape = cls.from_config(target.config, weights, target.dtype.itemsize)
-        return shape if target.kv_bits is None else replace(shape, kv_bits=target.kv_bits)
-
-    @classmethod
-    def from_config(cls, config: Any, weights: int, element: int) -> ModelShape:
-        """The shape of the model that a decoder's configuration describes, loaded or not.
-
-        Args:
-            config: transformers' configuration of the text model.
-            weights: bytes of parameters and buffers.
-            element: bytes of a number.
-        """
-        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        width = int(getattr(config, "head_dim", None) or hidden // heads)
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
-        return cls(
-            weights=weights,
-            layers=int(config.num_hidden_layers),
-            hidden=hidden,
-            inner=max(inner) if isinstance(inner, (list, tuple)) else int(inner),
-            queries=heads * width,
-            keys=kv_heads * width,
-            group=heads // kv_heads,
-            vocab=int(config.vocab_size),
-            element=element,
-            scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
-            width=width,
-        )
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of a token, all layers together."""
-        if self.kv_bits is not None:
-            return math.ceil(self.layers * (self.keys // self.width) * kv_bytes(self.kv_bits, self.width, self.element))
-        return 2 * self.layers * self.keys * self.element
-
-    def kv_bytes(self, tokens: int) -> int:
-        """A row of the KV cache with room for so many tokens."""
-        in_full = 0 if self.kv_bits is None else 2 * self.layers * self.keys * self.element * min(tokens, IN_FULL)
-        return tokens * self.kv_bytes_per_token + in_full
 
 
 @dataclass(frozen=True)
@@ -226,33 +135,19 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     kv = rows * model.kv_bytes(own) + model.kv_bytes(beside)
     # Hidden states: of prefixes, of prompts as they are computed, and of all their tokens put together.
     held = work.features * (known + rows * (computed + prompt)) * model.hidden * model.element
-    moments = [(0, *_layer(model, rows, nodes, work.max_len + nodes))]
+    logits, visible = rows * nodes * model.vocab * model.element, rows * nodes * (work.max_len + nodes)
+    # A compiled call goes on to the logits while it holds what the layers needed.
+    moments = [(logits if model.compiled else 0, *layer_bytes(model, rows, nodes, work.max_len + nodes))]
     if prompt > 0:
         for texts, most, longest in passes:
-            masks, activations = _layer(model, min(texts, rows), min(most, PREFILL_CHUNK), longest)
+            masks, activations = layer_bytes(model, min(texts, rows), min(most, PREFILL_CHUNK), longest)
             moments.append((0, masks, activations + held))
     choices = (3 if work.sampled else 1) * rows * model.vocab * 4
     if rows > 1:
         choices = max(choices, kv // model.layers)  # as rows end, a layer after the other is copied
-    logits, visible = rows * nodes * model.vocab * model.element, rows * nodes * (work.max_len + nodes)
     moments.append((logits + choices, visible, 3 * rows * nodes * model.hidden * model.element))
     logits, masks, activations = max(moments, key=sum)
     return MemoryPlan(rows, nodes, model.weights, drafter, kv, logits, masks, activations)
-
-
-def _layer(model: ModelShape, rows: int, nodes: int, slots: int) -> tuple[int, int]:
-    """Masks and activations of a pass over ``nodes`` nodes per row that attends to ``slots`` slots."""
-    pairs, count = rows * nodes * slots, rows * nodes
-    visible = pairs
-    masks = pairs * model.group * (1 + model.element) if not model.scores else 0  # repeated per query head, then added
-    scores = 3 * pairs * (model.queries // max(model.keys // model.group, 1)) * 4 if model.scores else 0
-    attention = count * (2 * model.hidden + 4 * model.queries + 2 * model.keys) * model.element
-    if model.kv_bits is not None:  # decoded in float32, and in the dtype
-        attention += rows * slots * 2 * model.keys * (8 + model.element)
-    mlp = count * (4 * model.hidden + 3 * model.inner) * model.element
-    if masks + scores + attention >= mlp:
-        return visible + masks, attention + scores
-    return visible, mlp
 
 
 def plan_memory(model: ModelShape, drafter: int, work: Workload, budget: int | None) -> MemoryPlan:
@@ -329,85 +224,3 @@ def tree_size(drafter: Drafter) -> int:
     if isinstance(drafter, NoneDrafter):
         return 1
     return max(1, int(getattr(getattr(drafter, "config", None), "max_nodes", SPARE_SLOTS)))
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a device; None where that is not known."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        pass
-    limited = _container_bytes(Path("/sys/fs/cgroup"))
-    if limited is not None:
-        found.append(limited)
-    return max(0, min(found)) if found else None
-
-
-def _container_bytes(folder: Path) -> int | None:
-    """Bytes a container's limit leaves; files that were read and can be dropped count as free. None without a limit."""
-    try:
-        limit, used, stat = (
-            (folder / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
-        )
-        dropped = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
-        return int(limit) - int(used) + dropped
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from "2GiB", "500 MB" or a number; raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = None if match is None else next((u for u in _UNITS if u.lower() == match[2].lower()), None)
-    if match is None or unit is None or float(match[1]) == 0:
-        raise ValueError(f"a size is a number above 0 and a unit, such as 2GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[unit])
-
-
-def size_text(count: int | None) -> str:
-    """Bytes in binary units."""
-    if count is None:
-        return "any amount"
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count = count / 1024  # type: ignore[assignment]
-    return f"{count:.4g} GiB"
-
-
-def storages(tensors: Iterable[Tensor]) -> dict[Any, int]:
-    """Bytes by storage, shared ones once."""
-    held = (part for tensor in tensors for part in _parts(tensor))
-    return {storage_key(tensor): _num_bytes(tensor) for tensor in held if tensor.device.type != "meta"}
-
-
-def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages."""
-    return sum(storages(tensors).values())
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold a tensor's numbers: torchao's weights wrap several."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(tensor, name))]
-
-
-def storage_key(tensor: Tensor) -> Any:
-    """What tensors that share their memory have in common."""
-    # Packed layouts (oneDNN) have no storage to ask for.
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    if tensor.layout == torch.strided:
-        return tensor.untyped_storage().nbytes()
-    return tensor.numel() * tensor.element_size()

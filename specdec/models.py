@@ -142,7 +142,7 @@ def _check_memory(
 ) -> None:
     """Refuse a model that cannot be loaded into the memory there is, by its headers."""
     from specdec.load_plan import check_load, plan_load
-    from specdec.memory_plan import free_bytes
+    from specdec.memory import free_bytes
 
     if folder.is_dir():
         check_folder(folder, allow_pickle=True)

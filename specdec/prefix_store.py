@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import size_text
+from specdec.memory import size_text
 from specdec.prefix import Stretch, beginning_of, common_prefix, extend_from
 from specdec.segments import distinct, first_tokens
 from specdec.target import Feature, HFTarget

@@ -20,7 +20,7 @@ from specdec.drafters.heads import drafting_head, make_vocabulary
 from specdec.drafters.pruned import choose_layers, spaced_layers
 from specdec.drafters.skip import NAME, SkippedLayers, kept_folder
 from specdec.drafters.weights import DrafterWeights, TargetFacts, save_weights
-from specdec.memory_plan import ModelShape
+from specdec.model_shape import ModelShape
 from specdec.target import HFTarget
 from specdec.training.calibrate import (
     RANKS,

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from integration.architectures import tiny_model
 from specdec import SpecDecoder, models
 from specdec.load_plan import LoadPlan, check_load, plan_load, read_headers
-from specdec.memory_plan import ModelShape, Workload, estimate
+from specdec.memory_plan import Workload, estimate
+from specdec.model_shape import ModelShape
 from specdec.models import load_model
 from specdec.packing import cpu_takes_bfloat16
 from specdec.quantization import usable
@@ -110,7 +111,7 @@ def test_what_stays_is_what_the_loaded_model_holds(
     loaded = load_model(str(folders[stored]), dtype=dtype, packed=True, quantize=quantize or None).model
     shape = ModelShape.of(HFTarget(loaded))
     assert plan.shape.weights == pytest.approx(shape.weights, rel=0.02)
-    assert plan.shape == ModelShape(**{**vars(shape), "weights": plan.shape.weights})
+    assert plan.shape == ModelShape(**{**vars(shape), "weights": plan.shape.weights, "compiled": False})
 
 
 def test_headers_are_read_and_nothing_else(folders: dict[str, Path]) -> None:
@@ -146,7 +147,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
         SpecDecoder(str(folders["fp32"]), "none", memory_budget="20MiB", dtype="fp32")
     with pytest.raises(ValueError, match=r"are needed and .* may be used"):  # it fits, and no call does
         load_model(str(folders["fp32"]), dtype="fp32", memory_budget=held)
-    monkeypatch.setattr("specdec.memory_plan.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("specdec.memory.free_bytes", lambda device: 2**20)
     with pytest.raises(ValueError, match="1 MiB may be used"):
         load_model(str(folders["fp32"]), dtype="fp32")
 

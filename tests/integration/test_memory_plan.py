@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.architectures import tiny_model
 from integration.scripted import ScriptedDrafter, per_row
-from specdec import SpecDecoder, memory_plan
+from specdec import SpecDecoder, memory, memory_plan
 from specdec.drafters.clover import CloverDrafter, make_clover
 from specdec.drafters.eagle import EagleDrafter, make_eagle
 from specdec.drafters.heads import HeadDrafter
@@ -26,17 +26,12 @@ from specdec.drafters.none import NoneDrafter
 from specdec.drafters.pruned import PrunedLayers, build_pruned
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.drafters.weights import DrafterWeights, TargetFacts
-from specdec.memory_plan import (
-    ModelShape,
-    Workload,
-    drafter_kv,
-    drafter_weights,
-    estimate,
-    parse_size,
-    plan_memory,
-    size_text,
-    stored_bytes,
-)
+from specdec.lean_stack import make_lean
+from specdec.memory import parse_size, size_text, stored_bytes
+from specdec.memory_plan import Workload, drafter_kv, drafter_weights, estimate, plan_memory
+from specdec.model_shape import ModelShape
+from specdec.packing import pack_linears
+from specdec.panels import panels_run
 from specdec.prefix import SharedWork
 from specdec.target import HFTarget
 
@@ -48,15 +43,31 @@ MODEL = ModelShape(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def target() -> HFTarget:
+def model() -> LlamaForCausalLM:
     """Not so tiny that the slack would hide a mistake."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=16384, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=4096, eos_token_id=None,
     )  # fmt: skip
-    return HFTarget(LlamaForCausalLM(config).eval())
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def target() -> HFTarget:
+    return HFTarget(model())
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16, compiled"])
+def each_target(request: pytest.FixtureRequest) -> HFTarget:
+    if request.param == "float32":
+        return HFTarget(model())
+    if not panels_run():
+        pytest.skip("no C compiler: nothing is compiled")
+    compiled = model().bfloat16()
+    pack_linears(compiled)
+    make_lean(compiled)
+    return HFTarget(compiled)
 
 
 @pytest.fixture(scope="module")
@@ -108,29 +119,29 @@ def peak_bytes(
 )
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_plan_is_within_ten_percent_of_what_is_allocated(
-    target: HFTarget, tmp_path: Path, rows: int, prompt_len: int, nodes: int, new_tokens: int, sampled: bool
+    each_target: HFTarget, tmp_path: Path, rows: int, prompt_len: int, nodes: int, new_tokens: int, sampled: bool
 ) -> None:
-    decoder = SpecDecoder(target, star_drafter(nodes), adaptive=False)
+    decoder = SpecDecoder(each_target, star_drafter(nodes), adaptive=False)
     prompts = [[row + 1] + [3] * (prompt_len - 1) for row in range(rows)]
     fields = {"temperature": 0.8, "seed": 1} if sampled else {}
     peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", max_new_tokens=new_tokens, **fields)
     work = Workload(rows, prompt_len, prompt_len + new_tokens, nodes, sampled=sampled)
-    plan = estimate(ModelShape.of(target), 0, work, rows, nodes)
+    plan = estimate(ModelShape.of(each_target), 0, work, rows, nodes)
     assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
 
 
 @pytest.mark.parametrize("nodes", [1, 16])
-def test_what_prompts_share_is_planned_once(target: HFTarget, tmp_path: Path, nodes: int) -> None:
-    decoder = SpecDecoder(target, "none" if nodes == 1 else star_drafter(nodes), adaptive=False)
+def test_what_prompts_share_is_planned_once(each_target: HFTarget, tmp_path: Path, nodes: int) -> None:
+    decoder = SpecDecoder(each_target, "none" if nodes == 1 else star_drafter(nodes), adaptive=False)
     prompts = [[3] * 1500 + [row, 4, 5] for row in range(8)]
     peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", max_new_tokens=40)
-    shape, work = ModelShape.of(target), Workload(8, 1503, 1543, nodes)
+    shape, work = ModelShape.of(each_target), Workload(8, 1503, 1543, nodes)
     shared = replace(work, shared=SharedWork.of([tuple(prompt[:-1]) for prompt in prompts]))
     plan = estimate(shape, 0, shared, 8, nodes)
     assert plan.working == pytest.approx(peak, rel=0.1, abs=SLACK), plan.describe()
     assert plan.kv < estimate(shape, 0, work, 8, nodes).kv / 3
     if nodes == 1:
-        tight = SpecDecoder(target, "none", memory_budget=plan.total)
+        tight = SpecDecoder(each_target, "none", memory_budget=plan.total)
         tight.generate(prompts, max_new_tokens=40, ignore_eos=True)
         assert tight.memory_plan == plan
 
@@ -165,12 +176,12 @@ def test_hidden_states_of_prefixes_are_counted(target: HFTarget, tmp_path: Path,
     assert peak - SLACK <= decoder.memory_plan.working <= 2 * peak
 
 
-def test_a_prompt_that_is_computed_beside_others_is_counted(target: HFTarget, tmp_path: Path) -> None:
+def test_a_prompt_that_is_computed_beside_others_is_counted(each_target: HFTarget, tmp_path: Path) -> None:
     """Two rows at a time; the third prompt is computed before its row joins."""
     prompts = [[row + 1] + [3] * 999 for row in range(3)]
     work = Workload(3, 1000, 1030, 1)
-    budget = estimate(ModelShape.of(target), 0, work, 2, 1).total
-    decoder = SpecDecoder(target, "none", memory_budget=budget)
+    budget = estimate(ModelShape.of(each_target), 0, work, 2, 1).total
+    decoder = SpecDecoder(each_target, "none", memory_budget=budget)
     peak = peak_bytes(decoder, prompts, tmp_path / "trace.json", pieces=85, max_new_tokens=30)
     plan = decoder.memory_plan
     assert plan is not None
@@ -372,14 +383,14 @@ def test_a_containers_limit_counts_without_files_that_can_be_dropped(tmp_path: P
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 550\nactive_file 50\n")
-    assert memory_plan._container_bytes(tmp_path) == 650
+    assert memory._container_bytes(tmp_path) == 650
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_plan._container_bytes(tmp_path) is None
-    assert memory_plan._container_bytes(tmp_path / "none") is None
+    assert memory._container_bytes(tmp_path) is None
+    assert memory._container_bytes(tmp_path / "none") is None
 
 
 def test_free_memory_is_within_what_the_machine_has() -> None:
-    free = memory_plan.free_bytes(torch.device("cpu"))
+    free = memory.free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 2**50
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
-from specdec.memory_plan import stored_bytes
+from specdec.memory import stored_bytes
 from specdec.prefix import CommonPrefix, Stretch
 from specdec.segments import Segment
 from specdec.target import HFTarget

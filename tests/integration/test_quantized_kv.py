@@ -17,7 +17,7 @@ from specdec.generation import KeptPrefix
 from specdec.kv_quantized import WINDOW, QuantizedKVCache
 from specdec.latency import LatencyKey
 from specdec.lean_stack import make_lean
-from specdec.memory_plan import ModelShape
+from specdec.model_shape import ModelShape
 from specdec.packing import pack_linears
 from specdec.panels import panels_run
 from specdec.target import HFTarget

@@ -15,7 +15,7 @@ from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve
 from specdec.lean_stack import make_lean
-from specdec.memory_plan import stored_bytes
+from specdec.memory import stored_bytes
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from integration.checkpoints import q8_0, save_blocks, save_gguf
 from specdec.decoder import SpecDecoder
 from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
-from specdec.memory_plan import stored_bytes
+from specdec.memory import stored_bytes
 from specdec.models import load_model
 from specdec.panels import panels_run
 from specdec.quantization import is_quantized

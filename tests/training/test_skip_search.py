@@ -17,7 +17,7 @@ from specdec.cli import main
 from specdec.drafters import skip
 from specdec.drafters.skip import SkippedLayers
 from specdec.drafters.weights import load_weights
-from specdec.memory_plan import ModelShape
+from specdec.model_shape import ModelShape
 from specdec.target import HFTarget
 from specdec.training.calibrate import RANKS, CalibrationReporter, CalibrationRequest
 from specdec.training.skip import (

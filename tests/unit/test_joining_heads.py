@@ -16,7 +16,7 @@ from specdec.drafters.heads import HeadDrafter
 from specdec.drafters.hybrid import HybridConfig, HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.generation import Generation
-from specdec.memory_plan import ModelShape
+from specdec.model_shape import ModelShape
 from specdec.prefix_store import PrefixStore
 from specdec.registry import create_verifier
 from specdec.sampling import SamplingParams
