@@ -392,6 +392,7 @@ class Generation:
                 row.logprobs += nodes.gather(1, chosen).squeeze(1).tolist()
         return pieces
 
+    @torch.inference_mode()
     def _retire(self, cache: KVCache) -> None:
         """Drop ended rows; the cache keeps the last one's, for ``_keep``."""
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]

@@ -108,6 +108,25 @@ def test_cancelling_frees_the_place_and_disturbs_nobody(target: HFTarget) -> Non
     run(work())
 
 
+def test_rows_behind_a_cancelled_one_take_its_place(target: HFTarget) -> None:
+    """Of three alike the first is cancelled; the last moves to where it was, in the same buffers."""
+    decoder = make(target)
+    prompts = [[token, 5, 9, 5, 9] for token in (1, 2, 3)]
+    expected = [decoder.generate(prompt, max_new_tokens=30).token_ids for prompt in prompts]
+
+    async def work() -> None:
+        async with decoder.serve(max_rows=3) as server:
+            streams = [await server.submit(prompt, max_new_tokens=30) for prompt in prompts]
+            for stream in streams:
+                await anext(stream)
+            streams[0].cancel()
+            results = [await stream.wait() for stream in streams]
+            assert [result.token_ids for result in results[1:]] == expected[1:]
+            assert results[0].finish_reason == "cancelled"
+
+    run(work())
+
+
 def test_handing_in_waits_where_the_queue_is_full(target: HFTarget) -> None:
     decoder = make(target)
 
