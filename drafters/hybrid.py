@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import mul
 from time import perf_counter
 from typing import Any, Literal
@@ -154,9 +153,7 @@ class HybridDrafter(Drafter):
             if output is not None and self._waits(part):
                 read = _features_of(self.parts[part], output)
                 assert read is not None
-                prompt = copy.copy(view)
-                prompt.rows = [replace(row, tokens=list(row.tokens)) for row in view.rows]
-                self._unstarted[part] = prompt, read
+                self._unstarted[part] = view.as_it_is(), read
             else:
                 self.parts[part].start(view, output)
 

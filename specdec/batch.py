@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -146,6 +146,12 @@ class Batch:
         view = object.__new__(Batch)
         view.__dict__ = self.__dict__ | {"max_nodes": max_nodes, "siblings": siblings}
         return view
+
+    def as_it_is(self) -> Batch:
+        """The batch with the tokens that rows have now, whatever they emit later."""
+        snapshot = self.view(self.max_nodes, self.siblings)
+        snapshot.rows = [replace(row, tokens=list(row.tokens)) for row in self.rows]
+        return snapshot
 
     def total_nodes(self, max_nodes: int) -> int:
         """Nodes of the next trees of all rows together that are of use, where a row's has ``max_nodes`` at most."""

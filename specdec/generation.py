@@ -100,6 +100,7 @@ class Generation:
         self._pass_tokens = pass_tokens
         self._by_clock = by_clock
         self._features: Sequence[Feature] = ()
+        self._unstarted: tuple[Batch, TargetOutput] | None = None  # what the drafter begins with once it is asked
         self._filling = self._new_filling()
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
@@ -224,11 +225,11 @@ class Generation:
             if first:
                 self._batch.add(rows)
                 seen = (output,) if self._wanted else ()
-                self._guarded(lambda: self.drafter.join(self._batch, len(rows), *seen))
+                self._guarded(lambda: self._started().join(self._batch, len(rows), *seen))
             else:
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._make_batch(rows)
-                self._guarded(lambda: self.drafter.start(self._batch, output))
+                self._start(output)
         self._share(clock.stop(), rows)
         return cache
 
@@ -269,7 +270,7 @@ class Generation:
                 missing = [prompt[reused:] for prompt in prompts]
                 output = self.target.extend(missing, cache, self._wanted) if any(missing) else None
         with clock.phase("draft"):
-            self._guarded(lambda: self.drafter.start(batch, output))
+            self._start(output)
         self._share(clock.stop(), batch.rows)
         return cache
 
@@ -339,7 +340,7 @@ class Generation:
         self._missed.hand_over(self._observe)
         batch.max_nodes, batch.mean_nodes = self._most_of_a_row(budget), budget
         batch.trying, batch.unchecked = self._policy.trying, unchecked
-        tree = self.drafter.propose(batch).to(batch.device)
+        tree = self._started().propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
         if tree.tokens[:, 0].tolist() != [row.pending for row in batch.rows]:
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
@@ -348,6 +349,24 @@ class Generation:
             deepest = [min(each, WINDOW) for each in deepest]
         tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
+
+    def _start(self, output: TargetOutput | None) -> None:
+        """Have the drafter begin; one that reads hidden states alone not before it is asked, which it may never be.
+
+        A hybrid sees to that for each of its parts.
+        """
+        drafter, self._unstarted = self.drafter, None
+        if output is not None and drafter.features and not drafter.reads_logits and not drafter.parts:
+            self._unstarted = self._batch.as_it_is(), output
+        else:
+            self._guarded(lambda: drafter.start(self._batch, output))
+
+    def _started(self) -> Drafter:
+        """The drafter, begun."""
+        if self._unstarted is not None:
+            (batch, output), self._unstarted = self._unstarted, None
+            self.drafter.start(batch, output)
+        return self.drafter
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """Show the drafter a pass, or keep it for later where it was not asked for a draft."""
@@ -359,7 +378,7 @@ class Generation:
             self._guarded(lambda: self._missed.hand_over(self._observe))
 
     def _observe(self, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
-        self.drafter.observe(self._batch, tree, output, verdict)
+        self._started().observe(self._batch, tree, output, verdict)
 
     def _emit(self, tree: TokenTree, logits: Tensor, verdict: Verdict) -> list[StreamPiece]:
         """Append what was accepted to the rows, up to where each ends."""
@@ -398,7 +417,9 @@ class Generation:
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]
         if len(running) < len(self._batch):
             running = without_gaps(running)
-            self._guarded(lambda: self.drafter.keep(self._batch, running))
+            if running or self._unstarted is None:
+                self._guarded(lambda: self._started().keep(self._batch, running))
+            self._unstarted = None
             self._missed.keep(running)
             self._batch.keep(running)
             if running:
