@@ -23,7 +23,7 @@ from typing import Any
 
 from specdec.benchmarks import quant_rows
 from specdec.benchmarks.report import command_text, equal_text, interval_text, load_text, number_text
-from specdec.benchmarks.schema import PLAIN, SCHEMA
+from specdec.benchmarks.schema import PLAIN, SCHEMA, CategoryFloor
 from specdec.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,23 @@ def mt_bench_table(result: Mapping[str, Any]) -> str:
         for label, figures in result["summary"]["overall"].items()
     ]
     heads = ("drafter", "tok/s", "speed-up [95 %]", "tau", "texts equal to plain")
-    return f"{_table(heads, rows)}\n{_origin(result)}\n"
+    return f"{_table(heads, rows)}\n{_slow_categories(result)}{_origin(result)}\n"
+
+
+def _slow_categories(result: Mapping[str, Any]) -> str:
+    """How many categories of each drafter are slower than is allowed, and the slowest of them."""
+    found = result["summary"].get("floor")
+    if found is None:
+        return ""
+    floor = CategoryFloor.from_json(found)
+    if floor.met:
+        return f"No category is slower than {floor.required:g} times plain decoding.\n\n"
+    named = []
+    for drafter in dict.fromkeys(label for label, _, _ in floor.below):
+        slow = [(each.median, category) for label, category, each in floor.below if label == drafter]
+        least, category = min(slow)
+        named.append(f"{_escaped(drafter)} in {len(slow)} ({_escaped(category)} {least:.2f})")
+    return f"Categories slower than {floor.required:g} times plain decoding, the slowest named: {', '.join(named)}.\n\n"
 
 
 def peers_table(result: Mapping[str, Any]) -> str:

@@ -75,10 +75,24 @@ def test_mt_bench_table_has_the_figures_and_their_origin(result: dict[str, Any])
         "| alpha | 15.0 | 1.50 [1.25, 2.00] | 1.75 | 3 of 4 |\n"
         "| beta | 9.0 | 0.90 [0.80, 1.00] | 1.20 | 2 of 3 compared |\n"
         "\n"
+        "No category is slower than 0.97 times plain decoding.\n"
+        "\n"
         "example/made-by-hand, bfloat16, 8 new tokens, 4 questions of example-for-tests (sha256 001122334455), Example "
         "CPU, made by hand for tests, nothing was measured, 2 thread(s), 2000-01-02, commit 0123456789ab: "
         "`specdec bench mt-bench --model example/made-by-hand --drafter 'one two'`\n"
     )
+
+
+def test_slow_categories_are_said(result: dict[str, Any]) -> None:
+    below = [["beta", "math", 0.8], ["be|ta", "co*de", 0.7], ["beta", "coding", 0.75]]
+    floor = {"required": 0.97, "below": [[*names, {"median": each, "low": 0.1, "high": 1.2}] for *names, each in below]}
+    result["summary"]["floor"] = floor
+    assert (
+        "\n\nCategories slower than 0.97 times plain decoding, the slowest named: beta in 2 (coding 0.75), "
+        "be\\|ta in 1 (co\\*de 0.70).\n\n"
+    ) in mt_bench_table(result)
+    del result["summary"]["floor"]
+    assert "slower" not in mt_bench_table(result)
 
 
 def test_what_changes_the_figures_is_said(result: dict[str, Any]) -> None:
@@ -146,11 +160,11 @@ def test_hostile_text_breaks_neither_table_nor_block(result: dict[str, Any], tmp
     text = fill(BLOCK, tmp_path)
     lines = text.splitlines()
     assert fill(text, tmp_path) == text
-    assert len(lines) == 1 + 5 + 2 + 1
+    assert len(lines) == 1 + 5 + 4 + 1
     assert {len(cells(line)) for line in lines[1:6]} == {5}
     plain = r"a\|b\`c \<!-- /results --\> \| x \| \\\| \*d\* \[e\](f) \<img\> \_g\_"
     assert cells(lines[5])[0] == plain
-    prose, _, command = lines[7].partition(": ```")
+    prose, _, command = lines[9].partition(": ```")
     assert prose.count(plain) == 3
     assert command == "specdec '``' 'a|b`c <!-- /results --> | x | \\| *d* [e](f) <img> _g_'```"
 
