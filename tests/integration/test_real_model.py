@@ -24,7 +24,7 @@ PROMPTS = [
     "The capital of France is",
     "Numbers: one, two, three, four, one, two, three, four, one, two, three,",
 ]
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 
 pytestmark = pytest.mark.real_model
 
