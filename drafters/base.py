@@ -63,8 +63,8 @@ class Drafter(ABC):
     def start(self, batch: Batch, output: TargetOutput | None) -> None:
         """A generation begins.
 
-        One that reads hidden states but no logits is told so when it is first asked for a draft, which may be never,
-        with the rows as they were after the prefill. What was decoded meanwhile it is shown next.
+        One that reads hidden states but no logits is told so when it is first asked for a draft, which in a short text
+        may be never, with the rows as they were after the prefill. What was decoded meanwhile it is shown next.
 
         Args:
             batch: its rows; every token but the last is in the target's cache.

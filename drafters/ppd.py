@@ -142,7 +142,8 @@ class PPDDrafter(Drafter):
     def _profiled(self, target: HFTarget) -> dict[int, float]:
         """Measured milliseconds of passes of up to ``max_nodes`` nodes; nothing without a profile."""
         curve = load_curve(LatencyKey.of(target))
-        return {n: curve.at(n) for n in RUNGS if _LEAST_NODES <= n <= self.config.max_nodes} if curve else {}
+        least = max(_LEAST_NODES, 2 * self.module.ensembles + 2)
+        return {n: curve.at(n) for n in RUNGS if least <= n <= self.config.max_nodes} if curve else {}
 
     def _use_rates(self, rates: Sequence[Sequence[float]], latency: Mapping[int, float]) -> None:
         """Plan the trees, of the budget that is best by the latency of a pass, or as large as may be.

@@ -142,7 +142,7 @@ class Batch:
         return len(self.rows)
 
     def view(self, max_nodes: int, siblings: SiblingSampling) -> Batch:
-        """The same rows under another budget, children chosen otherwise; what changes rows changes it too."""
+        """The batch with the rows it has now, under another budget, children chosen otherwise."""
         view = object.__new__(Batch)
         view.__dict__ = self.__dict__ | {"max_nodes": max_nodes, "siblings": siblings}
         return view

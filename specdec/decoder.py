@@ -276,7 +276,11 @@ class SpecDecoder:
 
     def _fits(self, rows: Sequence[Row], shared: SharedWork | None) -> bool:
         """Whether all these rows may run at a time. Raises ValueError where not even one may."""
-        return self._plan_memory(rows, shared, joins=True).rows >= len(rows)
+        plan = self._plan_memory(rows, shared, joins=True)
+        fits, left = plan.rows >= len(rows), self._leave_room(plan)
+        if fits and left is not None and self.prefixes.limit is not None:
+            self.prefixes.limit = min(self.prefixes.limit, left)
+        return fits
 
     def _shared_work(self, rows: Sequence[Row]) -> SharedWork | None:
         """What the prompts of a call share; None where nobody looks for it."""
@@ -300,6 +304,7 @@ class SpecDecoder:
             start, rows = rows, sorted(rows, key=lambda row: row.max_len)[-limit:]
         spare = self._pick_spare(rows, policy, verifier) if start is None else None
         plan = self.memory_plan = self._plan_memory(rows, shared, start is not None, spare)
+        self.prefixes.limit = self._leave_room(plan)
         together = plan.rows >= len(rows)
         rows = rows if start is None else start
         return Generation(
@@ -394,22 +399,33 @@ class SpecDecoder:
         if self._held is None:
             self._held = drafter_weights(self.drafter, self.target)
         taken = self._held + drafter_kv(self.drafter, len(rows), length)
-        if self._prefixes is not None and len(self._prefixes):
-            try:
-                plan = plan_memory(self._model_shape(), taken, work, self._budget(self._held))
-                if (plan.rows, plan.nodes) == (work.rows, work.nodes):
-                    return plan
-            except ValueError:
-                pass
-            self._prefixes.clear()  # what is kept beyond calls is worth less than what this one needs
-        return plan_memory(self._model_shape(), taken, work, self._budget(self._held))
+        shape, store = self._model_shape(), self._prefixes
+        kept = 0 if store is None else store.num_bytes
+        plan: MemoryPlan | None = None
+        try:
+            plan = plan_memory(shape, taken, work, self._budget(kept, kept))
+        except ValueError:
+            if not kept:
+                raise
+        if store is not None and kept and (plan is None or (plan.rows, plan.nodes) != (work.rows, work.nodes)):
+            better = plan_memory(shape, taken, work, self._budget(kept, store.pinned_bytes))
+            if plan is None or (better.rows, better.nodes) > (plan.rows, plan.nodes):
+                store.clear()  # what is kept beyond calls is worth less than what this one gains
+                plan = better
+        assert plan is not None
+        return plan
 
-    def _budget(self, drafter: int) -> int | None:
-        """Bytes for everything, weights, a drafter's among them, included; None where nobody knows."""
+    def _leave_room(self, plan: MemoryPlan) -> int | None:
+        """Bytes that prefixes kept unasked may take beside a call; None where no budget is given."""
+        return None if self._memory_budget is None else self._memory_budget - plan.total
+
+    def _budget(self, kept: int, staying: int) -> int | None:
+        """Bytes for all but prefixes, where so many are kept now and so many would be; None where nobody knows."""
         if self._memory_budget is not None:
-            return self._memory_budget - (0 if self._prefixes is None else self._prefixes.num_bytes)
-        free = free_bytes(self.target.device)
-        return None if free is None else free + self._model_shape().weights + drafter  # these are there already
+            return self._memory_budget - staying
+        free, held = free_bytes(self.target.device), self._held or 0
+        # Weights and drafter are there already.
+        return None if free is None else free + self._model_shape().weights + held + kept - staying
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         if not (self._adaptive and _may_vary(verifier, params)):

@@ -417,9 +417,13 @@ class Generation:
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]
         if len(running) < len(self._batch):
             running = without_gaps(running)
-            if running or self._unstarted is None:
-                self._guarded(lambda: self._started().keep(self._batch, running))
-            self._unstarted = None
+            if self._unstarted is None:
+                self._guarded(lambda: self.drafter.keep(self._batch, running))
+            else:
+                batch, output = self._unstarted
+                batch.keep(running)
+                states = {name: value[running] for name, value in output.features.items()}
+                self._unstarted = (batch, TargetOutput(output.logits, states)) if running else None
             self._missed.keep(running)
             self._batch.keep(running)
             if running:

@@ -176,7 +176,11 @@ class QuantizedKVCache(KVCache):
         Args:
             depth: ``[B, M]`` int64, of the tree's nodes.
             offset: nodes of earlier passes among them.
+
+        Raises:
+            ValueError: for a tree deeper than the window.
         """
+        _check_depth(depth)
         least = [boundary(length) for length in self._host_lengths]
         further = [
             [(boundary(length + deep) - first) // GROUP for deep in row]
@@ -231,8 +235,7 @@ class QuantizedKVCache(KVCache):
             ValueError: for a tree deeper than the window.
         """
         nodes = ancestors.shape[1]
-        if depth.shape[1] > WINDOW + 1 and int(depth.max()) > WINDOW:
-            raise ValueError(f"a tree {int(depth.max())} deep does not fit the KV cache's window of {WINDOW} tokens")
+        _check_depth(depth)
         positions = self.lengths.unsqueeze(1) + depth[:, depth.shape[1] - nodes :]
         border = ((positions - WINDOW).clamp(min=0) // GROUP * GROUP).unsqueeze(2)  # [B, n, 1]
         seen, places = self._recent.visibility(depth, ancestors)
@@ -385,3 +388,9 @@ class QuantizedKVCache(KVCache):
         if any(base > boundary(length) for base, length in zip(self._base, self._host_lengths, strict=True)):
             raise RuntimeError(f"rows of {self._host_lengths} tokens are in full from {self._base} on only")
         self._recent.check_integrity()
+
+
+def _check_depth(depth: Tensor) -> None:
+    """Raise ValueError for a tree deeper than the window."""
+    if depth.shape[1] > WINDOW + 1 and int(depth.max()) > WINDOW:
+        raise ValueError(f"a tree {int(depth.max())} deep does not fit the KV cache's window of {WINDOW} tokens")

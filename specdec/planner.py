@@ -124,6 +124,7 @@ class PassTimes:
         if self._idle:
             self._discount = max(_FORGETTING * self._discount, _FORGETTING**2)
         self._idle = True
+        self._estimates.clear()  # without passes that teach something they would only grow
 
     def observe_draft(self, ms: float, first: bool = False) -> None:
         """Drafting a tree took so long; a call's ``first`` draft reads the prompt as well."""

@@ -346,10 +346,14 @@ def beginning_of(cache: KVCache, row: int, count: int) -> Shares:
     if own == 0:
         return shares
     layers = {
-        layer: (buffers.keys[row, :, :own].contiguous().clone(), buffers.values[row, :, :own].contiguous().clone())
+        layer: (_copied(buffers.keys[row, :, :own]), _copied(buffers.values[row, :, :own]))
         for layer, buffers in cache.layers.items()
     }
     return (*shares, Share(Segment(layers, own), own))
+
+
+def _copied(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -69,6 +69,8 @@ class PrefixStore:
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, ...], KeptText] = OrderedDict()  # least recently used first
         self._notices = notices
+        self.limit: int | None = None
+        """Bytes up to which prefixes are kept unasked; None for what is always the limit."""
         self._recent: deque[tuple[int, ...]] = deque(maxlen=_RECENT)
 
     def __len__(self) -> int:
@@ -81,8 +83,13 @@ class PrefixStore:
     def num_bytes(self) -> int:
         """Bytes of all that is kept; what several prefixes begin with counts once."""
         with self._lock:
-            segments = distinct(kept.stretch.shares for kept in self._kept.values())
-            return sum(part.num_bytes for part in segments) + sum(kept.feature_bytes for kept in self._kept.values())
+            return _bytes_of([*self._kept.values()])
+
+    @property
+    def pinned_bytes(self) -> int:
+        """The same of what is in use, which stays whatever happens."""
+        with self._lock:
+            return _bytes_of([kept for kept in self._kept.values() if kept.pinned])
 
     @contextmanager
     def hold(self, tokens: Sequence[int], features: Sequence[Feature] = ()) -> Iterator[KeptText]:
@@ -118,10 +125,12 @@ class PrefixStore:
             known = self.find(tokens[:count], [*features])
             if count - (0 if known is None else known.length) < LEAST_NOTICED:
                 continue
-            states = {name: value[row, :count].clone() for name, value in features.items()}
-            if count * self._bytes_per_token <= self.budget // _NOTICED_SHARE:
+            size = count * (self._bytes_per_token + sum(value[row, 0].nbytes for value in features.values()))
+            room = self.budget if self.limit is None else self.limit - self.num_bytes
+            if size <= min(self.budget // _NOTICED_SHARE, room):
+                states = {name: value[row, :count].clone() for name, value in features.items()}
                 self._put(KeptText(tokens[:count], Stretch(beginning_of(cache, row, count), states)))
-        self._recent.extend(prompts[-_RECENT:])
+        self._recent.extend([*dict.fromkeys(prompts)][-_RECENT:])
 
     def _put(self, found: KeptText) -> None:
         """Keep a text if there is room beside those in use."""
@@ -198,13 +207,19 @@ class PrefixStore:
         return kept
 
     def _make_room(self, needed: int, tokens: tuple[int, ...]) -> None:
-        """Evict until ``needed`` more bytes fit; ``tokens`` stays. The lock is held."""
+        """Evict all but ``tokens`` until ``needed`` more bytes fit; nothing where that is of no use. The lock is held."""
+        least = _bytes_of([kept for key, kept in self._kept.items() if kept.pinned or key == tokens]) + needed
+        if least > self.budget:
+            raise ValueError(
+                f"the prefixes in use and this one of {len(tokens)} tokens take {size_text(least)}, "
+                f"{size_text(self.budget)} is the limit: leave a with-block, or raise prefix_memory"
+            )
         for key in [key for key, kept in self._kept.items() if not kept.pinned and key != tokens]:
             if self.num_bytes + needed <= self.budget:
                 return
             del self._kept[key]
-        if self.num_bytes + needed > self.budget:
-            raise ValueError(
-                f"the prefixes in use and this one of {len(tokens)} tokens take {size_text(self.num_bytes + needed)}, "
-                f"{size_text(self.budget)} is the limit: leave a with-block, or raise prefix_memory"
-            )
+
+
+def _bytes_of(texts: Sequence[KeptText]) -> int:
+    segments = distinct(kept.stretch.shares for kept in texts)
+    return sum(part.num_bytes for part in segments) + sum(kept.feature_bytes for kept in texts)

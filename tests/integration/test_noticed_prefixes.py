@@ -152,13 +152,17 @@ def test_requests_of_a_server_build_on_earlier_ones(target: Counting) -> None:
 
 def test_what_is_kept_makes_room_for_a_call(target: Counting) -> None:
     loose = make(target)
-    loose.generate(PROMPTS[0], max_new_tokens=2)
+    loose.generate(PROMPTS[0], max_new_tokens=400)
     assert loose.memory_plan is not None
     decoder = make(target, keep_prefixes=True, memory_budget=loose.memory_plan.total)
     computed(decoder, PROMPTS[:2])
     assert len(decoder.prefixes) == 1
-    decoder.generate(PROMPTS[2], max_new_tokens=2)  # has no room beside it
+    with pytest.raises(ValueError, match="are needed and"):
+        decoder.generate(PROMPTS[2], max_new_tokens=1800)
+    assert len(decoder.prefixes) == 1  # what cannot be had in any case costs nothing that is kept
+    decoder.generate(PROMPTS[2], max_new_tokens=400, ignore_eos=True)  # has no room beside it
     assert decoder.memory_plan == loose.memory_plan
+    assert len(decoder.prefixes) == 0  # nor was there any for what this prompt and the last begin with
 
 
 def test_there_is_a_limit_to_what_is_kept_unasked(target: Counting) -> None:

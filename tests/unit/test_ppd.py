@@ -239,18 +239,19 @@ def test_the_first_pass_is_the_root_and_its_prompt_tokens() -> None:
     assert int(seen[1].num_drafted[0]) > 0
 
 
+@pytest.mark.parametrize("ensembles", [1, 3])
 @pytest.mark.parametrize(("slope", "larger"), [(0.0001, True), (1.0, False)])
 def test_a_profile_of_the_target_decides_the_budget(
-    monkeypatch: pytest.MonkeyPatch, slope: float, larger: bool
+    monkeypatch: pytest.MonkeyPatch, slope: float, larger: bool, ensembles: int
 ) -> None:
     target = HFTarget(tiny_model())
     curves = {LatencyKey.of(target): LatencyCurve.simple({n: 1.0 + slope * n for n in (1, 64)})}
     monkeypatch.setattr(ppd_module, "load_curve", curves.get)
-    drafter = PPDDrafter(PPDConfig(max_nodes=24), make_weights(target, hit_rates=RATES))
+    drafter = PPDDrafter(PPDConfig(max_nodes=24), make_weights(target, 3, ensembles, RATES))
     drafter.bind(target, None)
     assert drafter.plan is not None
     assert (drafter.plan.budget > 12) == larger
-    assert 4 <= drafter.plan.budget <= 24
+    assert 2 * ensembles + 2 <= drafter.plan.budget <= 24
 
 
 def test_fewer_prompt_tokens_than_trained_and_a_budget_from_latency() -> None:
