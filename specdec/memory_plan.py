@@ -136,8 +136,10 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     # Hidden states: of prefixes, of prompts as they are computed, and of all their tokens put together.
     held = work.features * (known + rows * (computed + prompt)) * model.hidden * model.element
     logits, visible = rows * nodes * model.vocab * model.element, rows * nodes * (work.max_len + nodes)
-    # A compiled call goes on to the logits while it holds what the layers needed.
-    moments = [(logits if model.compiled else 0, *layer_bytes(model, rows, nodes, work.max_len + nodes))]
+    # A compiled call goes on to the logits while it holds what the layers needed; a drafter may not have read yet.
+    masks, activations = layer_bytes(model, rows, nodes, work.max_len + nodes)
+    unread = work.features * rows * prompt * model.hidden * model.element
+    moments = [(logits if model.compiled else 0, masks, activations + unread)]
     if prompt > 0:
         for texts, most, longest in passes:
             masks, activations = layer_bytes(model, min(texts, rows), min(most, PREFILL_CHUNK), longest)
@@ -145,7 +147,7 @@ def estimate(model: ModelShape, drafter: int, work: Workload, rows: int, nodes: 
     choices = (3 if work.sampled else 1) * rows * model.vocab * 4
     if rows > 1:
         choices = max(choices, kv // model.layers)  # as rows end, a layer after the other is copied
-    moments.append((logits + choices, visible, 3 * rows * nodes * model.hidden * model.element))
+    moments.append((logits + choices, visible, 3 * rows * nodes * model.hidden * model.element + unread))
     logits, masks, activations = max(moments, key=sum)
     return MemoryPlan(rows, nodes, model.weights, drafter, kv, logits, masks, activations)
 

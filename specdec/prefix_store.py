@@ -207,7 +207,7 @@ class PrefixStore:
         return kept
 
     def _make_room(self, needed: int, tokens: tuple[int, ...]) -> None:
-        """Evict all but ``tokens`` until ``needed`` more bytes fit; nothing where that is of no use. The lock is held."""
+        """Evict all but ``tokens`` until ``needed`` more bytes fit; none where they never would. The lock is held."""
         least = _bytes_of([kept for key, kept in self._kept.items() if kept.pinned or key == tokens]) + needed
         if least > self.budget:
             raise ValueError(

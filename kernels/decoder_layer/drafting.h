@@ -178,8 +178,8 @@ typedef struct {
   const bf16 *start;      /* [B, d] states they are drafted from */
   long depth, width, branching, most_nodes;
   long all_nodes; /* that are chosen of all rows' together */
-  int64_t *tokens, *parents; /* [B, most_nodes] of the chosen nodes, the best first */
-  float *confidence;         /* [B, most_nodes] theirs, of all nodes on the way to each */
+  int64_t *tokens, *parents; /* [B, count] of the chosen nodes, the best first; count is most_nodes at most */
+  float *confidence;         /* [B, count] theirs, of all nodes on the way to each */
 } growth;
 
 /* A row's root and all children of the nodes expanded; then, of the nodes expanded without the root, what is computed. */
@@ -284,8 +284,9 @@ static void write_best(const growth *g, const candidates *c, long row, long coun
   }
 }
 
-/* The best nodes of every row's tree, written densely as [B, count], which is as many as some row has; what others lack is
-   padding. Returns count, or 0 where memory is short. Slots for the nodes expanded, width * (depth - 1), must be free behind the committed entries. */
+/* The best nodes of every row's tree, written densely as [B, count], which is as many as some row has; what others lack
+   is padding. Returns count, or 0 where memory is short. Slots for the nodes expanded, width * (depth - 1), must be free
+   behind the committed entries. */
 long grow_draft(const draft_weights *h, const draft_cache *cache, const growth *g) {
   const long batch = cache->batch, columns = g->width * (g->depth - 1) + 1, d = state_width(h);
   const long most = 1 + g->branching * (1 + g->width * (g->depth - 1));
