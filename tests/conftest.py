@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mt-bench-questions", type=int, default=2, help="first turns compared (default 2)")
     parser.addoption("--mt-bench-tokens", type=int, default=32, help="new tokens per question (default 32)")
     parser.addoption("--all-kernels", action="store_true", help="compile the Triton kernels in every configuration")
+
+
+def pytest_collection_finish() -> None:
+    """Collections leave alone what imports made, a million objects: benchmarks collect before each text."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
