@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
 from specdec.layer_buffers import LayerAddresses, LayerBuffers
-from specdec.segments import Segment, Share, Shares, address_table, distinct, first_tokens, num_tokens
+from specdec.segments import Segment, Share, Shares, address_table, copied, distinct, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
 
 
@@ -379,7 +379,7 @@ class KVCache(SlotOrder):
                 if count:
                     keys, values = buffers.keys[row, :, :count], buffers.values[row, :, :count]
                     # The only row as it is where it is full: a view of one of several would keep all alive.
-                    lent[row][layer] = (keys, values) if lends else (_copied(keys), _copied(values))
+                    lent[row][layer] = (keys, values) if lends else (copied(keys), copied(values))
         given = [
             (*shares, Share(Segment(layers, count), count)) if count else shares
             for shares, layers, count in zip(self._shares, lent, own, strict=True)
@@ -463,7 +463,3 @@ class KVCache(SlotOrder):
     def _set_lengths(self, lengths: list[int]) -> None:
         self._host_lengths, self._own = lengths, None
         self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-
-
-def _copied(part: Tensor) -> Tensor:
-    return part.clone(memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
-from specdec.segments import Segment, Share, Shares, first_tokens, num_tokens
+from specdec.segments import Segment, Share, Shares, copied, first_tokens, num_tokens
 from specdec.target import Feature, HFTarget, TargetOutput
 
 if TYPE_CHECKING:
@@ -346,14 +346,10 @@ def beginning_of(cache: KVCache, row: int, count: int) -> Shares:
     if own == 0:
         return shares
     layers = {
-        layer: (_copied(buffers.keys[row, :, :own]), _copied(buffers.values[row, :, :own]))
+        layer: (copied(buffers.keys[row, :, :own]), copied(buffers.values[row, :, :own]))
         for layer, buffers in cache.layers.items()
     }
     return (*shares, Share(Segment(layers, own), own))
-
-
-def _copied(part: Tensor) -> Tensor:
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -129,11 +129,12 @@ class PrefixStore:
             room = self.budget if self.limit is None else self.limit - self.num_bytes
             if size <= min(self.budget // _NOTICED_SHARE, room):
                 states = {name: value[row, :count].clone() for name, value in features.items()}
-                self._put(KeptText(tokens[:count], Stretch(beginning_of(cache, row, count), states)))
+                with suppress(ValueError):  # what is in use leaves no room
+                    self._put(KeptText(tokens[:count], Stretch(beginning_of(cache, row, count), states)))
         self._recent.extend([*dict.fromkeys(prompts)][-_RECENT:])
 
     def _put(self, found: KeptText) -> None:
-        """Keep a text if there is room beside those in use."""
+        """Keep a text, or raise ValueError where what is in use leaves no room."""
         with self._lock:
             before = self._kept.get(found.tokens)
             found.pinned = 0 if before is None else before.pinned
@@ -144,6 +145,7 @@ class PrefixStore:
             except ValueError:
                 if not found.pinned:
                     del self._kept[found.tokens]
+                raise
 
     def evict(self, tokens: Sequence[int]) -> None:
         """Forget a prefix. Raises ValueError where it is not kept, or in use."""
@@ -193,16 +195,7 @@ class PrefixStore:
         states = {} if output is None else {name: value[0].clone() for name, value in output.features.items()}
         kept = KeptText(tokens, Stretch(cache.give_away()[0], states))
         with self._lock:
-            before = self._kept.get(tokens)
-            kept.pinned = 0 if before is None else before.pinned
-            self._kept[tokens] = kept
-            self._kept.move_to_end(tokens)
-            try:
-                self._make_room(0, tokens)  # hidden states were not foreseen
-            except ValueError:
-                if not kept.pinned:
-                    del self._kept[tokens]
-                raise
+            self._put(kept)  # hidden states were not foreseen
             kept.pinned += 1
         return kept
 

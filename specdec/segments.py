@@ -114,3 +114,8 @@ def address_table(rows: Sequence[Sequence[Share]], layer: int) -> Tensor:
         filled = [[keys.data_ptr(), values.data_ptr(), count, keys.shape[1]] for keys, values, count in used]
         table.append(filled + [[0] * 4] * (levels - len(filled)))
     return torch.tensor(table, dtype=torch.int64)
+
+
+def copied(part: Tensor) -> Tensor:
+    """Keys or values for a segment, out of buffers that are written to."""
+    return part.clone(memory_format=torch.contiguous_format)
