@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.counting import VOCAB, Counting, counting_target
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
@@ -19,7 +19,6 @@ from specdec.prefix import CommonPrefix, Stretch
 from specdec.segments import Segment
 from specdec.target import HFTarget
 
-VOCAB = 96
 SYSTEM = [(5 * n + n // 7) % VOCAB for n in range(200)]
 ALIKE = [[*SYSTEM, row, row + 1, 3, 4] for row in range(12)]
 TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
@@ -32,24 +31,9 @@ def family(number: int, length: int = 60) -> list[int]:
 NESTED = [[*SYSTEM, *family(number), row, 7, row] for row in range(3) for number in range(4)]
 
 
-class Counting(HFTarget):
-    """Counts the tokens it computes, padding included."""
-
-    computed = 0
-
-    def _run(self, now: Any, tokens: Any, *args: Any) -> Any:
-        self.computed += tokens.numel()
-        return super()._run(now, tokens, *args)
-
-
 @pytest.fixture(scope="module")
 def target() -> Counting:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    return Counting(LlamaForCausalLM(config))
+    return counting_target()
 
 
 @pytest.fixture

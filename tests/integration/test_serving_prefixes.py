@@ -7,37 +7,20 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from integration.counting import VOCAB, Counting, counting_target
 from specdec.decoder import SpecDecoder
 from specdec.serving import ServedStream, Server
 from specdec.target import HFTarget
 
-VOCAB = 96
 HEAD = [(5 * n + n // 7) % VOCAB for n in range(120)]
 ALIKE = [[*HEAD, row, row + 1, 3, 4] for row in range(6)]
 OTHER = [(7 * n + n // 5 + 50) % VOCAB for n in range(40)]
 
 
-class Counting(HFTarget):
-    """Counts the tokens it computes."""
-
-    computed = 0
-
-    def _run(self, now: Any, tokens: Any, *args: Any) -> Any:
-        self.computed += tokens.numel()
-        return super()._run(now, tokens, *args)
-
-
 @pytest.fixture(scope="module")
 def target() -> Counting:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    return Counting(LlamaForCausalLM(config))
+    return counting_target(512)
 
 
 def make(target: HFTarget, **options: Any) -> SpecDecoder:

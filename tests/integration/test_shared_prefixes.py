@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from integration.counting import VOCAB, Counting, counting_target
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
 from specdec.kv_cache import KVCache
@@ -19,7 +20,6 @@ from specdec.memory import stored_bytes
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 
-VOCAB = 96
 SYSTEM = [(5 * n) % VOCAB for n in range(40)]
 SHOTS = [(11 * n + 3) % VOCAB for n in range(24)]
 PROMPTS = [
@@ -32,24 +32,9 @@ PROMPTS = [
 ]
 
 
-class Counting(HFTarget):
-    """Counts the tokens it computes, padding included."""
-
-    computed = 0
-
-    def run(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        self.computed += tokens.numel()
-        return super().run(tokens, *args, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def target() -> Counting:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, initializer_range=0.3, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    return Counting(LlamaForCausalLM(config))
+    return counting_target()
 
 
 def make(target: HFTarget, drafter: Any = "none", **options: Any) -> SpecDecoder:
