@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from integration.counting import Counting
+from unit_prefixes import prefix_target, run_of
 
 from specdec.kv_cache import KVCache
 from specdec.prefix import SharedWork, prefill_shared, shared_prefixes
@@ -18,26 +18,7 @@ from specdec.target import HFTarget
 
 @pytest.fixture(scope="module")
 def target() -> HFTarget:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=64, initializer_range=0.3, max_position_embeddings=512,
-    )  # fmt: skip
-    return HFTarget(LlamaForCausalLM(config))
-
-
-class Counting(HFTarget):
-    """Counts the tokens it computes, padding included."""
-
-    computed = 0
-
-    def run(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        self.computed += tokens.numel()
-        return super().run(tokens, *args, **kwargs)
-
-
-def run_of(token: int, count: int) -> tuple[int, ...]:
-    return tuple((token + 7 * index) % 64 for index in range(count))
+    return prefix_target()
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=8).map(tuple), min_size=1, max_size=10, unique=True))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from integration.counting import Counting
+from unit_prefixes import prefix_target, run_of
 
 from specdec import prefix_store
 from specdec.prefix import prefill_shared
@@ -20,26 +21,7 @@ TOKEN_BYTES = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
 
 @pytest.fixture(scope="module")
 def target() -> HFTarget:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=64, initializer_range=0.3, max_position_embeddings=512,
-    )  # fmt: skip
-    return HFTarget(LlamaForCausalLM(config))
-
-
-class Counting(HFTarget):
-    """Counts the tokens it computes, padding included."""
-
-    computed = 0
-
-    def run(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        self.computed += tokens.numel()
-        return super().run(tokens, *args, **kwargs)
-
-
-def run_of(token: int, count: int) -> tuple[int, ...]:
-    return tuple((token + 7 * index) % 64 for index in range(count))
+    return prefix_target()
 
 
 def test_a_kept_prefix_is_built_on_as_far_as_it_goes(target: HFTarget) -> None:
