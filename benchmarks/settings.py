@@ -40,6 +40,7 @@ class Settings:
         seed: of sampling and of the bootstrap.
         verifier: acceptance policy of the drafters; plain decoding always has the automatic one.
         adaptive: draft no more than pays, as decoders do by default; otherwise trees are as the drafters make them.
+        cuda_graphs: the target's passes are captured.
         threads: CPU threads.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     seed: int = 0
     verifier: str = "auto"
     adaptive: bool = True
+    cuda_graphs: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
     def __post_init__(self) -> None:

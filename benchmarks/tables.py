@@ -282,6 +282,7 @@ def _origin(result: Mapping[str, Any], precision: str = "", extra: str = "") -> 
         "both turns" if settings.get("turns") == 2 else "",
         f"temperature {temperature:g}" if temperature else "",
         "" if settings.get("lossless", True) else f"LOSSY policy {settings['verifier']}",
+        "captured passes" if settings.get("cuda_graphs") else "",
         f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
         f"{settings['queue']} questions a call, which join as rows end" if settings.get("queue") else "",
         extra,

@@ -18,6 +18,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
 from specdec.filling import PASS_TOKENS
 from specdec.generation import Generation, KeptPrefix
+from specdec.graphs import check_graphs, make_target
 from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
 from specdec.load_plan import stored_drafter_bytes
@@ -71,6 +72,8 @@ class SpecDecoder:
         kv: precision of the target's KV cache, "int8", "int4" or "int2" (see ``specdec.kv_quantized``), None for the
             model's own; the text is then that of this cache, with speculation and without.
         draft_kv: the same of a draft model's.
+        cuda_graphs: True captures the target's passes over trees as CUDA graphs (see ``specdec.graphs``), False does
+            not; None leaves it to specdec, which does not so far. An ``HFTarget`` is what it was built as.
         invariant: True refuses a target whose rounding depends on what rides in a pass, where texts could differ from
             plain decoding's at near-ties; None takes it, and ``decoder.target.invariant`` says which it is. Where rows
             can be independent they always are: it costs nothing.
@@ -106,6 +109,7 @@ class SpecDecoder:
         draft_device: str | torch.device | None = None,
         kv: str | None = None,
         draft_kv: str | None = None,
+        cuda_graphs: bool | None = None,
         invariant: Literal[True] | None = None,
         adaptive: bool = True,
         latency: LatencyCurve | None = None,
@@ -145,18 +149,22 @@ class SpecDecoder:
         find_kv(draft_kv)
         if kv is not None and isinstance(target, HFTarget):
             raise ValueError(f"kv={kv!r} goes with a model; this is an HFTarget already: set its kv_bits = {kv_bits}")
+        if cuda_graphs is not None and isinstance(target, HFTarget):
+            raise ValueError(
+                f"cuda_graphs={cuda_graphs} goes with a model; this is a {type(target).__name__} already: give its "
+                "model, or build it as specdec.graphs.GraphTarget(model)"
+            )
         if isinstance(target, str | Path):
-            from specdec.models import load_model
+            from specdec.models import find_device, load_model
 
+            check_graphs(cuda_graphs, find_device(device), kv_bits)
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
                 packed=True, quantize=quantize, progress=progress, memory_budget=self._memory_budget,
                 drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
-        self.target = target if isinstance(target, HFTarget) else HFTarget(target)
-        if kv_bits is not None:
-            self.target.kv_bits = kv_bits
+        self.target = target if isinstance(target, HFTarget) else make_target(target, kv_bits, cuda_graphs)
         if invariant and not self.target.invariant:
             raise ValueError(
                 f"invariant=True: rounding of {type(self.target.model).__name__} in {self.target.dtype} on "

@@ -23,7 +23,7 @@ from specdec.kernels.trees import by_products
 from specdec.kv_cache import KVCache
 from specdec.pooled_cache import BufferPools, DeviceCache, PooledKVCache
 from specdec.target import Feature, HFTarget, TargetOutput
-from specdec.tree import PADDING, TokenTree
+from specdec.tree import PADDING, ROOT, TokenTree
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Nodes per row that a graph is captured for; a larger tree runs without one."""
@@ -70,6 +70,11 @@ class CudaGraphs:
 def bucket_of(nodes: int, buckets: Sequence[int] = BUCKETS) -> int | None:
     """The smallest bucket that holds so many nodes; None where none does."""
     return min((bucket for bucket in buckets if bucket >= nodes), default=None)
+
+
+def find_maker(device: torch.device) -> GraphMaker | None:
+    """What records passes on a device; None where nothing does."""
+    return CudaGraphs() if device.type == "cuda" else None
 
 
 class DevicePass(AttentionPass):
@@ -171,13 +176,19 @@ class GraphTarget(HFTarget):
         self._pools: BufferPools | None = None
         self._buckets = tuple(sorted(buckets))
         super().__init__(model)
-        if maker is None and self.device.type == "cuda":
-            maker = CudaGraphs()
-        self._maker = maker
+        self._maker = maker = maker or find_maker(self.device)
         if maker is None:
             self.fallback = f"graphs need a CUDA device, the model is on {self.device}"
         else:
             self._pools = BufferPools(self.device)
+
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """Capture a pass over one node now; ``fallback`` says whether that went well."""
+        root = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        cache = self.new_cache(1, 2)
+        self.extend([[0]], cache)
+        self.forward(TokenTree(root, torch.full_like(root, ROOT)), cache)
 
     @property
     def waits_after_phases(self) -> bool:
@@ -269,3 +280,43 @@ def check_same(found: TargetOutput, expected: TargetOutput) -> None:
         if not torch.allclose(mine.float(), theirs.float(), rtol=0.0, atol=bound, equal_nan=True):
             worst = float((mine.float() - theirs.float()).abs().max())
             raise RuntimeError(f"its replay differs from the pass it was recorded from by {worst:.3g}")
+
+
+def check_graphs(cuda_graphs: bool | None, device: torch.device, kv_bits: int | None) -> None:
+    """Raise ValueError where graphs are asked for that a target on this device cannot have, with what to do."""
+    if not cuda_graphs:
+        return
+    if find_maker(device) is None:
+        raise ValueError(
+            f"cuda_graphs=True needs a CUDA device, the model's is {str(device)!r}: load it with device='cuda', or "
+            "leave cuda_graphs out"
+        )
+    if kv_bits is not None:
+        raise ValueError(
+            f"cuda_graphs=True and kv='int{kv_bits}': passes over a quantized cache are not captured; leave one out"
+        )
+
+
+def make_target(model: Any, kv_bits: int | None = None, cuda_graphs: bool | None = None) -> HFTarget:
+    """The target that decodes with a loaded model.
+
+    Args:
+        model: as ``HFTarget`` takes it.
+        kv_bits: of a number in its KV caches; None is the dtype's.
+        cuda_graphs: True makes a ``GraphTarget`` and captures a first pass, False and None a plain ``HFTarget``.
+
+    Raises:
+        ValueError: as ``HFTarget`` does; where passes are to be captured and cannot be, with the reason.
+    """
+    if not cuda_graphs:
+        target = HFTarget(model)
+        target.kv_bits = kv_bits
+        return target
+    graphed = GraphTarget(model)
+    check_graphs(cuda_graphs, graphed.device, kv_bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the error says it
+        graphed.try_out()
+    if graphed.fallback is not None:
+        raise ValueError(f"cuda_graphs=True of {type(model).__name__}: {graphed.fallback}. Leave cuda_graphs out")
+    return graphed

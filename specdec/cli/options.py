@@ -38,6 +38,7 @@ class ModelOptions:
     quantize: str | None
     kv: str | None
     draft_kv: str | None
+    cuda_graphs: bool | None
 
 
 quantize_option = click.option(
@@ -47,6 +48,9 @@ quantize_option = click.option(
 )
 kv_option = click.option(
     "--kv", metavar="NAME", help="Precision of the KV cache: int8, int4 or int2; else the model's own."
+)
+graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs", default=None, help="Capture the target's passes as CUDA graphs; not by default."
 )
 
 _MODEL = (
@@ -65,6 +69,7 @@ _MODEL = (
     quantize_option,
     kv_option,
     click.option("--draft-kv", metavar="NAME", help="The same of a draft model's KV cache."),
+    graphs_option,
 )
 
 # No defaults here: what is not given is left to SamplingParams, so the two cannot disagree.
@@ -152,6 +157,7 @@ def load_decoder(options: ModelOptions) -> SpecDecoder:
         return SpecDecoder(
             options.model, options.drafter, drafter_options=drafter_options, verifier=options.verifier,
             dtype=options.dtype, device=options.device, quantize=options.quantize, draft_device=options.draft_device,
-            kv=options.kv, draft_kv=options.draft_kv, adaptive=options.adaptive, memory_budget=options.memory_budget,
-            allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code, progress=say,
+            kv=options.kv, draft_kv=options.draft_kv, cuda_graphs=options.cuda_graphs, adaptive=options.adaptive,
+            memory_budget=options.memory_budget, allow_pickle=options.allow_pickle,
+            trust_remote_code=options.trust_remote_code, progress=say,
         )  # fmt: skip

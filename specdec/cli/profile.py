@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from specdec.cli.console import note, slow_status
-from specdec.cli.options import kv_option, quantize_option
+from specdec.cli.options import graphs_option, kv_option, quantize_option
 from specdec.files import write_atomically
 
 if TYPE_CHECKING:
@@ -26,33 +26,35 @@ _PLOT_HEIGHT = 320
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @quantize_option
 @kv_option
+@graphs_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; PyTorch's choice by default.")
 @click.option("--refresh", is_flag=True, help="Measure again where a profile is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write the curves to an SVG file.")
 def profile(
-    model: str, dtype: str, device: str, quantize: str | None, kv: str | None, threads: int | None, refresh: bool,
-    as_json: bool, plot: Path | None,
+    model: str, dtype: str, device: str, quantize: str | None, kv: str | None, cuda_graphs: bool | None,
+    threads: int | None, refresh: bool, as_json: bool, plot: Path | None,
 ) -> None:  # fmt: skip
     """Measure the time of a pass over n nodes, at several lengths and batch sizes.
 
-    The result is kept for this machine, number of threads, model, precisions and kind of layers; `specdec generate` and
-    others, given the same, plan their trees by it. Without one they go by what they see while decoding.
+    The result is kept for this machine, number of threads, model, precisions, kind of layers and captured passes;
+    `specdec generate` and others, given the same, plan their trees by it. Without one they go by what they see while
+    decoding.
     """
     import torch
 
+    from specdec.graphs import check_graphs, make_target
     from specdec.kv_quantized import find_kv
     from specdec.latency import LatencyKey, load_curve, measure_curve, save_curve
-    from specdec.models import load_model
-    from specdec.target import HFTarget
+    from specdec.models import find_device, load_model
 
     kv_bits = find_kv(kv)
+    check_graphs(cuda_graphs, find_device(device), kv_bits)
     if threads is not None:
         torch.set_num_threads(threads)
     with slow_status(f"loading {model}") as say:
         loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=quantize, progress=say)
-        target = HFTarget(loaded.model)
-        target.kv_bits = kv_bits
+        target = make_target(loaded.model, kv_bits, cuda_graphs)
         key = LatencyKey.of(target)
         curve = None if refresh else load_curve(key)
         if curve is None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_chat import Invoke
 from transformers import LlamaConfig, LlamaForCausalLM
+from unit.recorded_graph import RecordingMaker
 
 from specdec import SpecDecoder, latency
 from specdec.drafters.model import ModelDrafter
@@ -66,6 +67,30 @@ def test_a_quantized_cache_has_a_profile_of_its_own(invoke: Invoke, chat_folder:
     wrong = invoke("profile", "-m", chat_folder, "--kv", "int5")
     assert wrong.exit_code != 0
     assert "unknown precision of the KV cache 'int5'" in f"{wrong.output}{wrong.exception}"
+
+
+COMMANDS: list[list[str]] = [["generate", "hi"], ["chat"], ["profile"], ["bench", "mt-bench"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_captured_passes_can_be_asked_for_and_need_cuda(invoke: Invoke, chat_folder: str, command: list[str]) -> None:
+    result = invoke(*command, "-m", chat_folder, "--device", "cpu", "--cuda-graphs")
+    assert result.exit_code == 2
+    assert "cuda_graphs=True needs a CUDA device, the model's is 'cpu'" in result.stderr
+
+
+@pytest.mark.usefixtures("small")
+def test_captured_passes_have_a_profile_of_their_own(
+    invoke: Invoke, chat_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.graphs.find_maker", lambda device: RecordingMaker())
+    keys = [
+        json.loads(invoke("profile", "-m", chat_folder, "--json", wanted).stdout)["key"]
+        for wanted in ("--cuda-graphs", "--no-cuda-graphs")
+    ]
+    assert [key["backend"].partition("-")[0] for key in keys] == ["GraphTarget", "HFTarget"]
+    decoder = SpecDecoder(chat_folder, "ngram", dtype="float32", cuda_graphs=True)
+    assert keys[0] == vars(LatencyKey.of(decoder.target))
 
 
 @pytest.mark.parametrize("command", [["generate"], ["profile"], ["bench", "mt-bench"]])

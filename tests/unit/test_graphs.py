@@ -13,6 +13,7 @@ from unit.recorded_graph import BrokenMaker, RecordingMaker, WrongMaker
 
 from specdec import SpecDecoder
 from specdec.graphs import BUCKETS, GraphTarget, bucket_of
+from specdec.latency import LatencyKey, measure_curve
 from specdec.target import HFTarget
 from specdec.tree import TokenTree
 
@@ -196,3 +197,65 @@ def test_trees_beyond_the_largest_bucket_and_parts_of_trees_run_without(target: 
         target.forward(tree_of(1, 6, 0, target.vocab_size), cache, first_node=3)
     assert target.captures == 0
     assert target.fallback is None
+
+
+# As an option
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes on the CPU can be recorded."""
+    monkeypatch.setattr("specdec.graphs.find_maker", lambda device: RecordingMaker())
+
+
+@pytest.mark.usefixtures("recorded")
+def test_the_option_captures_and_texts_stay_the_same(model: Any) -> None:
+    decoder = SpecDecoder(model, "ngram", cuda_graphs=True, adaptive=False)
+    assert isinstance(decoder.target, GraphTarget)
+    assert decoder.target.captures == 1  # tried out before a call needs it
+    prompt = [5, 6, 7, 5, 6, 7]
+    found = decoder.generate(prompt, max_new_tokens=20)
+    assert decoder.target.replays > 1
+    for other in (None, False):
+        plain = SpecDecoder(model, "ngram", cuda_graphs=other, adaptive=False)
+        assert type(plain.target) is HFTarget
+        assert plain.generate(prompt, max_new_tokens=20).token_ids == found.token_ids
+
+
+@pytest.mark.usefixtures("recorded")
+def test_captured_passes_are_profiled_under_a_key_of_their_own(model: Any) -> None:
+    graphed, plain = (SpecDecoder(model, "none", cuda_graphs=wanted).target for wanted in (True, False))
+    assert LatencyKey.of(graphed) != LatencyKey.of(plain)
+    assert isinstance(graphed, GraphTarget)
+    before = graphed.replays
+    measure_curve(graphed, nodes=(1, 3), lengths=(4,), batches=(1,), rounds=1)
+    assert graphed.replays == before + 4
+
+
+def test_without_cuda_the_option_is_refused_before_a_model_is_looked_for(model: Any) -> None:
+    said = r"cuda_graphs=True needs a CUDA device, the model's is 'cpu': load it with device='cuda', or leave"
+    with pytest.raises(ValueError, match=said):
+        SpecDecoder("no such model", cuda_graphs=True, device="cpu")
+    with pytest.raises(ValueError, match=said):
+        SpecDecoder(model, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_target_is_what_it_was_built_as(target: GraphTarget, wanted: bool) -> None:
+    with pytest.raises(ValueError, match=rf"cuda_graphs={wanted} goes with a model; this is a GraphTarget already"):
+        SpecDecoder(target, cuda_graphs=wanted)
+    assert SpecDecoder(target, "none").target is target
+
+
+@pytest.mark.usefixtures("recorded")
+def test_the_option_and_a_quantized_cache_exclude_each_other(model: Any) -> None:
+    for given in (model, "no such model"):
+        with pytest.raises(ValueError, match="cuda_graphs=True and kv='int4': passes over a quantized cache are not"):
+            SpecDecoder(given, cuda_graphs=True, kv="int4", device="cpu")
+
+
+def test_a_model_whose_passes_cannot_be_captured_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.graphs.find_maker", lambda device: BrokenMaker())
+    said = "cuda_graphs=True of LlamaForCausalLM: a pass of 1 rows and 1 nodes could not be captured: no stream"
+    with pytest.raises(ValueError, match=said):
+        SpecDecoder(model, cuda_graphs=True)

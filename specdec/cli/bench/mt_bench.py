@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from specdec.cli.options import quantize_option
+from specdec.cli.options import graphs_option, quantize_option
 
 if TYPE_CHECKING:
     from specdec.benchmarks.settings import DrafterSpec
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--queue", type=click.IntRange(min=2), help="Questions of a call: above --batch-size, others join.")
 @click.option("--dtype", default="auto", show_default=True, help="Weights' type: auto, fp32, bf16, fp16.")
 @quantize_option
+@graphs_option
 @click.option("--device", default="auto", show_default=True, help="Where to run: auto, cpu, cuda, ...")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Times to run everything.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of sampling and the intervals.")
@@ -50,6 +51,7 @@ def mt_bench(
     queue: int | None,
     dtype: str,
     quantize: str | None,
+    cuda_graphs: bool | None,
     device: str,
     repeat: int,
     seed: int,
@@ -89,11 +91,12 @@ def mt_bench(
     if threads is not None:
         torch.set_num_threads(threads)
     with slow_status(f"loading {model}") as say:
-        from specdec.models import load_model
-        from specdec.target import HFTarget
+        from specdec.graphs import check_graphs, make_target
+        from specdec.models import find_device, load_model
 
+        check_graphs(cuda_graphs, find_device(device), None)
         loaded = load_model(model, dtype=dtype, device=device, packed=True, progress=say, quantize=quantize)
-        target = HFTarget(loaded.model)
+        target = make_target(loaded.model, cuda_graphs=cuda_graphs)
     specs = make_specs(drafters, options, resolve_drafter("auto", target))
     if loaded.tokenizer is None:
         raise ValueError(f"{model!r} has no tokenizer: questions are text")
@@ -101,6 +104,7 @@ def mt_bench(
         model=model, dtype=quantize or str(target.dtype).removeprefix("torch."), device=str(target.device),
         drafters=specs, turns=turns, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
         queue=queue or 0, repeat=repeat, seed=seed, verifier=verifier, adaptive=adaptive,
+        cuda_graphs=bool(cuda_graphs),
     )  # fmt: skip
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
     try:
