@@ -390,23 +390,14 @@ class SpecDecoder:
         self, rows: Sequence[Row], shared: SharedWork | None, joins: bool, spare: int | None = None
     ) -> MemoryPlan:
         """The most this call can have. Raises ValueError where it cannot run."""
-        length = max(row.max_len for row in rows)
-        work = Workload(
-            rows=len(rows),
-            prompt_len=max(row.prompt_len for row in rows),
-            max_len=length,
-            nodes=tree_size(self.drafter),
-            features=len(self.drafter.every_feature),
-            sampled=not all(row.params.greedy for row in rows),
-            shared=shared,
-            refers=self.target.refers_to_segments,
-            joins=joins,
-            spare=spare,
-            new_tokens=max(row.max_len - row.prompt_len for row in rows),
-        )
+        work = Workload.of(
+            [(row.prompt_len, row.max_len) for row in rows], self.drafter,
+            sampled=not all(row.params.greedy for row in rows), shared=shared, refers=self.target.refers_to_segments,
+            joins=joins, spare=spare,
+        )  # fmt: skip
         if self._held is None:
             self._held = drafter_weights(self.drafter, self.target)
-        taken = self._held + drafter_kv(self.drafter, len(rows), length)
+        taken = self._held + drafter_kv(self.drafter, len(rows), work.max_len)
         shape, store = self._model_shape(), self._prefixes
         kept = 0 if store is None else store.num_bytes
         plan: MemoryPlan | None = None

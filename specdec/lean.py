@@ -54,6 +54,11 @@ def rows_are_independent(model: nn.Module) -> bool:
     )
 
 
+def widths_fit(hidden: int, inner: int, head: int) -> bool:
+    """Whether the compiled kernels take layers whose states, MLP and heads are so wide."""
+    return all(width % LANES == 0 for width in (hidden, inner, head // 2)) and head <= MOST_WIDTH
+
+
 def can_be_lean(layer: Any) -> bool:
     """Whether a layer is of a known class and all its linear layers are packed."""
     kind = type(layer)
@@ -103,8 +108,7 @@ class LeanLayer:
         self._qkv, self._out = attention.q_proj.product.packed, attention.o_proj.packed
         self._gate_up, self._down = mlp.gate_proj.product.packed, mlp.down_proj.packed
         self._hidden: int = mlp.intermediate_size
-        widths = (config.hidden_size, self._hidden, self.head_dim // 2)
-        fits = all(width % LANES == 0 for width in widths) and self.head_dim <= MOST_WIDTH
+        fits = widths_fit(config.hidden_size, self._hidden, self.head_dim)
         self._kernels = find_kernels() if fits else None
         self.arguments = self._whole() if self._kernels is not None else None
         """For ``Kernels.layers``; None where the layer has to run in parts."""

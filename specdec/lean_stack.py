@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specdec.attention import AttentionPass, JoinedPass
 from specdec.kernels.decoder_layer import Kernels, Linear, PassEnd, find_kernels
-from specdec.lean import LayerRun, LeanLayer, can_be_lean, compiles, is_whole
+from specdec.lean import LayerRun, LeanLayer, can_be_lean, compiles, is_whole, widths_fit
 from specdec.packing import PackedLinear
 from specdec.panels import PanelWeight
 
@@ -45,6 +45,19 @@ def make_lean(model: nn.Module) -> int:
         elif type(module).__name__ in KNOWN_STACKS and not isinstance(module.forward, LeanStack):
             module.forward = LeanStack(module)
     return count
+
+
+def will_compile(model_class: str, config: Any) -> bool:
+    """Whether a model that is not loaded yet will run as one compiled call, in bfloat16 with its weights in panels.
+
+    Args:
+        model_class: its name.
+        config: transformers' configuration.
+    """
+    if model_class not in KNOWN_MODELS or config.hidden_act not in ("silu", "swish"):
+        return False
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return widths_fit(config.hidden_size, config.intermediate_size, head)
 
 
 def is_stack_and_head(model: Any) -> bool:

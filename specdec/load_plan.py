@@ -10,16 +10,20 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specdec.architecture import find_max_context
 from specdec.drafters.base import Drafter
+from specdec.drafters.none import NoneDrafter
+from specdec.lean_stack import will_compile
 from specdec.memory import size_text
-from specdec.memory_plan import MemoryPlan, Workload, plan_memory
+from specdec.memory_plan import MemoryPlan, Workload, estimate, plan_memory, spare_slots
 from specdec.model_shape import ModelShape
+from specdec.prefix import SharedWork
 from specdec.registry import unknown
 
 _DTYPES = {
@@ -37,6 +41,9 @@ _ROUNDING = 12
 _ROUNDED_BY_ROWS = ("int8", "w8a8")
 """A few rows at a time: beside the new weight there are its whole numbers, before they are laid out."""
 
+SHORT = Workload(rows=1, prompt_len=32, max_len=64, nodes=1)
+"""The smallest call that a model is loaded for."""
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -44,6 +51,7 @@ class LoadPlan:
 
     Attributes:
         shape: of the loaded model; its ``weights`` are what stays.
+        max_context: most positions the model has, None where it sets no limit.
         loaded: weights as the files have them, in the wanted dtype.
         mapped: files that are mapped beside that, because they hold another dtype; given back where memory is short.
         layouts: new layouts or quantized weights, beside the old ones until all are made.
@@ -51,6 +59,7 @@ class LoadPlan:
     """
 
     shape: ModelShape
+    max_context: int | None
     loaded: int
     mapped: int = 0
     layouts: int = 0
@@ -112,6 +121,7 @@ def plan_load(
     lays_out: bool = False,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    in_panels: bool = False,
 ) -> LoadPlan | None:
     """The plan of loading a folder; None where it has no safetensors files or is quantized already.
 
@@ -121,6 +131,7 @@ def plan_load(
         lays_out: whether linear layers are laid out anew (see ``specdec.packing``).
         quantize: precision of the linear layers, see ``specdec.quantization``.
         trust_remote_code: run code that comes with the configuration.
+        in_panels: whether the weights will be our own CPU kernels', so that layers run compiled where they are known.
 
     Raises:
         ValueError: for headers that cannot be read, or an unknown quantization.
@@ -133,7 +144,9 @@ def plan_load(
     config = _read_config(folder, trust_remote_code)
     if not headers or config is None or getattr(config, "quantization_config", None) is not None:
         return None
+    compiled = in_panels and will_compile(_class_of(config), config)
     config = config.get_text_config(decoder=True)
+    limit = find_max_context(config)
     wanted = dtype if isinstance(dtype, torch.dtype) else None
     loaded = mapped = 0
     element = 0
@@ -145,7 +158,7 @@ def plan_load(
         element = max(element, becomes.itemsize if becomes.is_floating_point else 0)
     linears = _linears(headers, config)
     if not (lays_out or quantize) or not linears:
-        return LoadPlan(ModelShape.from_config(config, loaded, element), loaded, mapped)
+        return LoadPlan(ModelShape.from_config(config, loaded, element), limit, loaded, mapped)
     old = element * sum(math.prod(shape) for shape in linears.values())
     layouts = sum(_laid_out(shape, element, quantize) for shape in linears.values())
     largest = max(math.prod(shape) for shape in linears.values())
@@ -155,7 +168,8 @@ def plan_load(
         temporary = largest * element
     else:
         temporary = largest * (1 if quantize in _ROUNDED_BY_ROWS else _ROUNDING)
-    return LoadPlan(ModelShape.from_config(config, kept + layouts, element), loaded, mapped, layouts, temporary)
+    laid_out = replace(ModelShape.from_config(config, kept + layouts, element), compiled=compiled)
+    return LoadPlan(laid_out, limit, loaded, mapped, layouts, temporary)
 
 
 _TIED = "lm_head.weight, tied"
@@ -192,6 +206,14 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         return None  # whoever loads the model says what is wrong with it
 
 
+def _class_of(config: Any) -> str:
+    """The class that ``AutoModelForCausalLM`` makes a model of."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    found: str = NAMES.get(config.model_type, "")
+    return found
+
+
 def check_load(load: LoadPlan, budget: int | None, drafter: int = 0, work: Workload | None = None) -> MemoryPlan:
     """What a call may have once this is loaded: the whole tree, else smaller ones, else fewer rows.
 
@@ -199,18 +221,65 @@ def check_load(load: LoadPlan, budget: int | None, drafter: int = 0, work: Workl
         load: the plan of loading.
         budget: bytes in all; None is no limit.
         drafter: bytes of the drafter, as far as they are known.
-        work: the call; the smallest there is where None.
+        work: the call; a short text of one row, without drafts, where None.
 
     Raises:
-        ValueError: where the weights do not fit while they are loaded, or no call does afterwards, with the numbers.
+        ValueError: where the weights do not fit while they are loaded, or not even one row without drafts afterwards,
+            with the numbers.
     """
+    work = work or SHORT
     if budget is not None and load.held + drafter > budget:
         raise ValueError(
             f"{size_text(load.held + drafter)} are needed to load the model and {size_text(budget)} may be used: "
-            f"{load.describe()}, drafter {size_text(drafter)}. Give more memory, or load it in "
+            f"{load.describe()}, drafter {size_text(drafter)}. A call then takes "
+            f"{estimate(load.shape, drafter, work, 1, 1).describe()}. Give more memory, or load it in "
             "fewer bits (dtype='bf16', quantize='int8')"
         )
-    return plan_memory(load.shape, drafter, work or Workload(rows=1, prompt_len=1, max_len=2, nodes=1), budget)
+    return plan_memory(load.shape, drafter, work, budget)
+
+
+def plan_before_load(
+    load: LoadPlan,
+    drafter: Drafter,
+    budget: int | None,
+    *,
+    rows: int = 1,
+    prompt_len: int = SHORT.prompt_len,
+    new_tokens: int = SHORT.max_len - SHORT.prompt_len,
+    sampled: bool = False,
+    kv_bits: int | None = None,
+) -> MemoryPlan:
+    """The plan that a decoder will make of a call, before its model is loaded; weights are what headers say of them.
+
+    Of a drafter with weights of its own it knows the files that its options name, not what it keeps or reads.
+
+    Args:
+        load: the plan of loading the target.
+        drafter: as it was created.
+        budget: bytes in all; None is no limit.
+        rows: completions, of prompts that share nothing.
+        prompt_len: of each, tokens.
+        new_tokens: of each, at most.
+        sampled: whether tokens are drawn.
+        kv_bits: of a number in the KV cache; None is the weights'.
+
+    Raises:
+        ValueError: for a number below 1 or a prompt that the model's context has no room for; as ``check_load`` does.
+    """
+    for name, value in (("rows", rows), ("prompt_len", prompt_len), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    limit = load.max_context
+    if limit is not None and prompt_len >= limit:
+        raise ValueError(f"the prompt has {prompt_len} tokens, the model's context only {limit}: shorten it")
+    max_len = prompt_len + new_tokens if limit is None else min(prompt_len + new_tokens, limit)
+    whole = rows == 1 or isinstance(drafter, NoneDrafter) or drafter.virtual_nodes
+    work = Workload.of(
+        [(prompt_len, max_len)] * rows, drafter, sampled=sampled, shared=SharedWork.apart(rows, prompt_len - 1),
+        refers=kv_bits is None, spare=None if whole else spare_slots(max_len - prompt_len),
+    )  # fmt: skip
+    shape = replace(load.shape, kv_bits=kv_bits, compiled=load.shape.compiled and kv_bits is None)
+    return check_load(replace(load, shape=shape), budget, stored_drafter_bytes(drafter), work)
 
 
 def stored_drafter_bytes(drafter: Drafter) -> int:

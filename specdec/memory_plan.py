@@ -6,6 +6,7 @@ at the worst moment: attention or the MLP of a layer, for a chunk of the prompt 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,39 @@ class Workload:
     joins: bool = False
     spare: int | None = None
     new_tokens: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[tuple[int, int]],
+        drafter: Drafter,
+        *,
+        sampled: bool = False,
+        shared: SharedWork | None = None,
+        refers: bool = True,
+        joins: bool = False,
+        spare: int | None = None,
+    ) -> Workload:
+        """What rows ask for.
+
+        Args:
+            texts: of each row the prompt's length and the longest text's, tokens.
+            drafter: makes their trees.
+            sampled, shared, refers, joins, spare: as the attributes.
+        """
+        return cls(
+            rows=len(texts),
+            prompt_len=max(prompt for prompt, _ in texts),
+            max_len=max(longest for _, longest in texts),
+            nodes=tree_size(drafter),
+            features=len(drafter.every_feature),
+            sampled=sampled,
+            shared=shared,
+            refers=refers,
+            joins=joins,
+            spare=spare,
+            new_tokens=max(longest - prompt for prompt, longest in texts),
+        )
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.embedded import find_wheel_gguf, read_gguf
-from specdec.kernels.decoder_layer import LANES
-from specdec.lean import KNOWN
+from specdec.lean import KNOWN, widths_fit
 from specdec.lean_stack import make_lean
 from specdec.mismatched_weights import find_mismatch, find_wrong_size
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
@@ -21,6 +20,9 @@ from specdec.panels import panels_run
 from specdec.precisions import DECODED, STORED_IN_8_BIT, STORED_NAMES
 from specdec.quantization import check_runs, check_scheme, is_quantized, isolate_rows, quantize_linears
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
+
+if TYPE_CHECKING:
+    from specdec.load_plan import LoadPlan
 
 _NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError)
 """What loading raises."""
@@ -85,7 +87,8 @@ def load_model(
             target, whose output head it may share.
         cache_dir: where converted weights are kept, ``~/.cache/specdec/models`` if None.
         progress: told in a few words what takes long.
-        memory_budget: bytes in all; None is what is free. A model that does not fit is refused before it is read.
+        memory_budget: bytes in all; None is what is free. A model that does not fit, or would leave no room for a short
+            text of one row, is refused before it is read.
         drafter_bytes: of these, a drafter's.
 
     Raises:
@@ -93,28 +96,20 @@ def load_model(
         ValueError: when its files are missing, damaged or not allowed, dtype, device or quantization is unknown, or a
             library is missing that quantized weights need.
     """
-    where = find_device(device)
-    what = find_dtype(dtype)
-    if quantize is not None:
-        check_scheme(quantize)
-        takes = onednn_takes_bfloat16() if quantize in DECODED else cpu_takes_bfloat16()
-        if dtype == "auto" and where.type == "cpu" and takes:
-            what = torch.bfloat16
-        check_runs(quantize, where, what)
+    where, what = _find_place(dtype, device, quantize)
     found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
     if found is not None:
         return found
     folder = find_files(
         name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress
     )
-    if what == "auto" and where.type == "cpu":
-        own = name in ALIASES or _is_for_bfloat16(folder)
-        what = torch.bfloat16 if own and packed and panels_run() else torch.float32
+    what = _own_dtype(name, folder, what, where, packed)
     blocks = None
     if quantize in STORED_NAMES:
         blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
     with quiet():
-        _check_memory(folder, what, where, packed, quantize, trust_remote_code, memory_budget, drafter_bytes)
+        plan = _plan(folder, what, where, packed, quantize, trust_remote_code)
+        _check_memory(plan, where, memory_budget, drafter_bytes)
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
     if blocks is not None:
@@ -130,25 +125,90 @@ def load_model(
     return LoadedModel(model, tokenizer, name)
 
 
-def _check_memory(
+def plan_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    packed: bool = False,
+    quantize: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LoadPlan | None:
+    """What ``load_model`` would take, with its arguments; no weight is read, but a hub's files are fetched.
+
+    Returns:
+        None where no headers say it: of a ``.gguf`` file, pickled weights, a checkpoint that is quantized already, and
+        a draft model made to order.
+
+    Raises:
+        ValueError: as ``load_model`` does, as far as that shows.
+    """
+    from specdec.drafters.pruned import read_pruned
+
+    where, what = _find_place(dtype, device, quantize)
+    if read_pruned(name) is not None:
+        return None
+    folder = find_files(
+        name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, cache_dir=cache_dir, progress=progress
+    )
+    with quiet():
+        what = _own_dtype(name, folder, what, where, packed)
+        return _plan(folder, what, where, packed, quantize, trust_remote_code)
+
+
+def _find_place(
+    dtype: torch.dtype | str, device: torch.device | str, quantize: str | None
+) -> tuple[torch.device, torch.dtype | str]:
+    """Where a model goes, and its dtype as far as that does not depend on its files."""
+    where, what = find_device(device), find_dtype(dtype)
+    if quantize is not None:
+        check_scheme(quantize)
+        takes = onednn_takes_bfloat16() if quantize in DECODED else cpu_takes_bfloat16()
+        if dtype == "auto" and where.type == "cpu" and takes:
+            what = torch.bfloat16
+        check_runs(quantize, where, what)
+    return where, what
+
+
+def _own_dtype(
+    name: str, folder: Path, dtype: torch.dtype | str, device: torch.device, packed: bool
+) -> torch.dtype | str:
+    """The dtype that "auto" is on a CPU; any other as it is."""
+    if dtype != "auto" or device.type != "cpu":
+        return dtype
+    own = name in ALIASES or _is_for_bfloat16(folder)
+    return torch.bfloat16 if own and packed and panels_run() else torch.float32
+
+
+def _plan(
     folder: Path,
     dtype: torch.dtype | str,
     device: torch.device,
     packed: bool,
     quantize: str | None,
     trust_remote_code: bool,
-    memory_budget: int | None,
-    drafter: int,
-) -> None:
-    """Refuse a model that cannot be loaded into the memory there is, by its headers."""
-    from specdec.load_plan import check_load, plan_load
-    from specdec.memory import free_bytes
+) -> LoadPlan | None:
+    """What loading these files will take, by their headers; None where those do not say it."""
+    from specdec.load_plan import plan_load
 
     if folder.is_dir():
         check_folder(folder, allow_pickle=True)
-    on_cpu = device.type == "cpu"
-    lays_out = packed and on_cpu and dtype == torch.bfloat16 and cpu_takes_bfloat16()
-    plan = plan_load(folder, dtype, lays_out=lays_out, quantize=quantize, trust_remote_code=trust_remote_code)
+    in_bfloat16 = device.type == "cpu" and dtype == torch.bfloat16
+    lays_out = packed and in_bfloat16 and cpu_takes_bfloat16()
+    in_panels = in_bfloat16 and panels_run() and (lays_out if quantize is None else quantize not in DECODED)
+    return plan_load(
+        folder, dtype, lays_out=lays_out, quantize=quantize, trust_remote_code=trust_remote_code, in_panels=in_panels
+    )
+
+
+def _check_memory(plan: LoadPlan | None, device: torch.device, memory_budget: int | None, drafter: int) -> None:
+    """Refuse a model that cannot be loaded, or not decode a short text, in the memory there is."""
+    from specdec.load_plan import check_load
+    from specdec.memory import free_bytes
+
     if plan is not None:
         check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)
 
@@ -263,7 +323,7 @@ def _is_for_bfloat16(folder: Path) -> bool:
         names = config.get("architectures") or []
         known = any(f"{str(name).removesuffix('ForCausalLM')}DecoderLayer" in KNOWN for name in names)
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        fits = all(width % LANES == 0 for width in (config["hidden_size"], config["intermediate_size"], head // 2))
+        fits = widths_fit(config["hidden_size"], config["intermediate_size"], head)
         return known and fits and (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
     except (OSError, ValueError, AttributeError, TypeError, LookupError, ZeroDivisionError):
         return False  # loading it says what is wrong

@@ -89,6 +89,11 @@ class SharedWork:
     own: int
     passes: tuple[tuple[int, int, int], ...]
 
+    @classmethod
+    def apart(cls, prompts: int, tokens: int) -> SharedWork:
+        """Of so many prompts of so many tokens that share nothing."""
+        return cls(tokens, ((prompts, tokens, tokens),))
+
     def held(self, rows: int) -> int:
         """Tokens of the prefixes that are there at a time, at most, where so many rows run; those of a level are
         computed side by side, padded.

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "specdec.cli.export:export",
     "generate": "specdec.cli.generate:generate",
     "list": "specdec.cli.list:list_",
+    "plan": "specdec.cli.plan:plan",
     "profile": "specdec.cli.profile:profile",
     "train": "specdec.cli.train:train",
     "vllm-config": "specdec.cli.vllm_config:vllm_config",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.architectures import tiny_model
 from specdec import SpecDecoder, models
-from specdec.load_plan import LoadPlan, check_load, plan_load, read_headers
-from specdec.memory_plan import Workload, estimate
+from specdec.load_plan import SHORT, LoadPlan, check_load, plan_before_load, plan_load, read_headers
+from specdec.memory_plan import MemoryPlan, Workload, estimate
 from specdec.model_shape import ModelShape
-from specdec.models import load_model
+from specdec.models import load_model, plan_model
 from specdec.packing import cpu_takes_bfloat16
 from specdec.quantization import usable
+from specdec.registry import create_drafter
 from specdec.target import HFTarget
 
 SLACK = 6 * 2**20
@@ -145,8 +148,13 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
         ValueError, match=r"are needed to load the model and 20 MiB may be used: weights \d.* as loaded"
     ):
         SpecDecoder(str(folders["fp32"]), "none", memory_budget="20MiB", dtype="fp32")
-    with pytest.raises(ValueError, match=r"are needed and .* may be used"):  # it fits, and no call does
-        load_model(str(folders["fp32"]), dtype="fp32", memory_budget=held)
+    least = estimate(plan_of(folders["fp32"], "fp32").shape, 0, SHORT, 1, 1)
+    said = rf"are needed and .* may be used: {re.escape(least.describe())}\. Give more memory, shorten"
+    for budget in (held, least.total - 1):  # it fits, and no call does
+        with pytest.raises(ValueError, match=said):
+            load_model(str(folders["fp32"]), dtype="fp32", memory_budget=budget)
+    with pytest.raises(AssertionError, match="weights were read"):
+        load_model(str(folders["fp32"]), dtype="fp32", memory_budget=least.total)
     monkeypatch.setattr("specdec.memory.free_bytes", lambda device: 2**20)
     with pytest.raises(ValueError, match="1 MiB may be used"):
         load_model(str(folders["fp32"]), dtype="fp32")
@@ -171,3 +179,97 @@ def test_what_has_no_headers_is_not_planned(tmp_path: Path, folders: dict[str, P
         plan_load(folders["small"], quantize="int9")
     config = json.loads((folders["small"] / "config.json").read_text())
     assert "quantization_config" not in config
+
+
+# The plan of a call
+
+
+def rows_apart(rows: int, length: int) -> list[list[int]]:
+    """Prompts that share nothing."""
+    return [[row + 1] + [3] * (length - 1) for row in range(rows)]
+
+
+def of_the_call(plan: MemoryPlan | None) -> MemoryPlan:
+    """All but the weights, which headers say to within 2 %."""
+    assert plan is not None
+    return replace(plan, weights=0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "quantize", "kv", "drafter"),
+    [
+        ("fp32", "fp32", None, None, "none"),
+        ("fp32", "fp32", None, "int4", "ngram"),
+        ("bf16", "bf16", None, None, "suffix"),
+        ("bf16", "bf16", None, "int8", "suffix"),
+        ("bf16", "auto", None, None, "lookahead"),
+        ("fp32", "auto", "int8", None, "suffix"),
+        ("bf16", "bf16", "int4", None, "none"),
+        ("bf16", "auto", "fp6", None, "suffix"),
+    ],
+)
+def test_a_call_is_planned_as_the_loaded_decoder_plans_it(
+    folders: dict[str, Path], stored: str, dtype: str, quantize: str | None, kv: str | None, drafter: str
+) -> None:
+    if (dtype, quantize) != ("fp32", None) and not bf16_runs():
+        pytest.skip("this CPU does not compute in bfloat16 and int8")
+    folder = str(folders[stored])
+    load = plan_model(folder, dtype=dtype, device="cpu", packed=True, quantize=quantize)
+    assert load is not None
+    decoder = SpecDecoder(folder, drafter, dtype=dtype, device="cpu", quantize=quantize, kv=kv)
+    kv_bits = decoder.target.kv_bits
+    for rows, length, new, temperature in ((1, 40, 9, 0.0), (5, 300, 70, 0.0), (3, 90, 5, 0.8)):
+        decoder.stream(rows_apart(rows, length), max_new_tokens=new, temperature=temperature, seed=1).close()
+        found = plan_before_load(
+            load, create_drafter(drafter), None, rows=rows, prompt_len=length, new_tokens=new,
+            sampled=temperature > 0, kv_bits=kv_bits,
+        )  # fmt: skip
+        assert of_the_call(found) == of_the_call(decoder.memory_plan)
+        assert decoder.memory_plan is not None
+        assert found.weights == pytest.approx(decoder.memory_plan.weights, rel=0.02)
+
+
+def test_a_call_shrinks_before_loading_as_afterwards(folders: dict[str, Path]) -> None:
+    """Trees first, then the batch, then it is refused with the numbers."""
+    folder, drafter = str(folders["fp32"]), create_drafter("suffix")
+    load = plan_model(folder, dtype="fp32", device="cpu", packed=True)
+    assert load is not None
+    asked: dict[str, Any] = {"rows": 8, "prompt_len": 100, "new_tokens": 50}
+    whole = plan_before_load(load, drafter, None, **asked)
+    assert whole.rows == 8
+    assert whole.nodes > 1
+    budgets = [whole.total - 1, load.shape.weights + whole.working // 2]
+    smaller, fewer = (plan_before_load(load, drafter, budget, **asked) for budget in budgets)
+    assert smaller.rows == 8
+    assert smaller.nodes < whole.nodes
+    assert fewer.rows < 8
+    decoder = SpecDecoder(folder, drafter, dtype="fp32", device="cpu", memory_budget=budgets[1])
+    decoder.stream(rows_apart(8, 100), max_new_tokens=50).close()
+    assert of_the_call(decoder.memory_plan) == of_the_call(fewer)
+    budget = load.held + 2**16
+    with pytest.raises(
+        ValueError, match=r"are needed and .* may be used: weights .* for 1 rows of 1 nodes\. Give more"
+    ):
+        plan_before_load(load, drafter, budget, **asked)
+
+
+def test_a_call_that_cannot_be_is_refused(folders: dict[str, Path]) -> None:
+    load, drafter = plan_of(folders["fp32"], "fp32"), create_drafter("none")
+    assert load.max_context == 2048
+    assert plan_before_load(load, drafter, None, prompt_len=2000, new_tokens=100) == plan_before_load(
+        load, drafter, None, prompt_len=2000, new_tokens=48
+    )
+    with pytest.raises(ValueError, match="the prompt has 2048 tokens, the model's context only 2048: shorten it"):
+        plan_before_load(load, drafter, None, prompt_len=2048)
+    numbers: list[dict[str, Any]] = [{"rows": 0}, {"prompt_len": 0}, {"new_tokens": 0}]
+    for wrong in numbers:
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1, got 0"):
+            plan_before_load(load, drafter, None, **wrong)
+
+
+def test_planning_says_what_loading_would(tmp_path: Path, folders: dict[str, Path]) -> None:
+    for wrong in ({"dtype": "int3"}, {"quantize": "int9"}, {"device": "abacus"}):
+        with pytest.raises(ValueError, match="unknown"):
+            plan_model(str(folders["small"]), **wrong)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert plan_model(str(tmp_path / "m.gguf")) is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -27,7 +28,7 @@ from specdec.drafters.model import ModelDrafter
 from specdec.group_panels import GroupW8A8PanelWeight, W4A8PanelWeight
 from specdec.kernels.w4a16 import from_dense
 from specdec.lean import LeanLayer, can_be_lean, is_whole
-from specdec.lean_stack import KNOWN_STACKS, LeanStack, is_stack_and_head, make_lean
+from specdec.lean_stack import KNOWN_STACKS, LeanStack, is_stack_and_head, make_lean, will_compile
 from specdec.packing import FusedPart, PackedLinear, can_pack, pack_linears
 from specdec.panels import PanelWeight, W8A8PanelWeight, panels_run
 from specdec.stored_weights import run_int4
@@ -70,6 +71,19 @@ def short(model: Any) -> Any:
     pack_linears(model)
     assert make_lean(model) == model.config.num_hidden_layers
     return model
+
+
+NARROW = LlamaConfig(**{**SIZES, "head_dim": 24})
+GELU = LlamaConfig(**SIZES, hidden_act="gelu")
+
+
+@pytest.mark.skipif(not panels_run(), reason="no C compiler: nothing is compiled")
+@pytest.mark.parametrize("config", [*(config for _, config in MODELS.values()), NARROW, GELU, Gemma2Config(**SIZES)])
+def test_what_will_compile_is_known_from_the_configuration(config: Any) -> None:
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(torch.bfloat16).eval().requires_grad_(False)
+    pack_linears(model)
+    make_lean(model)
+    assert will_compile(type(model).__name__, config) == HFTarget(model).takes_uneven
 
 
 @pytest.fixture(params=list(MODELS))
