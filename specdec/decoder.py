@@ -14,6 +14,7 @@ import torch
 from specdec.acceptance import Experience
 from specdec.adaptive import AdaptiveTrees
 from specdec.batch import Row
+from specdec.call_memory import CallMemory
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
 from specdec.filling import PASS_TOKENS
@@ -22,17 +23,8 @@ from specdec.graphs import check_graphs, make_target
 from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
 from specdec.load_plan import stored_drafter_bytes
-from specdec.memory import free_bytes, parse_size
-from specdec.memory_plan import (
-    MemoryPlan,
-    Workload,
-    drafter_kv,
-    drafter_weights,
-    plan_memory,
-    spare_slots,
-    tree_size,
-)
-from specdec.model_shape import ModelShape
+from specdec.memory import parse_size
+from specdec.memory_plan import MemoryPlan, Workload, spare_slots, tree_size
 from specdec.placement import check_in_step, with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
@@ -128,10 +120,8 @@ class SpecDecoder:
         if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
             raise ValueError(f"max_rows must be a whole number, at least 1, got {max_rows!r}")
         self._max_rows = max_rows
-        self._memory_budget = None if memory_budget is None else parse_size(memory_budget)
-        self._prefix_memory = parse_size(prefix_memory)
-        self._share_prefixes, self._keep_prefixes = share_prefixes, keep_prefixes
-        self._prefixes: PrefixStore | None = None
+        budget, most_kept = None if memory_budget is None else parse_size(memory_budget), parse_size(prefix_memory)
+        self._share_prefixes = share_prefixes
         if isinstance(drafter, Drafter) and drafter_options:
             raise ValueError("drafter_options go with a drafter's name; this drafter is constructed already")
         if draft_device is not None:
@@ -160,7 +150,7 @@ class SpecDecoder:
             check_graphs(cuda_graphs, find_device(device), kv_bits)
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True, quantize=quantize, progress=progress, memory_budget=self._memory_budget,
+                packed=True, quantize=quantize, progress=progress, memory_budget=budget,
                 drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
@@ -180,8 +170,6 @@ class SpecDecoder:
         self._adaptive = adaptive and not isinstance(drafter, NoneDrafter)
         self._times = None if latency is None else PassTimes(latency, learn=False)
         self._experience: Experience | None = None
-        self._shape: ModelShape | None = None
-        self._held: int | None = None  # bytes of the drafter's weights
         self._calls = 0
         self._running: weakref.ref[GenerationStream] | weakref.ref[Server] | None = None
         self._vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
@@ -189,6 +177,7 @@ class SpecDecoder:
         self.drafter.bind(self.target, tokenizer)
         if draft_kv is not None:
             quantize_draft_kv(self.drafter, self.target, draft_kv)
+        self._memory = CallMemory(self.target, self.drafter, budget, most_kept, keep_prefixes)
         self.memory_plan: MemoryPlan | None = None
         """What the last call was planned to take, None before the first."""
         self.stats = DecodeStats()
@@ -285,7 +274,7 @@ class SpecDecoder:
     def _fits(self, rows: Sequence[Row], shared: SharedWork | None) -> bool:
         """Whether all these rows may run at a time. Raises ValueError where not even one may."""
         plan = self._plan_memory(rows, shared, joins=True)
-        fits, left = plan.rows >= len(rows), self._leave_room(plan)
+        fits, left = plan.rows >= len(rows), self._memory.beside(plan)
         if fits and left is not None and self.prefixes.limit is not None:
             self.prefixes.limit = min(self.prefixes.limit, left)
         return fits
@@ -312,7 +301,7 @@ class SpecDecoder:
             start, rows = rows, sorted(rows, key=lambda row: row.max_len)[-limit:]
         spare = self._pick_spare(rows, policy, verifier) if start is None else None
         plan = self.memory_plan = self._plan_memory(rows, shared, start is not None, spare)
-        self.prefixes.limit = self._leave_room(plan)
+        self.prefixes.limit = self._memory.beside(plan)
         together = plan.rows >= len(rows)
         rows = rows if start is None else start
         return Generation(
@@ -325,13 +314,7 @@ class SpecDecoder:
     @property
     def prefixes(self) -> PrefixStore:
         """What is kept across calls."""
-        if self._prefixes is None:
-            keeps = self.target.invariant if self._keep_prefixes is None else self._keep_prefixes
-            self._prefixes = PrefixStore(
-                self.target, self._prefix_memory, self._model_shape().kv_bytes_per_token,
-                keeps and self.target.refers_to_segments,
-            )  # fmt: skip
-        return self._prefixes
+        return self._memory.prefixes
 
     @contextmanager
     def prefix(self, prompt: Prompt) -> Iterator[KeptText]:
@@ -357,11 +340,6 @@ class SpecDecoder:
             with quiet:
                 kept = stack.enter_context(self.prefixes.hold(tokens, self.drafter.every_feature))
             yield kept
-
-    def _model_shape(self) -> ModelShape:
-        if self._shape is None:
-            self._shape = ModelShape.of(self.target)
-        return self._shape
 
     def _pick_verifier(self, params: SamplingParams) -> Verifier:
         if isinstance(self._verifier, Verifier):
@@ -390,41 +368,11 @@ class SpecDecoder:
         self, rows: Sequence[Row], shared: SharedWork | None, joins: bool, spare: int | None = None
     ) -> MemoryPlan:
         """The most this call can have. Raises ValueError where it cannot run."""
-        work = Workload.of(
+        return self._memory.plan(Workload.of(
             [(row.prompt_len, row.max_len) for row in rows], self.drafter,
             sampled=not all(row.params.greedy for row in rows), shared=shared, refers=self.target.refers_to_segments,
             joins=joins, spare=spare,
-        )  # fmt: skip
-        if self._held is None:
-            self._held = drafter_weights(self.drafter, self.target)
-        taken = self._held + drafter_kv(self.drafter, len(rows), work.max_len)
-        shape, store = self._model_shape(), self._prefixes
-        kept = 0 if store is None else store.num_bytes
-        plan: MemoryPlan | None = None
-        try:
-            plan = plan_memory(shape, taken, work, self._budget(kept, kept))
-        except ValueError:
-            if not kept:
-                raise
-        if store is not None and kept and (plan is None or (plan.rows, plan.nodes) != (work.rows, work.nodes)):
-            better = plan_memory(shape, taken, work, self._budget(kept, store.pinned_bytes))
-            if plan is None or (better.rows, better.nodes) > (plan.rows, plan.nodes):
-                store.clear()  # what is kept beyond calls is worth less than what this one gains
-                plan = better
-        assert plan is not None
-        return plan
-
-    def _leave_room(self, plan: MemoryPlan) -> int | None:
-        """Bytes that prefixes kept unasked may take beside a call; None where no budget is given."""
-        return None if self._memory_budget is None else self._memory_budget - plan.total
-
-    def _budget(self, kept: int, staying: int) -> int | None:
-        """Bytes for all but prefixes, where so many are kept now and so many would be; None where nobody knows."""
-        if self._memory_budget is not None:
-            return self._memory_budget - staying
-        free, held = free_bytes(self.target.device), self._held or 0
-        # Weights and drafter are there already.
-        return None if free is None else free + self._model_shape().weights + held + kept - staying
+        ))  # fmt: skip
 
     def _pick_policy(self, verifier: Verifier, params: SamplingParams) -> TreePolicy:
         if not (self._adaptive and _may_vary(verifier, params)):
