@@ -22,7 +22,8 @@ from statistics import median
 from typing import Any
 
 from specdec.benchmarks import quant_rows
-from specdec.benchmarks.report import command_text, equal_text, interval_text, load_text, number_text
+from specdec.benchmarks.markdown import escaped, origin, table
+from specdec.benchmarks.report import equal_text, interval_text, number_text
 from specdec.benchmarks.schema import PLAIN, SCHEMA, CategoryFloor
 from specdec.files import write_atomically
 
@@ -30,8 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _OPEN = re.compile(r"\s*<!--\s*results:(.*?)-->\s*")
 _CLOSE = re.compile(r"\s*<!--\s*/results\s*-->\s*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-# An underscore within a word is text to every Markdown reader of today, and names of precisions are full of them.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def fill(text: str, results: Path) -> str:
@@ -81,7 +80,7 @@ def mt_bench_table(result: Mapping[str, Any]) -> str:
         for label, figures in result["summary"]["overall"].items()
     ]
     heads = ("drafter", "tok/s", "speed-up [95 %]", "tau", "texts equal to plain")
-    return f"{_table(heads, rows)}\n{_slow_categories(result)}{_origin(result)}\n"
+    return f"{table(heads, rows)}\n{_slow_categories(result)}{origin(result)}\n"
 
 
 def _slow_categories(result: Mapping[str, Any]) -> str:
@@ -96,7 +95,7 @@ def _slow_categories(result: Mapping[str, Any]) -> str:
     for drafter in dict.fromkeys(label for label, _, _ in floor.below):
         slow = [(each.median, category) for label, category, each in floor.below if label == drafter]
         least, category = min(slow)
-        named.append(f"{_escaped(drafter)} in {len(slow)} ({_escaped(category)} {least:.2f})")
+        named.append(f"{escaped(drafter)} in {len(slow)} ({escaped(category)} {least:.2f})")
     return f"Categories slower than {floor.required:g} times plain decoding, the slowest named: {', '.join(named)}.\n\n"
 
 
@@ -127,10 +126,10 @@ def peers_table(result: Mapping[str, Any]) -> str:
         "texts equal to specdec's plain", "texts equal to its own plain",
         f"{reference or 'specdec'}'s speed over it [95 %]",
     )  # fmt: skip
-    lines = [f"- {_escaped(name)}: {_escaped(text)}\n" for name, text in peer_remarks(result)]
+    lines = [f"- {escaped(name)}: {escaped(text)}\n" for name, text in peer_remarks(result)]
     remarks = "".join(["\n", *lines]) if lines else ""
-    origin = _origin(result, f"specdec in {result['settings']['dtype']}")
-    return f"{_table(heads, rows)}{remarks}\n{origin}\n"
+    where = origin(result, f"specdec in {result['settings']['dtype']}")
+    return f"{table(heads, rows)}{remarks}\n{where}\n"
 
 
 def serve_table(result: Mapping[str, Any]) -> str:
@@ -153,15 +152,15 @@ def serve_table(result: Mapping[str, Any]) -> str:
         "tau", f"texts equal to {baseline}'s",
     )  # fmt: skip
     together = result["settings"]["concurrency"]
-    origin = _origin(result, extra=f"{together} requests at a time" if together > 1 else "one request at a time")
-    return f"{_table(heads, rows)}\n{origin}\n"
+    extra = f"{together} requests at a time" if together > 1 else "one request at a time"
+    return f"{table(heads, rows)}\n{origin(result, extra=extra)}\n"
 
 
 def quant_table(result: Mapping[str, Any]) -> str:
     """What precisions cost and give, and where the figures come from."""
     precisions = result["precisions"]
     rows = quant_rows.rows(precisions, result["questions"]["count"])
-    return f"{_table(quant_rows.HEADS, rows)}\n{_origin(result, extra=quant_rows.caption(precisions))}\n"
+    return f"{table(quant_rows.HEADS, rows)}\n{origin(result, extra=quant_rows.caption(precisions))}\n"
 
 
 _COMPANY = {
@@ -212,7 +211,7 @@ def prefix_table(result: Mapping[str, Any]) -> str:
         "texts equal to each row's alone",
     )  # fmt: skip
     what = f"{settings['dtype']}, {settings['prefix']} tokens shared, {settings['suffix']} of each row's own"
-    return f"{_table(heads, rows)}\n{_origin(result, what)}\n"
+    return f"{table(heads, rows)}\n{origin(result, what)}\n"
 
 
 def layer_parallel_table(result: Mapping[str, Any]) -> str:
@@ -229,7 +228,7 @@ def layer_parallel_table(result: Mapping[str, Any]) -> str:
     heads = ("draft model's layers", "accuracy", "change", "ms a draft, median", "speed-up of drafting")
     beams = f", {settings['beams']} beams" if settings["beams"] > 1 else ""
     extra = f"{found['drafts']} drafts of {settings['depth']} levels{beams} by {settings['draft_model']}"
-    return f"{_table(heads, rows)}\n{_origin(result, extra=extra)}\n"
+    return f"{table(heads, rows)}\n{origin(result, extra=extra)}\n"
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -262,61 +261,6 @@ def _table_of(words: Sequence[str], number: int, results: Path) -> str:
         raise ValueError(f"line {number}: {name} cannot be read: {error}") from error
     except KeyError as error:
         raise ValueError(f"line {number}: {name} has no {error}") from error
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _origin(result: Mapping[str, Any], precision: str = "", extra: str = "") -> str:
-    """One line: what ran in which precision on what, when, from which source, and the command."""
-    settings, machine, questions = result["settings"], result["machine"], result["questions"]
-    temperature, busy = settings.get("temperature") or 0.0, load_text(machine)
-    facts = [
-        settings["model"],
-        precision or settings["dtype"] or "unknown precision",
-        f"{settings['max_new_tokens']} new tokens",
-        f"{questions['count']} questions of {questions['name']} (sha256 {questions['sha256'][:12]})",
-        "both turns" if settings.get("turns") == 2 else "",
-        f"temperature {temperature:g}" if temperature else "",
-        "" if settings.get("lossless", True) else f"LOSSY policy {settings['verifier']}",
-        "captured passes" if settings.get("cuda_graphs") else "",
-        f"batches of {settings['batch_size']}" if settings.get("batch_size", 1) != 1 else "",
-        f"{settings['queue']} questions a call, which join as rows end" if settings.get("queue") else "",
-        extra,
-        machine.get("gpu") or "",
-        machine["cpu"] or "unknown processor",
-        f"{machine['threads']} thread(s)" + (f" ({busy})" if busy else ""),
-        str(result["date"])[:10],
-        f"commit {_short(result['commit'])}",
-    ]
-    return f"{', '.join(_escaped(fact) for fact in facts if fact)}: {_code(command_text(result['command']))}"
-
-
-def _short(commit: str | None) -> str:
-    """Twelve digits; that files differed from the commit stays said."""
-    if commit is None:
-        return "unknown"
-    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
-
-
-def _cell(text: str) -> str:
-    """Figures are written as they are: brackets around an interval are no link."""
-    return text if re.fullmatch(r"[\d. ]+\[[\d., ]+\]", text) else _escaped(text)
-
-
-def _escaped(text: str) -> str:
-    """Text on one line in which Markdown and HTML see nothing but text."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """A code span, between more backticks than the text has in a row."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    room = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{'`' * (longest + 1)}{room}{text}{room}{'`' * (longest + 1)}"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
