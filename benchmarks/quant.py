@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean, median
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,29 +35,6 @@ WINDOW = 512
 
 Load = Callable[[str], tuple[HFTarget, Any]]
 """From a precision's name to a target and its tokenizer."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What a target is measured in.
-
-    Attributes:
-        weights: what ``quantize=`` is; None leaves them as they are.
-        kv: what ``kv=`` is.
-    """
-
-    weights: str | None = None
-    kv: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Of a precision of weights, or of one and the cache's: ``int8``, ``int8+kv-int4``; names are not checked."""
-        weights, plus, kv = text.partition("+kv-")
-        return cls(weights, kv if plus else None)
-
-    def label(self, dtype: str) -> str:
-        """How the table names it; ``dtype`` is what weights are in as they are."""
-        return (self.weights or dtype) + ("" if self.kv is None else f", KV {self.kv}")
 
 
 @dataclass(frozen=True)

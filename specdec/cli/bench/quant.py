@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
-
-if TYPE_CHECKING:
-    from specdec.target import HFTarget
 
 
 @click.command("quant")
@@ -51,21 +47,18 @@ def quant(
     import torch
 
     from specdec.benchmarks.agreement import AgreementError
-    from specdec.benchmarks.quant import Precision, document, run_quant, table
+    from specdec.benchmarks.precision import Precision
+    from specdec.benchmarks.quant import document, run_quant, table
     from specdec.benchmarks.questions import SHIPPED, load_questions
     from specdec.benchmarks.record import write_json
     from specdec.cli.console import note, slow_status
-    from specdec.kv_quantized import find_kv
-    from specdec.models import find_device, find_dtype, load_model
-    from specdec.quantization import check_runs, usable
-    from specdec.target import HFTarget
+    from specdec.models import find_device, find_dtype
+    from specdec.quantization import usable
 
     where = find_device(device)
     asked = [*map(Precision.parse, names), *(Precision(kv=name) for name in caches)]
     for each in asked:
-        find_kv(each.kv)
-        if each.weights is not None:
-            check_runs(each.weights, where, find_dtype(dtype))
+        each.check(where, dtype)
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
     if threads is not None:
@@ -73,20 +66,13 @@ def quant(
     questions = load_questions(SHIPPED).limit(limit)
     asked = asked or [Precision(name) for name in usable(where, find_dtype(dtype))]
     rows = {each.label(dtype): each for each in (Precision(), *asked)}
-    found: dict[str, Any] = {}
-
-    def load(label: str) -> tuple[HFTarget, Any]:
-        loaded = load_model(model, dtype=dtype, device=device, packed=True, quantize=rows[label].weights)
-        if loaded.tokenizer is None:
-            raise ValueError(f"{model!r} has no tokenizer: questions are text")
-        found["device"] = torch.device(loaded.model.device)
-        target = HFTarget(loaded.model)
-        target.kv_bits = find_kv(rows[label].kv)
-        return target, loaded.tokenizer
 
     with slow_status(f"loading {model}") as say:
         try:
-            lines = run_quant(load, [*rows], drafters, questions.questions, max_new_tokens, say)
+            lines = run_quant(
+                lambda label: rows[label].load(model, dtype, device),
+                [*rows], drafters, questions.questions, max_new_tokens, say,
+            )  # fmt: skip
         except AgreementError as error:
             raise click.ClickException(f"refused: {error}") from error
     click.echo(table(lines, len(questions.questions)))
@@ -96,5 +82,5 @@ def quant(
             "kv": list(caches), "drafters": list(drafters), "max_new_tokens": max_new_tokens,
         }  # fmt: skip
         command = ["specdec", *sys.argv[1:]]
-        write_json(json_path, document(lines, settings, questions, command, found["device"]))
+        write_json(json_path, document(lines, settings, questions, command, where))
         note(f"wrote {json_path}")
