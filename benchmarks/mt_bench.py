@@ -180,13 +180,9 @@ class _Bench:
 
     def _open(self, journal: record.Journal | None, resume: bool, units: Sequence[_Unit]) -> list[int]:
         """Start the journal, with the complete units of an interrupted run; numbers of runs it broke off after."""
+        entries = record.interrupted(journal, resume)
         if journal is None:
-            if resume:
-                raise ValueError("there is nothing to resume without a file to write the result to")
             return []
-        if journal.path.exists() and not resume:
-            raise ValueError(f"{journal.path} holds an interrupted run: resume it, or delete that file")
-        entries = journal.read() if journal.path.exists() else []
         breaks = [int(entry["resumed_after"]) for entry in entries if "resumed_after" in entry]
         entries = [entry for entry in entries if "resumed_after" not in entry]
         found: dict[tuple[int, tuple[int, ...], int], list[dict[str, Any]]] = {}
@@ -232,7 +228,7 @@ class _Bench:
         prompt = encode_prompt(WARM_UP, self._tokenizer, self._target.vocab_size)
         params = replace(self._settings.params, max_new_tokens=min(WARM_UP_TOKENS, self._settings.max_new_tokens))
         for label, decoder in decoders.items():
-            with _failing_at(f"drafter {label!r}, warm-up"):
+            with failing_at(f"drafter {label!r}, warm-up"):
                 decoder.generate([prompt] * rows, params)
         return decoders
 
@@ -242,7 +238,7 @@ class _Bench:
         order = unit.order(self._labels)
         for label in order:
             prompts[label] = [self._encode(unit, question, label) for question in unit.questions]
-            with _failing_at(f"drafter {label!r}, question {unit.questions[0].question_id}, turn {unit.turn}"):
+            with failing_at(f"drafter {label!r}, question {unit.questions[0].question_id}, turn {unit.turn}"):
                 outputs[label] = _generate(decoders[label], prompts[label], self._settings.params)
         runs = []
         for label in order:
@@ -344,7 +340,7 @@ def _no_collector() -> Iterator[None]:
 
 
 @contextmanager
-def _failing_at(where: str) -> Iterator[None]:
+def failing_at(where: str) -> Iterator[None]:
     """Say where something failed."""
     try:
         yield

@@ -191,13 +191,9 @@ class _Bench:
         Returns:
             The number of those blocks, and the numbers of runs after which the benchmark broke off.
         """
+        entries = record.interrupted(journal, resume)
         if journal is None:
-            if resume:
-                raise ValueError("there is nothing to resume without a file to write the result to")
             return 0, []
-        if journal.path.exists() and not resume:
-            raise ValueError(f"{journal.path} holds an interrupted run: resume it, or delete that file")
-        entries = journal.read() if journal.path.exists() else []
         breaks = [int(entry["resumed_after"]) for entry in entries if "resumed_after" in entry]
         blocks = [entry for entry in entries if "runs" in entry]
         for entry in blocks:

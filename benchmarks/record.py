@@ -152,6 +152,26 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def interrupted(journal: Journal | None, resume: bool) -> list[dict[str, Any]]:
+    """Entries of an interrupted run that is to be resumed; none where there was none.
+
+    Args:
+        journal: of the run that begins; None where its result is not written.
+        resume: whether to go on with what is there.
+
+    Raises:
+        ValueError: for a run that was not to be resumed, or is another (see ``Journal.read``), and where nothing could
+            be there to resume.
+    """
+    if journal is None:
+        if resume:
+            raise ValueError("there is nothing to resume without a file to write the result to")
+        return []
+    if journal.path.exists() and not resume:
+        raise ValueError(f"{journal.path} holds an interrupted run: resume it, or delete that file")
+    return journal.read() if journal.path.exists() else []
+
+
 def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, allow_nan=False) + "\n"
 

@@ -34,6 +34,16 @@ def test_journal_stands_beside_the_result(journal: Journal) -> None:
     assert not journal.path.exists()
 
 
+def test_an_interrupted_run_is_gone_on_with_only_where_that_was_asked_for(journal: Journal, tmp_path: Path) -> None:
+    assert record.interrupted(journal, True) == [{"run": 1}, {"run": 2}]
+    with pytest.raises(ValueError, match=r"partial\.jsonl holds an interrupted run: resume it, or delete that file"):
+        record.interrupted(journal, False)
+    assert record.interrupted(Journal(tmp_path / "other.json", HEADER), True) == []
+    assert record.interrupted(None, False) == []
+    with pytest.raises(ValueError, match="nothing to resume without a file"):
+        record.interrupted(None, True)
+
+
 @pytest.mark.parametrize("torn", [b'{"run"', b'{"run": 3}', b'{"run": \n'])
 def test_torn_last_line_is_left_out(journal: Journal, torn: bytes) -> None:
     with journal.path.open("ab") as file:
