@@ -5,8 +5,8 @@ A block, each marker on a line of its own, is filled from the named file of ``be
     <!-- results: KIND FILE.json -->
     <!-- /results -->
 
-Kinds are ``layer-parallel``, ``mt-bench``, ``peers``, ``prefix``, ``quant`` and ``serve``. Markers inside fenced code
-are text.
+Kinds are ``layer-parallel``, ``mt-bench``, ``peers``, ``prefix``, ``quant``, ``serve`` and ``texts``. Markers inside
+fenced code are text.
 """
 
 from __future__ import annotations
@@ -231,6 +231,40 @@ def layer_parallel_table(result: Mapping[str, Any]) -> str:
     return f"{table(heads, rows)}\n{origin(result, extra=extra)}\n"
 
 
+def texts_table(result: Mapping[str, Any]) -> str:
+    """Per precision and drafter the texts that are plain decoding's at each batch size, and where all of it is from."""
+    sizes: Sequence[int] = result["settings"]["batch_sizes"]
+    rows = []
+    for line in result["precisions"]:
+        found = {(row["drafter"], row["batch_size"]): row for row in line["drafters"]}
+        for drafter in dict.fromkeys([PLAIN, *(row["drafter"] for row in line["drafters"])]):
+            cells = [_texts_cells(found.get((drafter, size)), line["num_texts"]) for size in sizes]
+            first = next(filter(None, (_first_text(found.get((drafter, size))) for size in sizes)), "")
+            label = "plain" if drafter == PLAIN else drafter
+            rows.append((line["precision"], label, *(cell for pair in cells for cell in pair), first))
+    labels = ["alone" if size == 1 else f"{size} at a time" for size in sizes]
+    heads = ("precision", "drafter", *(head for label in labels for head in (f"texts equal, {label}", "tau")))
+    close = [escaped(line["precision"]) for line in result["precisions"] if not line["invariant"]]
+    remark = f"Rounding may decide near-ties otherwise in {', '.join(close)}.\n\n" if close else ""
+    return f"{table((*heads, 'first text that differs'), rows)}\n{remark}{origin(result)}\n"
+
+
+def _texts_cells(row: Mapping[str, Any] | None, num_texts: int) -> tuple[str, str]:
+    """Equal texts and tau; None is what they are compared with."""
+    if row is None:
+        return "compared with", number_text(1.0, 2)
+    by_rounding = f", {row['rounding']} by rounding" if row["rounding"] else ""
+    return f"{row['equal']} of {num_texts}{by_rounding}", number_text(row["tau"], 2)
+
+
+def _first_text(row: Mapping[str, Any] | None) -> str:
+    """Where the first difference is; nothing where there is none."""
+    if row is None or row["first"] is None:
+        return ""
+    together = f", {row['batch_size']} at a time" if row["batch_size"] > 1 else ""
+    return f"question {row['first']['question_id']}, turn {row['turn']}, token {row['first']['position']}{together}"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "layer-parallel": layer_parallel_table,
     "mt-bench": mt_bench_table,
@@ -238,6 +272,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "prefix": prefix_table,
     "quant": quant_table,
     "serve": serve_table,
+    "texts": texts_table,
 }
 
 

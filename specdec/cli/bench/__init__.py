@@ -15,10 +15,11 @@ BENCHMARKS = {
     "prefix": "specdec.cli.bench.prefix:prefix",
     "quant": "specdec.cli.bench.quant:quant",
     "serve": "specdec.cli.bench.serve:serve",
+    "texts": "specdec.cli.bench.texts:texts",
 }
 """Subcommand -> "module:function"."""
 
 
 @click.group(cls=LazyGroup, sources=BENCHMARKS)
 def bench() -> None:
-    """Measure speed-ups on this machine."""
+    """Measure speed-ups on this machine, and check that texts stay the same."""
