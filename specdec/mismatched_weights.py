@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,55 @@ def find_wrong_size(folder: Path) -> str | None:
     return _first_wrong(_quantized_sizes(*found, settings, folder))
 
 
+def find_left_out(model: Any, unexpected: Iterable[str], folder: Path) -> str | None:
+    """What a checkpoint holds of the model's own parts that loading it left out, such as layers beyond the model's.
+
+    Args:
+        model: as loaded.
+        unexpected: names of the files' tensors that transformers found no place for, without those that it ignores for
+            this architecture.
+        folder: the checkpoint.
+
+    Returns:
+        Half a sentence with the number and the first name, and what to do. None where all is of parts that the model
+        has not at all (heads for drafting, a vision tower), or of layers that its configuration names for predicting
+        further tokens; or stands beside a layer's weights and is a constant, a quantizer's, or what the model computes.
+    """
+    prefix = f"{model.base_model_prefix}."
+    children = {name for part in (model, model.base_model) for name, _ in part.named_children()}
+    modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
+    computed = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
+    dense = _dense_names(folder)
+
+    def is_left_out(name: str) -> bool:
+        own = name.removeprefix(prefix)
+        layer = _IN_STACK.fullmatch(own)
+        if own.partition(".")[0] not in children or (layer and int(layer[2]) in _further_layers(model)):
+            return False
+        return _owner(own) not in modules or (name in dense and own not in computed)
+
+    found = sorted(filter(is_left_out, unexpected))
+    if not found:
+        return None
+    return (
+        f"its files hold {len(found)} weights that {type(model).__name__} has no place for under its configuration, "
+        f"{found[0]!r} first: they are another model's, {_ADVICE}"
+    )
+
+
+def _dense_names(folder: Path) -> set[str]:
+    """Weights and biases by the headers of files that are not quantized: no single numbers, no masks."""
+    if read_quantization(folder) is not None:
+        return set()
+    return {name for name, (dtype, shape) in read_headers(folder).items() if shape and dtype.is_floating_point}
+
+
+def _further_layers(model: Any) -> range:
+    """Places in a stack, behind the model's own, of layers that predict further tokens."""
+    first = getattr(model.config, "num_hidden_layers", None) or 0
+    return range(first, first + (getattr(model.config, "num_nextn_predict_layers", None) or 0))
+
+
 def _read(folder: Path) -> tuple[Any, _Headers] | None:
     from transformers import AutoConfig
 
@@ -124,7 +173,7 @@ def _other_layers(model: Any, headers: _Headers) -> str | None:
     names = [name for name in headers if not any(re.search(pattern, name) for pattern in ignored)]
     stored, own = _depths(names), _depths(name for name, _ in model.named_parameters())
     for stack in sorted(stored.keys() & own.keys()):
-        if stored[stack] != own[stack]:
+        if stored[stack] != own[stack] and stored[stack] - 1 not in _further_layers(model):
             return (
                 f"its files have {stored[stack]} layers in {stack}, its configuration asks for {own[stack]}: they are "
                 f"another model's, {_ADVICE}"

@@ -13,7 +13,7 @@ import torch
 from specdec.embedded import find_wheel_gguf, read_gguf
 from specdec.lean import KNOWN, widths_fit
 from specdec.lean_stack import make_lean
-from specdec.mismatched_weights import find_mismatch, find_wrong_size
+from specdec.mismatched_weights import find_left_out, find_mismatch, find_wrong_size
 from specdec.model_files import ALIASES, check_folder, find_files, quiet
 from specdec.packing import can_pack, cpu_takes_bfloat16, onednn_takes_bfloat16, pack_linears
 from specdec.panels import panels_run
@@ -93,8 +93,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: when no model goes by the name.
-        ValueError: when its files are missing, damaged or not allowed, dtype, device or quantization is unknown, or a
-            library is missing that quantized weights need.
+        ValueError: when its files are missing, damaged, not allowed or not those of the model that its configuration
+            describes, dtype, device or quantization is unknown, or a library is missing that quantized weights need.
     """
     where, what = _find_place(dtype, device, quantize)
     found = _made_to_order(name, what, where, allow_pickle, trust_remote_code, packed, quantize, cache_dir, progress)
@@ -287,6 +287,9 @@ def _load_by_transformers(
         folder, dtype=dtype, use_safetensors=None if allow_pickle else True, local_files_only=True,
         trust_remote_code=trust_remote_code, output_loading_info=True,
     )  # fmt: skip
+    wrong = find_left_out(model, info["unexpected_keys"], folder)
+    if wrong is not None:
+        raise ValueError(wrong)
     return model, sorted(info["missing_keys"])
 
 

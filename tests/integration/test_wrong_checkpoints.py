@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from integration.architectures import ARCHITECTURES, tiny_model
@@ -88,6 +89,82 @@ def test_files_of_another_model_are_refused_with_what_differs(
     text = refusal(with_config(make(kind), tmp_path / "changed", **changes))
     assert re.search(expected, text)
     assert "pip install" not in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["dense", "nf4", "int8", "compressed-tensors"])
+def test_files_of_more_layers_are_refused_rather_than_cut_short(
+    make: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    text = refusal(with_config(make(kind), tmp_path / "changed", num_hidden_layers=1))
+    assert "files have 2 layers in model.layers, its configuration asks for 1" in text
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_no_architecture_loads_without_its_last_layer(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path)
+    count, kinds = model.config.num_hidden_layers, getattr(model.config, "layer_types", None)
+    fewer = {"n_layer" if architecture == "gpt2" else "num_hidden_layers": count - 1}
+    fewer |= {} if kinds is None else {"layer_types": kinds[:-1]}
+    text = refusal(with_config(tmp_path, tmp_path / "fewer", **fewer))
+    assert re.search(rf"files have {count} layers in \S+, its configuration asks for {count - 1}", text)
+
+
+def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
+    state = load_file(folder / "model.safetensors") | tensors
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight", "model.norm.bias",
+        "lm_head.bias",
+    ],
+)  # fmt: skip
+def test_a_weight_without_a_place_in_the_models_parts_is_refused(
+    model: LlamaForCausalLM, tmp_path: Path, name: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    add_tensors(tmp_path, **{name: torch.ones(128)})
+    text = refusal(tmp_path)
+    assert f"hold 1 weights that LlamaForCausalLM has no place for under its configuration, '{name}' first" in text
+    assert "put the config.json there" in text
+
+
+def test_files_of_a_model_without_its_head_are_not_cut_short_either(tmp_path: Path) -> None:
+    tiny_model("starcoder2").base_model.save_pretrained(tmp_path)  # tied: the head is not missed
+    assert load_model(str(tmp_path), device="cpu").model.config.num_hidden_layers == 2
+    text = refusal(with_config(tmp_path, tmp_path / "fewer", num_hidden_layers=1))
+    assert "has no place for under its configuration, 'layers.1." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("medusa_head.0.linear.weight", torch.ones(8, 8)),
+        ("mtp.layers.0.eh_proj.weight", torch.ones(8, 8)),
+        ("model.vision_tower.layers.0.q_proj.weight", torch.ones(8, 8)),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(16)),
+        ("model.layers.0.self_attn.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)),
+        ("model.layers.0.self_attn.masked_bias", torch.tensor(-1e9)),
+    ],
+)
+def test_what_no_part_of_the_model_needs_is_left_out_as_before(
+    model: LlamaForCausalLM, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    model.save_pretrained(tmp_path)
+    add_tensors(tmp_path, **{name: tensor})
+    loaded = load_model(str(tmp_path), device="cpu").model
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_layers_for_further_tokens_are_no_layers_too_many(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    further = with_config(tmp_path, tmp_path / "further", num_hidden_layers=1, num_nextn_predict_layers=1)
+    assert load_model(str(further), device="cpu").model.config.num_hidden_layers == 1
+    assert find_mismatch(further) is None
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
