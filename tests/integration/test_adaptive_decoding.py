@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from integration.architectures import VOCAB, tiny_model
 from integration.scripted import ScriptedDrafter, chain, oracle
+from integration.untrained import untrained_eagle, untrained_ppd
 from specdec import SpecDecoder
 from specdec.adaptive import CREDIT, SHARE
 from specdec.batch import Row
+from specdec.drafters.base import Drafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.latency import LatencyCurve
 from specdec.missed import MOST_NODES
@@ -89,20 +93,35 @@ def test_hostile_text_is_decoded_plainly_but_for_a_few_narrow_passes(target: HFT
     assert stats.to_json()["plain_passes"] == stats.plain_passes
 
 
+NOISY = {"initializer_range": 0.15, "temperature": 50.0}  # at such a temperature the model writes random tokens
+CHAOTIC = {"initializer_range": 0.3, "temperature": 0.0}
+"""PPD draws its guesses by the noise that the target's tokens are drawn by: of random tokens it would guess most."""
+
+
 @pytest.mark.parametrize("kind", ["random tokens", "base64"])
-@pytest.mark.parametrize("drafter", ["ngram", "suffix", "recycling"])
+@pytest.mark.parametrize("drafter", ["ngram", "suffix", "recycling", "eagle", "suffix+eagle", "ppd"])
 def test_noise_is_decoded_plainly_by_every_drafter(kind: str, drafter: str) -> None:
+    text = CHAOTIC if drafter == "ppd" else NOISY
     generator = random.Random(0)
     noise = [generator.randrange(VOCAB) for _ in range(400)]
     if kind == "base64":
         noise = [byte % VOCAB for byte in base64.b64encode(generator.randbytes(300))]
-    target = HFTarget(tiny_model(initializer_range=0.15, max_position_embeddings=1024))
-    decoder = SpecDecoder(target, drafter, latency=FLAT, on_drafter_error="raise")
-    # At such a temperature the model writes random tokens itself.
-    result = decoder.generate(noise, max_new_tokens=300, temperature=50.0, seed=3, ignore_eos=True)
-    lost = (result.stats.drafted / 70) - result.stats.accepted
+    model = tiny_model(initializer_range=text["initializer_range"], max_position_embeddings=1024)
+    target = HFTarget(model)
+    decoder = SpecDecoder(target, for_noise(drafter, target), latency=FLAT, on_drafter_error="raise")
+    fields: dict[str, Any] = {"max_new_tokens": 300, "temperature": text["temperature"], "seed": 3, "ignore_eos": True}
+    stats = decoder.generate(noise, **fields).stats
+    assert stats.drafted > 0
+    lost = (stats.drafted / 70) - stats.accepted
     assert lost <= SHARE * 300 + CREDIT
-    assert result.stats.plain_passes >= 0.7 * result.stats.passes
+    assert stats.plain_passes >= 0.7 * stats.passes
+    assert re.search("accepted per pass of late|no more may be lost in trying", stats.plain_reason or "")
+
+
+def for_noise(name: str, target: HFTarget) -> Drafter:
+    made = {"eagle": untrained_eagle, "ppd": untrained_ppd}
+    parts = [made[part](target) if part in made else create_drafter(part) for part in name.split("+")]
+    return parts[0] if len(parts) == 1 else HybridDrafter(parts)
 
 
 def test_good_text_is_never_decoded_plainly(target: HFTarget) -> None:

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.architectures import tiny_model
 from integration.scripted import ScriptedDrafter, per_row
+from integration.untrained import untrained_eagle
 from specdec import SpecDecoder, memory, memory_plan
 from specdec.drafters.clover import CloverDrafter, make_clover
-from specdec.drafters.eagle import EagleDrafter, make_eagle
 from specdec.drafters.heads import HeadDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.layer import LayerShape
@@ -201,19 +201,13 @@ def test_weights_and_a_draft_models_cache_are_counted(target: HFTarget) -> None:
     assert drafter_kv(drafter, rows=2, length=100) == kept
 
 
-def eagle(target: HFTarget, vocab_size: int) -> EagleDrafter:
-    shape = {"layer": asdict(LayerShape.of(target)), "states": ("pre_norm",), "vocab_size": vocab_size}
-    weights = DrafterWeights("eagle", TargetFacts.of(target), shape, make_eagle(shape).state_dict())
-    return EagleDrafter(weights=weights)
-
-
 def clover(target: HFTarget, vocab_size: int) -> CloverDrafter:
     shape = {"layer": asdict(LayerShape.of(target)), "vocab_size": vocab_size}
     weights = DrafterWeights("clover", TargetFacts.of(target), shape, make_clover(shape).state_dict())
     return CloverDrafter(weights=weights)
 
 
-@pytest.mark.parametrize("make", [eagle, clover])
+@pytest.mark.parametrize("make", [untrained_eagle, clover])
 @pytest.mark.parametrize("vocab_size", [0, 20])
 def test_a_head_counts_without_what_is_the_targets(
     small: HFTarget, make: Callable[[HFTarget, int], HeadDrafter], vocab_size: int
@@ -238,7 +232,7 @@ def test_a_draft_model_of_the_targets_layers_counts_without_its_embeddings(small
     assert drafter_weights(drafter, small) == layers + rotary + head
 
 
-@pytest.mark.parametrize("make", [eagle, clover])
+@pytest.mark.parametrize("make", [untrained_eagle, clover])
 @pytest.mark.parametrize(("prompt_len", "new_tokens"), [(20, 20), (600, 30), (500, 60)])
 def test_keys_and_values_of_a_head_are_as_planned_at_most(
     make: Callable[[HFTarget, int], HeadDrafter], prompt_len: int, new_tokens: int
@@ -264,7 +258,7 @@ def test_keys_and_values_of_a_head_are_as_planned_at_most(
 def test_keys_and_values_of_a_drafter_come_out_of_what_is_free(
     small: HFTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter = eagle(small, 0)
+    drafter = untrained_eagle(small, 0)
     decoder = SpecDecoder(small, drafter)
     decoder.generate([1, 2], max_new_tokens=5)
     assert decoder.memory_plan is not None
