@@ -150,10 +150,10 @@ def run_prefix(
             for side, decoder in enumerate(sides):
                 say(f"{name}: {'without' if side else 'with'} sharing, {turn + 1} of {repeat}")
                 start = perf_counter()
-                with _caches_of(target) as caches, decoder.stream(texts, params) as stream:
+                with caches_of(target) as caches, decoder.stream(texts, params) as stream:
                     for count, _ in enumerate(stream):
                         if count % len(texts) == 0:  # about once a pass
-                            held[side] = max(held[side], _held(caches))
+                            held[side] = max(held[side], held_bytes(caches))
                     results = stream.results
                 seconds[side].append(perf_counter() - start)
                 prefill[side].append(decoder.stats.milliseconds["prefill"] / 1000)
@@ -174,7 +174,7 @@ def run_prefix(
 
 
 @contextmanager
-def _caches_of(target: HFTarget) -> Iterator[list[weakref.ref[KVCache]]]:
+def caches_of(target: HFTarget) -> Iterator[list[weakref.ref[KVCache]]]:
     """References to the caches a target makes within the block."""
     made: list[weakref.ref[KVCache]] = []
     new_cache = target.new_cache
@@ -191,7 +191,7 @@ def _caches_of(target: HFTarget) -> Iterator[list[weakref.ref[KVCache]]]:
         del target.new_cache
 
 
-def _held(caches: Sequence[weakref.ref[KVCache]]) -> int:
+def held_bytes(caches: Sequence[weakref.ref[KVCache]]) -> int:
     """Bytes allocated for keys and values of caches that are still there, whatever several of them refer to once."""
     alive = [cache for cache in (reference() for reference in caches) if cache is not None]
     return stored_bytes(part for cache in alive for part in cache.tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from integration.counting import VOCAB, Counting, counting_target
+from specdec.benchmarks.prefix import caches_of, held_bytes
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
-from specdec.kv_cache import KVCache
 from specdec.latency import LatencyCurve
 from specdec.lean_stack import make_lean
-from specdec.memory import stored_bytes
 from specdec.packing import can_pack, pack_linears
 from specdec.target import HFTarget
 
@@ -170,36 +168,25 @@ def test_rows_wait_for_memory_and_still_share(target: Counting, alone: list[list
 
 
 def peak_of(
-    decoder: SpecDecoder, target: HFTarget, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, fields: Any
+    decoder: SpecDecoder, target: HFTarget, prompts: list[list[int]], fields: dict[str, Any]
 ) -> tuple[list[Any], int]:
     """Results, and the most bytes of keys and values that were allocated at a time."""
-    made: list[weakref.ref[KVCache]] = []
-    new_cache = target.new_cache
-
-    def recording(batch_size: int, capacity: int) -> KVCache:
-        cache = new_cache(batch_size, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
     peak = 0
-    with monkeypatch.context() as patched:
-        patched.setattr(target, "new_cache", recording)
-        with decoder.stream(prompts, **fields) as stream:
-            for _ in stream:
-                held = [cache for reference in made if (cache := reference()) is not None]
-                peak = max(peak, stored_bytes(part for cache in held for part in cache.tensors))
-            return stream.results, peak
+    with caches_of(target) as caches, decoder.stream(prompts, **fields) as stream:
+        for _ in stream:
+            peak = max(peak, held_bytes(caches))
+        return stream.results, peak
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "recycling"])
-def test_memory_is_one_prefix_and_the_suffixes(target: Counting, monkeypatch: pytest.MonkeyPatch, drafter: str) -> None:
+def test_memory_is_one_prefix_and_the_suffixes(target: Counting, drafter: str) -> None:
     """Sixteen rows behind 1,024 tokens, 64 new ones each; trees stand where the texts' last tokens will."""
     prefix = [(5 * n + n // 7) % VOCAB for n in range(1024)]
     prompts = [[*prefix, row, row + 1] for row in range(16)]
     fields: dict[str, Any] = {"max_new_tokens": 64, "ignore_eos": True}
     flat = LatencyCurve.simple({1: 1e6, 64: 1.1e6})
     decoder = SpecDecoder(target, drafter, latency=flat, on_drafter_error="raise")
-    results, peak = peak_of(decoder, target, prompts, monkeypatch, fields)
+    results, peak = peak_of(decoder, target, prompts, fields)
     token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
     least = token * (len(prefix) + 16 * (len(prompts[0]) - len(prefix) + 64))
     assert least <= peak <= 1.05 * least
@@ -211,15 +198,13 @@ def test_memory_is_one_prefix_and_the_suffixes(target: Counting, monkeypatch: py
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
-def test_rows_that_share_less_make_no_longer_buffers_for_the_others(
-    target: Counting, monkeypatch: pytest.MonkeyPatch, drafter: str
-) -> None:
+def test_rows_that_share_less_make_no_longer_buffers_for_the_others(target: Counting, drafter: str) -> None:
     """Most rows begin with system prompt and examples, one with the system prompt alone, one with nothing known."""
     system, shots = [(5 * n + n // 7) % VOCAB for n in range(300)], [(11 * n + n // 3) % VOCAB for n in range(400)]
     prompts = [[*system, *shots, row, row + 1, 3] for row in range(6)] + [[*system, 7, 9], [8, 8, 9]]
     fields: dict[str, Any] = {"max_new_tokens": 32, "ignore_eos": True}
     decoder = SpecDecoder(target, drafter, latency=LatencyCurve.simple({1: 1e6, 64: 1.1e6}), on_drafter_error="raise")
-    results, peak = peak_of(decoder, target, prompts, monkeypatch, fields)
+    results, peak = peak_of(decoder, target, prompts, fields)
     token = 2 * 2 * 32 * 4  # keys and values, layers, width, bytes of a float
     own = [3, 3, 3, 3, 3, 3, 2, 3]
     least = token * (700 + sum(count + 32 for count in own))
