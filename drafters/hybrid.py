@@ -18,6 +18,7 @@ from specdec.missed import MissedPasses
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU
 from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
+from specdec.unread import UnreadPrompt, reads_late
 from specdec.verifiers.base import Verdict
 
 
@@ -115,7 +116,7 @@ class HybridDrafter(Drafter):
         self._merger.keep(())
         self._alive = [part for part in count if part not in self._resting]
         self._fresh = set(count)  # not asked yet in this call
-        self._unstarted: dict[int, tuple[Batch, TargetOutput]] = {}  # parts that have not read the prompt
+        self._prompts = [UnreadPrompt() for _ in count]  # of each part
         self._missed = [MissedPasses(part.reads_logits) for part in self.parts]
         self._round: _Round | None = None
 
@@ -148,31 +149,11 @@ class HybridDrafter(Drafter):
         self._begin([row.row_id for row in batch.rows])
         self._economy.begin()
         view = _view(batch, batch.max_nodes)
-
-        def start(part: int) -> None:
-            if output is not None and self._waits(part):
-                read = _features_of(self.parts[part], output)
-                assert read is not None
-                self._unstarted[part] = view.as_it_is(), read
-            else:
-                self.parts[part].start(view, output)
-
-        self._each(start)
-
-    def _waits(self, part: int) -> bool:
-        """Whether a part is shown nothing before it is asked, as reading many states takes little more than one."""
-        return bool(self.parts[part].features) and not self.parts[part].reads_logits
-
-    def _start(self, part: int) -> None:
-        """Have a part read the prompt if it did not yet."""
-        if part in self._unstarted:
-            self.parts[part].start(*self._unstarted.pop(part))
+        self._each(lambda part: self._prompts[part].start(self.parts[part], view, output))
 
     def _unread(self, part: int) -> int:
         """States that a part would have to read if it were asked."""
-        waiting = self._unstarted.get(part)
-        prompt = 0 if waiting is None else sum(len(row.tokens) - 1 for row in waiting[0].rows)
-        return prompt + self._missed[part].num_states
+        return self._prompts[part].num_states + self._missed[part].num_states
 
     def propose(self, batch: Batch) -> TokenTree:
         max_nodes = min(self.config.max_nodes, batch.max_nodes)
@@ -238,7 +219,7 @@ class HybridDrafter(Drafter):
     def _catch_up(self, part: int, view: Batch) -> None:
         """Show a part what it missed since it was asked last, the prompt for one."""
         drafter, began, states = self.parts[part], self._now(), self._unread(part)
-        self._start(part)
+        self._prompts[part].begun(drafter)
         self._missed[part].hand_over(lambda *seen: drafter.observe(view, *seen))
         if states:
             self._economy.read(part, 1000.0 * (self._now() - began), states)
@@ -262,7 +243,7 @@ class HybridDrafter(Drafter):
 
         def show(part: int) -> None:
             drafter = self.parts[part]
-            if self._waits(part) or (drafter.features and part not in asked):
+            if reads_late(drafter) or (drafter.features and part not in asked):
                 self._missed[part].add(tree, output, verdict, drafter.features)
                 if self._missed[part].full:
                     self._catch_up(part, view)
@@ -316,14 +297,7 @@ class HybridDrafter(Drafter):
             missed.keep(rows)
         if self._round is not None:
             self._round.merged.keep(rows)
-
-        def keep(part: int) -> None:
-            if not rows and part in self._unstarted:
-                return  # it was never asked
-            self._start(part)
-            self.parts[part].keep(view, rows)
-
-        self._each(keep)
+        self._each(lambda part: self._prompts[part].keep(self.parts[part], view, rows))
 
     def stop(self) -> None:
         alive = self._alive

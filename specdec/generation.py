@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from specdec.batch import Batch, Row
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
+from specdec.emission import emit
 from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows, joined_features
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import WINDOW
@@ -26,6 +26,7 @@ from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
 from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
+from specdec.unread import UnreadPrompt
 from specdec.verifiers.base import Verdict, Verifier
 from specdec.waiting import WaitingRows, shared_work
 
@@ -100,7 +101,7 @@ class Generation:
         self._pass_tokens = pass_tokens
         self._by_clock = by_clock
         self._features: Sequence[Feature] = ()
-        self._unstarted: tuple[Batch, TargetOutput] | None = None  # what the drafter begins with once it is asked
+        self._unread = UnreadPrompt()
         self._filling = self._new_filling()
         self._spare = 1 if most_nodes == 1 or isinstance(drafter, NoneDrafter) else spare or SPARE_SLOTS
         self._grows = spare is None
@@ -225,11 +226,11 @@ class Generation:
             if first:
                 self._batch.add(rows)
                 seen = (output,) if self._wanted else ()
-                self._guarded(lambda: self._started().join(self._batch, len(rows), *seen))
+                self._guarded(lambda: self._begun().join(self._batch, len(rows), *seen))
             else:
                 self._guarded(self.drafter.stop)
                 self._missed, self._batch = MissedPasses(self.drafter.reads_logits), self._make_batch(rows)
-                self._start(output)
+                self._guarded(lambda: self._unread.start(self.drafter, self._batch, output))
         self._share(clock.stop(), rows)
         return cache
 
@@ -270,7 +271,7 @@ class Generation:
                 missing = [prompt[reused:] for prompt in prompts]
                 output = self.target.extend(missing, cache, self._wanted) if any(missing) else None
         with clock.phase("draft"):
-            self._start(output)
+            self._guarded(lambda: self._unread.start(self.drafter, self._batch, output))
         self._share(clock.stop(), batch.rows)
         return cache
 
@@ -300,7 +301,7 @@ class Generation:
         if self.drafter.observes:
             with clock.phase("draft"):
                 self._learn(budget, tree, output, verdict)
-        pieces = self._emit(tree, output.logits, verdict)
+        pieces = emit(batch, tree, output.logits, verdict, self._index, self.stats)
         self._retire(cache)
         milliseconds = clock.stop()
         self._share(milliseconds, rows)
@@ -340,7 +341,7 @@ class Generation:
         self._missed.hand_over(self._observe)
         batch.max_nodes, batch.mean_nodes = self._most_of_a_row(budget), budget
         batch.trying, batch.unchecked = self._policy.trying, unchecked
-        tree = self._started().propose(batch).to(batch.device)
+        tree = self._begun().propose(batch).to(batch.device)
         tree.validate(batch.vocab_size)
         if tree.tokens[:, 0].tolist() != [row.pending for row in batch.rows]:
             raise ValueError(f"drafter {self.drafter.name!r} must root one tree per row at the pending tokens")
@@ -350,23 +351,8 @@ class Generation:
         tree = tree.limit_depth(deepest).first(batch.max_nodes).most_promising(budget)
         return tree if tree.num_nodes <= self._most_nodes else TokenTree.from_pending(batch.pending)
 
-    def _start(self, output: TargetOutput | None) -> None:
-        """Have the drafter begin; one that reads hidden states alone not before it is asked, which it may never be.
-
-        A hybrid sees to that for each of its parts.
-        """
-        drafter, self._unstarted = self.drafter, None
-        if output is not None and drafter.features and not drafter.reads_logits and not drafter.parts:
-            self._unstarted = self._batch.as_it_is(), output
-        else:
-            self._guarded(lambda: drafter.start(self._batch, output))
-
-    def _started(self) -> Drafter:
-        """The drafter, begun."""
-        if self._unstarted is not None:
-            (batch, output), self._unstarted = self._unstarted, None
-            self.drafter.start(batch, output)
-        return self.drafter
+    def _begun(self) -> Drafter:
+        return self._unread.begun(self.drafter)
 
     def _learn(self, budget: int, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
         """Show the drafter a pass, or keep it for later where it was not asked for a draft."""
@@ -378,38 +364,7 @@ class Generation:
             self._guarded(lambda: self._missed.hand_over(self._observe))
 
     def _observe(self, tree: TokenTree, output: TargetOutput, verdict: Verdict) -> None:
-        self._started().observe(self._batch, tree, output, verdict)
-
-    def _emit(self, tree: TokenTree, logits: Tensor, verdict: Verdict) -> list[StreamPiece]:
-        """Append what was accepted to the rows, up to where each ends."""
-        pieces = []
-        for counted in self._counted(self._batch.rows):
-            counted.steps += 1
-        drafts = tree.drafts if tree.num_nodes > 1 else [(0, 0)] * len(self._batch)
-        for index, row in enumerate(self._batch.rows):
-            accepted = verdict.num_accepted[index]
-            for counted in self._counted([row]):
-                counted.count_pass(drafts[index], accepted, plain=tree.num_nodes == 1)
-            start = len(row.tokens)
-            for offset, token in enumerate(verdict.tokens[index]):
-                text = row.push(token)
-                pieces.append(StreamPiece(text, token, offset < accepted, self._index[row.row_id]))
-                if row.finish_reason is not None:
-                    break
-            if verdict.failed[index] and row.finish_reason is None:
-                step = row.stats.passes
-                held = row.fail(f"the target returned NaN logits at step {step}; the text up to it is kept")
-                if held:
-                    pieces.append(StreamPiece(held, None, False, self._index[row.row_id]))
-            new = row.tokens[start:]
-            self.stats.emitted += len(new)
-            self._batch.mark_seen(index, new)
-            row.noise.forget_before(len(row.tokens))
-            if row.params.logprobs and new:
-                nodes = logits[index, verdict.path[index, : len(new)]].float().log_softmax(-1)
-                chosen = torch.tensor(new, device=logits.device).unsqueeze(1)
-                row.logprobs += nodes.gather(1, chosen).squeeze(1).tolist()
-        return pieces
+        self._begun().observe(self._batch, tree, output, verdict)
 
     @torch.inference_mode()
     def _retire(self, cache: KVCache) -> None:
@@ -417,13 +372,7 @@ class Generation:
         running = [index for index, row in enumerate(self._batch.rows) if row.finish_reason is None]
         if len(running) < len(self._batch):
             running = without_gaps(running)
-            if self._unstarted is None:
-                self._guarded(lambda: self.drafter.keep(self._batch, running))
-            else:
-                batch, output = self._unstarted
-                batch.keep(running)
-                states = {name: value[running] for name, value in output.features.items()}
-                self._unstarted = (batch, TargetOutput(output.logits, states)) if running else None
+            self._guarded(lambda: self._unread.keep(self.drafter, self._batch, running))
             self._missed.keep(running)
             self._batch.keep(running)
             if running:

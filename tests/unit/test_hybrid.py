@@ -188,8 +188,7 @@ def test_a_part_reads_prompt_and_passes_when_it_is_asked_rows_that_ended_left_ou
     drafter.propose(batch)
 
     assert part.calls == [
-        ("start", [[1, 2], [3, 4]]),
-        ("keep", [1]),
+        ("start", [[3, 4]]),
         ("observe", [[4.0, 6.0]]),
         ("propose", [7]),
     ]
