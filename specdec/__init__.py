@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.conversation import Conversation
     from specdec.decoder import SpecDecoder
-    from specdec.generation import KeptPrefix
+    from specdec.kept_prefix import KeptPrefix
     from specdec.result import GenerationResult, GenerationStream, StreamPiece
     from specdec.sampling import SamplingParams
     from specdec.stats import DecodeStats
@@ -32,7 +32,7 @@ _HOMES = {
     "DecodeStats": "specdec.stats",
     "GenerationResult": "specdec.result",
     "GenerationStream": "specdec.result",
-    "KeptPrefix": "specdec.generation",
+    "KeptPrefix": "specdec.kept_prefix",
     "SamplingParams": "specdec.sampling",
     "SpecDecoder": "specdec.decoder",
     "StreamPiece": "specdec.result",

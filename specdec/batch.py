@@ -244,3 +244,11 @@ def _filter(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tens
     """``filter_logits`` of ``[B, ..., V]``."""
     flat = None if seen is None else seen.flatten(0, -2)
     return filter_logits(logits.flatten(0, -2), params, flat).view(logits.shape)
+
+
+def without_gaps(kept: Sequence[int]) -> list[int]:
+    """Ascending indices in another order: those below their number at their own places, the others in the gaps."""
+    order = dict.fromkeys(range(len(kept)))
+    others = [index for index in kept if index not in order]
+    gaps = sorted(order.keys() - set(kept))
+    return [*({**{index: index for index in order}, **dict(zip(gaps, others, strict=True))}.values())]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from specdec.decoder import SpecDecoder
-from specdec.generation import KeptPrefix
+from specdec.kept_prefix import KeptPrefix
 from specdec.result import GenerationResult, GenerationStream, StreamPiece
 from specdec.sampling import SamplingParams
 from specdec.stats import DecodeStats

@@ -18,8 +18,9 @@ from specdec.call_memory import CallMemory
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
 from specdec.filling import PASS_TOKENS
-from specdec.generation import Generation, KeptPrefix
+from specdec.generation import Generation
 from specdec.graphs import check_graphs, make_target
+from specdec.kept_prefix import KeptPrefix
 from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
 from specdec.load_plan import stored_drafter_bytes

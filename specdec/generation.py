@@ -5,26 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from specdec.batch import Batch, Row
+from specdec.batch import Batch, Row, without_gaps
 from specdec.drafters.base import Drafter
 from specdec.drafters.none import NoneDrafter
 from specdec.emission import emit
 from specdec.filling import LEAST_CHUNK, PASS_TOKENS, FillingRows, joined_features
+from specdec.kept_prefix import KeptPrefix
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import WINDOW
 from specdec.memory_plan import SPARE_SLOTS
 from specdec.missed import MissedPasses
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
-from specdec.prefix import SharedWork, common_prefix, prefill_shared
+from specdec.prefix import SharedWork, prefill_shared
 from specdec.prefix_store import PrefixStore
 from specdec.result import StreamPiece
 from specdec.stats import DecodeStats, PhaseClock
-from specdec.target import PREFILL_CHUNK, Chunk, Feature, HFTarget, TargetOutput
+from specdec.target import PREFILL_CHUNK, Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.unread import UnreadPrompt
 from specdec.verifiers.base import Verdict, Verifier
@@ -34,14 +34,6 @@ T = TypeVar("T")
 
 _UNEVEN = 4
 """Times the mean of a batch's rows that a row's tree may have of nodes."""
-
-
-@dataclass
-class KeptPrefix:
-    """Tokens of an earlier generation and the one-row cache that holds them, for a later one to build on."""
-
-    tokens: list[int] = field(default_factory=list)
-    cache: KVCache | None = None
 
 
 class Generation:
@@ -244,10 +236,6 @@ class Generation:
             self._share(clock.stop(), rows)
         return []
 
-    def _chunks(self, tree: TokenTree) -> list[Chunk]:
-        """What of prompts rides in the pass over a tree."""
-        return self._filling.chunks(max(LEAST_CHUNK, self._pass_tokens - tree.tokens.numel()))
-
     @torch.inference_mode()
     def _prefill(self) -> KVCache:
         """Cache every prompt but its last token, the first pending one; what prompts share is computed once."""
@@ -257,15 +245,13 @@ class Generation:
         with clock.phase("prefill"):
             capacities = [row.max_len + self._spare for row in batch.rows]
             prompts = [tuple(row.tokens[:-1]) for row in batch.rows]
-            if self._kept is None or self._kept.cache is None or self._wanted:
+            cache = None if self._kept is None or self._wanted else self._kept.take(prompts[0])
+            if cache is None:
                 prefixes, self._begin_with = self._begin_with, []
                 cache, output = prefill_shared(self.target, prompts, capacities, self._wanted, self._prefixes, prefixes)
                 if self._prefixes is not None and self._kept is None:
                     self._prefixes.notice(prompts, cache, {} if output is None else output.features)
             else:
-                cache, reused = self._kept.cache, common_prefix(self._kept.tokens, prompts[0])
-                self._kept.tokens, self._kept.cache = [], None  # ours until _keep: a failure must not leave it stale
-                cache.truncate([reused])
                 reused = cache.max_length  # a quantized cache may not go back so far
                 cache.reserve(max(capacities))
                 missing = [prompt[reused:] for prompt in prompts]
@@ -292,7 +278,7 @@ class Generation:
         tree = drafted or TokenTree.from_pending(batch.pending)
         with clock.phase("target"):
             cache.make_room(tree.num_nodes)
-            chunks = self._chunks(tree)
+            chunks = self._filling.chunks(max(LEAST_CHUNK, self._pass_tokens - tree.tokens.numel()))
             output = self.target.forward_beside(tree, cache, chunks, self._wanted)
         with clock.phase("accept"):
             verdict = self.verifier.accept(tree, output.logits, batch)
@@ -380,10 +366,8 @@ class Generation:
 
     def _keep(self, cache: KVCache) -> None:
         """Leave the cache, cut to the emitted text, for a later generation."""
-        row = self._rows[0]
-        if self._kept is not None and row.error is None:
-            cache.truncate([min(cache.max_length, len(row.tokens))])
-            self._kept.tokens, self._kept.cache = row.tokens[: cache.max_length], cache
+        if self._kept is not None:
+            self._kept.leave(self._rows[0], cache)
 
     def _guarded(self, call: Callable[[], T]) -> T | None:
         """Run a drafter's method; where it raises, go on with plain decoding, or raise if that was asked for."""
@@ -394,14 +378,12 @@ class Generation:
                 raise
             reason = f"drafter {self.stats.drafter!r} raised {type(error).__name__}: {error}"
             survivor = self.drafter.survivor()
-            if survivor is not None:
-                warnings.warn(f"{reason}; going on with the rest of it", RuntimeWarning, stacklevel=2)
-                self.drafter = survivor
-                return None
-            warnings.warn(f"{reason}; going on without it", RuntimeWarning, stacklevel=2)
-            for counted in self._counted(self._rows):
-                counted.speculation_off = counted.speculation_off or reason
-            self.drafter = NoneDrafter()
+            rest = "without it" if survivor is None else "with the rest of it"
+            warnings.warn(f"{reason}; going on {rest}", RuntimeWarning, stacklevel=2)
+            if survivor is None:
+                for counted in self._counted(self._rows):
+                    counted.speculation_off = counted.speculation_off or reason
+            self.drafter = NoneDrafter() if survivor is None else survivor
             return None
 
     def _name(self, counted: DecodeStats) -> None:
@@ -414,11 +396,3 @@ class Generation:
     def _share(self, milliseconds: dict[str, float], rows: Sequence[Row]) -> None:
         for counted in self._counted(rows):
             counted.add_times(milliseconds)
-
-
-def without_gaps(kept: Sequence[int]) -> list[int]:
-    """Ascending indices in another order: those below their number at their own places, the others in the gaps."""
-    order = dict.fromkeys(range(len(kept)))
-    others = [index for index in kept if index not in order]
-    gaps = sorted(order.keys() - set(kept))
-    return [*({**{index: index for index in order}, **dict(zip(gaps, others, strict=True))}.values())]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from specdec.cli import main
 from specdec.decoder import SpecDecoder
 from specdec.drafters.model import ModelConfig, ModelDrafter
-from specdec.generation import KeptPrefix
+from specdec.kept_prefix import KeptPrefix
 from specdec.kv_quantized import WINDOW, QuantizedKVCache
 from specdec.latency import LatencyKey
 from specdec.lean_stack import make_lean
