@@ -92,6 +92,8 @@ class Experience:
         self._weight = _CALIBRATED if hopes else 1.0
         self._hopes = Acceptance(hopes).by_size()
         self._got = self._expected = _PRIOR
+        self.whole_width = 0.0
+        """Nodes of a row's tree where trees come whole or not at all; 0 where they do not, or nobody knows."""
 
     def new_row(self) -> Acceptance:
         """What to expect of another text."""

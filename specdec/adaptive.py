@@ -114,9 +114,10 @@ class AdaptiveTrees:
         self._watched = 0.0  # what held drafts took, in plain passes
         self._doubtful: bool | None = None  # whether at first drafts were not expected to pay; None while it is a guess
         self._rows: dict[int, _KnownRow] = {}
-        self._width = 0.0  # of the trees that the drafter makes, on average; 0 before one came uncut
-        self._widest: float = RUNGS[-1]  # of these
-        self._whole = False  # trees come whole or not at all
+        whole = self._experience.whole_width
+        self._width = whole  # of the trees that the drafter makes, on average; 0 before one came uncut
+        self._widest: float = whole or RUNGS[-1]  # of these
+        self._whole = whole > 0.0  # trees come whole or not at all
         self._asked = 1  # the last budget
         self._trial_over: int | None = None  # the size that would have been chosen, while a larger one is tried
         self._speculates = True
@@ -374,6 +375,8 @@ class AdaptiveTrees:
         self._whole = self._whole or not tree.divisible
         if width == 1:
             return None  # nothing to draft, which says nothing of what is drafted elsewhere
+        if tree.divisible:
+            self._experience.whole_width = 0.0
         cut = tree.divisible and tree.last_standing + 1 >= asked
         if cut and self._width:
             self._width += (1 - _MEMORY) * max(width - self._width, 0.0)
@@ -381,6 +384,8 @@ class AdaptiveTrees:
         elif not cut:
             self._width += (1 - _MEMORY) * (width - self._width) if self._width else width
             self._widest = width if self._widest == RUNGS[-1] else max(self._widest, width)
+        if not tree.divisible:
+            self._experience.whole_width = self._widest
         if not any(drafted for drafted, _ in tree.drafts):
             return None  # only nodes that make later drafts possible
         return asked if cut else RUNGS[-1]

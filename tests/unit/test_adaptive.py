@@ -381,6 +381,30 @@ def test_trees_that_come_whole_are_all_or_nothing() -> None:
     assert sum(run.speculating) <= 0.05 * len(run.widths)
 
 
+def test_whole_trees_too_wide_for_what_may_be_lost_surprise_a_decoder_once() -> None:
+    steep = LatencyCurve.simple({1: 10.0, 32: 60.0})
+    known = Experience()
+    first = Machine(steep, [never], 32, known=False, virtual=True, experience=known)
+    times = first.policy._times
+    assert sum(first.run(128).speculating) == 1
+    second = Machine(steep, [never], 32, virtual=True, experience=known)
+    second.policy._times = times  # kept from call to call, as the experience is
+    assert not any(second.run(128).speculating)
+    assert "no more may be lost" in (second.policy.reason or "")
+    longer = Machine(steep, [always], 32, virtual=True, experience=known)
+    longer.policy._times = times
+    assert any(longer.run(600).speculating)  # it may lose more by then, and finds out that they pay
+
+
+def test_whole_trees_that_are_affordable_are_drafted_from_the_first_pass_on() -> None:
+    known = Experience()
+    for _ in range(2):
+        run = Machine(FLAT, [always], 12, virtual=True, experience=known).run(200)
+        assert set(run.widths) == {12}
+    assert all(Machine(FLAT, [always], 12, experience=known).run(400).speculating)  # trees of another kind now
+    assert known.whole_width == 0.0
+
+
 def test_a_drafter_dearer_than_its_tokens_is_left_alone() -> None:
     run = Machine(FLAT, [lambda _: 1], draft_ms=15.0).run(1000)
     assert sum(run.speculating) <= 0.03 * len(run.widths)
