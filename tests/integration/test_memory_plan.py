@@ -263,9 +263,9 @@ def test_keys_and_values_of_a_drafter_come_out_of_what_is_free(
     decoder.generate([1, 2], max_new_tokens=5)
     assert decoder.memory_plan is not None
     least = estimate(ModelShape.of(small), 0, Workload(1, 2, 7, 1, features=1), 1, 1).working
-    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7))
+    monkeypatch.setattr("specdec.call_memory.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7))
     assert decoder.generate([1, 2], max_new_tokens=5).token_ids
-    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7) - 1)
+    monkeypatch.setattr("specdec.call_memory.free_bytes", lambda device: least + drafter_kv(drafter, 1, 7) - 1)
     with pytest.raises(ValueError, match="may be used"):
         decoder.generate([1, 2], max_new_tokens=5)
 
@@ -366,10 +366,10 @@ def test_a_call_that_cannot_run_says_so_before_it_starts(small: HFTarget) -> Non
 def test_without_a_budget_what_is_free_counts(small: HFTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = SpecDecoder(small, "none")
     assert decoder.generate([1, 2], max_new_tokens=5).token_ids
-    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("specdec.call_memory.free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="may be used"):
         decoder.generate([1, 2], max_new_tokens=5)
-    monkeypatch.setattr("specdec.decoder.free_bytes", lambda device: None)
+    monkeypatch.setattr("specdec.call_memory.free_bytes", lambda device: None)
     assert decoder.generate([1, 2], max_new_tokens=5).token_ids
 
 

@@ -412,7 +412,7 @@ def test_where_memory_was_taken_meanwhile_the_request_learns_of_it(
         async with decoder.serve(max_rows=4) as server:
             lost = await server.submit(PROMPTS[0], max_new_tokens=200)
             with monkeypatch.context() as patched:
-                patched.setattr("specdec.decoder.free_bytes", lambda device: 1)
+                patched.setattr("specdec.call_memory.free_bytes", lambda device: 1)
                 with pytest.raises(ValueError, match="may be used"):
                     await lost.wait()
             assert lost.result.finish_reason == "error"
