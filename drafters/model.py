@@ -25,7 +25,7 @@ from specdec.kv_cache import KVCache
 from specdec.latency import LatencyKey, load_curve
 from specdec.models import find_device, find_dtype
 from specdec.optimal_tree import OptimalTrees
-from specdec.placement import USUAL_CHANCES, chances_by_depth, measure_link, plan_draft
+from specdec.placement import USUAL_CHANCES, DraftNodes, by_levels, chances_by_depth, measure_link, plan_draft
 from specdec.policy import NO_LIMIT
 from specdec.sampling import filter_logits
 from specdec.target import PREFILL_CHUNK, HFTarget, TargetOutput
@@ -187,13 +187,21 @@ class ModelDrafter(Drafter):
         beams, most = self.config.beams, min(self.config.max_nodes, MOST_PLANNED)
         rates = _known_rates(self._pruned)
         plan = plan_draft(
-            whole, draft, measure_link(target.device, self.draft_model.device), beams=beams,
+            whole, draft, measure_link(target.device, self.draft_model.device), draft_nodes=self._draft_nodes,
             chances=chances_by_depth(rates, beams, USUAL_DEPTH) if rates else USUAL_CHANCES[:beams],
             max_nodes=most, max_depth=USUAL_DEPTH,
         )  # fmt: skip
         self.depth = max(1, plan.depth)  # where nothing pays, the planner decides whether to ask for it
         if plan.depth:
             self.nodes = plan.nodes
+
+    @property
+    def _draft_nodes(self) -> DraftNodes:
+        """Of the draft model's passes."""
+        if self._prompts is not None:
+            return self._prompts.draft_nodes(self.config.beams)
+        again = 1 if self._compiled is None else 0  # the pending token, which stays a tree's root
+        return by_levels(self.config.beams, again)
 
     def _most_nodes(self, batch: Batch) -> int:
         """Nodes of a tree, root included: what was planned, but where somebody sets sizes while decoding."""

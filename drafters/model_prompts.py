@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from specdec.batch import Batch
 from specdec.drafters.ppd import PromptTokens, average
 from specdec.drafters.weights import TargetFacts, check_weights, load_weights
 from specdec.kv_cache import KVCache
+from specdec.placement import DraftNodes
 from specdec.target import HFTarget
 from specdec.tree import PADDING, TokenTree
 
@@ -62,6 +64,16 @@ class DraftPrompts:
         cache.advance([len(tokens) - 1 for tokens in missing])
         own = logits[torch.arange(len(batch), device=device), last].view(len(batch), 1, 1, -1)
         return torch.cat([own.float(), self.guesses(logits[:, width:])], dim=2)
+
+    def draft_nodes(self, beams: int) -> DraftNodes:
+        """Of the passes for a tree, prompt tokens included, where so many nodes are expanded per level."""
+        levels, below = self.num_tokens + 1, self.ensembles * self.num_tokens
+
+        def nodes(depth: int, tokens: float) -> list[float]:
+            further = math.ceil(depth / levels) - 1
+            return [tokens + 1 + below, *[float(beams * (levels + below))] * further]
+
+        return nodes
 
     def below(self, tree: TokenTree, nodes: Tensor) -> TokenTree:
         """The tree with prompt tokens below ``nodes`` ``[B, n]``, behind its own columns in the order ``[n, m, k]``."""

@@ -123,19 +123,19 @@ class OptimalTrees:
         sizes = {size: self.tokens(size, depth) or 0.0 for size in range(1, nodes + 1)}
         return self.tree(max(sizes, key=lambda size: (sizes[size], -size)), depth)
 
-    def fastest(self, pass_ms: Callable[[int], float], level_ms: float) -> RankedTree:
-        """The tree that takes the least time per token, ``(depth * level_ms + pass_ms(nodes)) / tokens``.
+    def fastest(self, pass_ms: Callable[[int], float], draft_ms: Callable[[int, float], float]) -> RankedTree:
+        """The tree that takes the least time per token, ``(draft_ms(depth, tokens) + pass_ms(nodes)) / tokens``.
 
         Args:
             pass_ms: the target's time for a pass over n nodes.
-            level_ms: the drafter's time per level of depth.
+            draft_ms: the drafter's time for a tree so deep, by which a step is expected to emit so many tokens.
         """
         found = (1.0 / pass_ms(1), 1, 0)
         for depth in range(1, self.max_depth + 1):
             for nodes in range(depth + 1, self.max_nodes + 1):
                 tokens = self.tokens(nodes, depth)
                 if tokens is not None:
-                    rate = tokens / (depth * level_ms + pass_ms(nodes))
+                    rate = tokens / (draft_ms(depth, tokens) + pass_ms(nodes))
                     if rate > found[0]:
                         found = rate, nodes, depth
         return self.tree(found[1], found[2])

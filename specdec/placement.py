@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -20,6 +20,23 @@ NODE_BYTES = 16
 USUAL_CHANCES = (0.6, 0.13, 0.06, 0.04)
 """That a draft model's guess of each rank is the target's token: a small model of the same family, where nothing is
 known of it."""
+
+DraftNodes = Callable[[int, float], Sequence[float]]
+"""Nodes of each of a draft model's passes for a tree so deep, where a step emits so many tokens."""
+
+
+def by_levels(beams: int, again: int = 0) -> DraftNodes:
+    """Of passes for a level each: the first reads what the last step emitted, a further one the level above its own.
+
+    Args:
+        beams: nodes expanded per level.
+        again: tokens that the first one reads though it did before.
+    """
+    return lambda depth, tokens: [tokens + again, *[float(beams)] * (depth - 1)]
+
+
+USUAL_PASSES = by_levels(4)
+"""Of as many beams as the model drafter has where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class DraftPlan:
 
     Attributes:
         nodes: root included; 1 where none pays.
-        depth: passes of the draft model; 0 where none pays.
+        depth: levels drafted; 0 where none pays.
         tokens: expected per step, the bonus token included.
         speedup: over plain decoding, at least 1.
     """
@@ -69,7 +86,7 @@ def plan_draft(
     link: Link | None = None,
     *,
     chances: Sequence[float] | Sequence[Sequence[float]] = USUAL_CHANCES,
-    beams: int = 4,
+    draft_nodes: DraftNodes = USUAL_PASSES,
     max_nodes: int = 24,
     max_depth: int = 5,
     batch: int = 1,
@@ -78,7 +95,7 @@ def plan_draft(
 ) -> DraftPlan:
     """The best tree by Sequoia's rule, of a step that takes
 
-        L_target(nodes) + depth * L_draft(beams) + 2 * latency + batch * nodes * node_bytes / rate
+        L_target(nodes) + sum(L_draft(n) for n in draft_nodes) + 2 * latency + batch * nodes * node_bytes / rate
 
     as the draft's nodes go one way and what was accepted comes back.
 
@@ -87,7 +104,7 @@ def plan_draft(
         draft: the draft model's on its own.
         link: between the two; None where they share a device.
         chances: that the child of each rank is accepted, given that its parent is; or a row of them per depth.
-        beams: nodes the draft model expands per level.
+        draft_nodes: of the draft model's passes.
         max_nodes: largest tree.
         max_depth: deepest one.
         batch: rows.
@@ -103,10 +120,12 @@ def plan_draft(
             return plain
         return target.at(nodes, batch, length) + crossing + batch * nodes * node_bytes / link.bytes_per_ms
 
-    trees = OptimalTrees(chances, max_nodes, max_depth)
-    best = trees.fastest(pass_ms, draft.at(beams, batch, length))
+    def draft_ms(depth: int, tokens: float) -> float:
+        return sum(draft.at(count, batch, length) for count in draft_nodes(depth, tokens)) if depth else 0.0
+
+    best = OptimalTrees(chances, max_nodes, max_depth).fastest(pass_ms, draft_ms)
     depth, nodes = best.depth, len(best.parents)
-    ms = pass_ms(nodes) + depth * draft.at(beams, batch, length)
+    ms = pass_ms(nodes) + draft_ms(depth, best.tokens)
     return DraftPlan(nodes, depth, best.tokens, best.tokens * plain / ms)
 
 

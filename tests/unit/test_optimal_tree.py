@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -73,33 +73,41 @@ def test_no_tree_of_any_size_and_depth_is_better(name: str) -> None:
         assert tokens_of(tree, chances) == pytest.approx(best) == tree.tokens
 
 
+def level_by_level(level_ms: float) -> Callable[[int, float], float]:
+    return lambda depth, _: depth * level_ms
+
+
 def test_a_flat_machine_wants_the_largest_tree_and_a_steep_one_none() -> None:
     trees = OptimalTrees((0.6, 0.2), max_nodes=8, max_depth=4)
-    assert len(trees.fastest(lambda nodes: 10.0, 0.0).parents) == 8
-    assert trees.fastest(lambda nodes: 10.0 * nodes, 0.0).parents == (ROOT,)
+    assert len(trees.fastest(lambda nodes: 10.0, level_by_level(0.0)).parents) == 8
+    assert trees.fastest(lambda nodes: 10.0 * nodes, level_by_level(0.0)).parents == (ROOT,)
 
 
 def test_dear_levels_make_flat_trees() -> None:
     trees = OptimalTrees((0.7, 0.2), max_nodes=8, max_depth=6)
-    depths = [trees.fastest(lambda nodes: 10.0, level).depth for level in (0.0, 2.0, 4.0, 100.0)]
+    depths = [trees.fastest(lambda nodes: 10.0, level_by_level(level)).depth for level in (0.0, 2.0, 4.0, 100.0)]
     assert depths == sorted(depths, reverse=True)
     assert depths[0] > depths[1] > depths[-1] == 0
 
 
+@pytest.mark.parametrize("token_ms", [0.0, 2.0])
 @pytest.mark.parametrize("level_ms", [0.0, 1.0, 3.0])
-def test_the_fastest_tree_takes_least_time_per_token(level_ms: float) -> None:
+def test_the_fastest_tree_takes_least_time_per_token(level_ms: float, token_ms: float) -> None:
     chances = CHANCES["falling"]
 
     def pass_ms(nodes: int) -> float:
         return 5.0 + nodes
 
+    def draft_ms(depth: int, tokens: float) -> float:
+        return depth * level_ms + min(depth, 1) * tokens * token_ms
+
     best = min(
-        (depth * level_ms + pass_ms(nodes)) / expected_tokens(shape, chances)
+        (draft_ms(depth, expected_tokens(shape, chances)) + pass_ms(nodes)) / expected_tokens(shape, chances)
         for nodes, depth in itertools.product(range(1, 7), range(4))
         for shape in shapes(nodes, depth, 3)
     )
-    tree = OptimalTrees(chances, 6, 3).fastest(pass_ms, level_ms)
-    found = (tree.depth * level_ms + pass_ms(len(tree.parents))) / tree.tokens
+    tree = OptimalTrees(chances, 6, 3).fastest(pass_ms, draft_ms)
+    found = (draft_ms(tree.depth, tree.tokens) + pass_ms(len(tree.parents))) / tree.tokens
     assert found == pytest.approx(best)
 
 

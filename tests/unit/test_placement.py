@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from integration.architectures import VOCAB, generate_alone, tiny_model
+from test_model_prompts import write_prompts
 from unit_rows import make_batch
 
 from specdec import SpecDecoder, placement
@@ -21,7 +22,7 @@ from specdec.drafters.weights import TargetFacts, load_weights, write_config
 from specdec.latency import LatencyCurve, LatencyKey
 from specdec.models import find_device
 from specdec.optimal_tree import OptimalTrees
-from specdec.placement import USUAL_CHANCES, DraftPlan, Link, measure_link, plan_draft
+from specdec.placement import USUAL_CHANCES, DraftPlan, Link, by_levels, measure_link, plan_draft
 from specdec.target import HFTarget
 from specdec.training.method import create_method
 
@@ -38,7 +39,8 @@ def by_hand(target: LatencyCurve, draft: LatencyCurve, link: Link, node_bytes: i
         tokens = trees.tokens(nodes, depth)
         if tokens is not None:
             copies = 2 * link.latency_ms + nodes * node_bytes / link.bytes_per_ms
-            found = max(found, (tokens / (target.at(nodes) + depth * draft.at(4) + copies), nodes, depth))
+            drafting = draft.at(tokens) + (depth - 1) * draft.at(4)
+            found = max(found, (tokens / (target.at(nodes) + drafting + copies), nodes, depth))
     return found
 
 
@@ -61,6 +63,55 @@ def test_a_slow_target_takes_deep_but_small_trees_from_a_fast_drafter() -> None:
     assert crossed.speedup > 1.3
     levels = plan_draft(SLOW, SMALL_ON_SLOW)
     assert levels.depth <= crossed.depth, "levels that cost something are fewer"
+
+
+def test_a_level_costs_what_a_pass_over_its_nodes_does() -> None:
+    """Not one over the whole tree, nor one over a single node: the draft model's curve is steep in between."""
+    steep = LatencyCurve.simple({1: 1.0, 2: 2.0, 8: 60.0, 64: 1000.0})
+    sure = {"chances": (0.8,), "max_nodes": 6}  # chains
+    chains = plan_draft(SLOW, steep, draft_nodes=by_levels(1), **sure)
+    ms = SLOW.at(6) + steep.at(chains.tokens) + 4 * 1.0
+    assert (chains.nodes, chains.depth) == (6, 5)
+    assert chains.speedup == pytest.approx(chains.tokens * SLOW.at(1) / ms)
+    wide = plan_draft(SLOW, steep, draft_nodes=by_levels(8), **sure)
+    assert wide.depth == 1, "every further level is a pass over 8 nodes, 60 ms"
+    assert wide.speedup == pytest.approx(1.8 * SLOW.at(1) / (SLOW.at(2) + steep.at(1.8)))
+    again = plan_draft(SLOW, steep, draft_nodes=by_levels(1, again=1), **sure)
+    assert again.speedup < chains.speedup
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_the_passes_planned_are_those_that_are_run(num_tokens: int, tmp_path: Path) -> None:
+    """Of a draft model by itself, and with so many prompt tokens."""
+    target, model = HFTarget(tiny_model(initializer_range=0.15)), tiny_model(initializer_range=0.15)
+    with torch.no_grad():
+        model.lm_head.weight += 0.05 * torch.randn(
+            model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    folder = write_prompts(tmp_path, model, num_tokens, ensembles=2) if num_tokens else ""
+    drafter = ModelDrafter(ModelConfig(depth=5, beams=3, max_nodes=100, prompt_tokens=folder), model)
+    run, propose = drafter.draft_model._run, drafter.propose
+    widths: list[list[int]] = []
+    lengths: list[int] = []
+
+    def recorded(now: Any, tokens: torch.Tensor, *rest: Any) -> Any:
+        widths[-1].append(tokens.shape[1])
+        return run(now, tokens, *rest)
+
+    def proposed(batch: Any) -> Any:
+        widths.append([])
+        lengths.append(len(batch.rows[0].tokens))
+        return propose(batch)
+
+    drafter.draft_model._run, drafter.propose = recorded, proposed  # type: ignore[method-assign]
+    decoder = SpecDecoder(target, drafter, adaptive=False, on_drafter_error="raise")
+    decoder.generate([5, 6, 7], max_new_tokens=60, ignore_eos=True)
+    seen = set()
+    for passes, before, length in zip(widths[1:], lengths, lengths[1:], strict=False):
+        if length <= 3 + 60 - 6:  # there is room for all levels
+            assert passes == drafter._draft_nodes(5, length - before)
+            seen.add(length - before)
+    assert len(seen) > 1, "steps of one length would not tell"
 
 
 def test_where_nothing_pays_nothing_is_drafted() -> None:
