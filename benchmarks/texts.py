@@ -51,6 +51,8 @@ class TextSettings:
         max_new_tokens: most tokens per text.
         temperature: 0 is greedy; else tokens are drawn by the coupled policy.
         seed: of sampling.
+        weights: the dtype of weights, where a precision names none, and beside quantized ones.
+        device: where targets are.
         adaptive: draft no more than pays, as decoders do by default; otherwise trees are as the drafters make them.
         threads: CPU threads.
     """
@@ -63,6 +65,8 @@ class TextSettings:
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+    weights: str = "bf16"
+    device: str = "cpu"
     adaptive: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -77,6 +81,7 @@ class TextSettings:
                 raise ValueError(f"{kind} {doubled[0]!r} is there twice")
         if min(self.batch_sizes) < 1:
             raise ValueError(f"batch sizes must be at least 1, got {min(self.batch_sizes)}")
+        _ = self.params  # it refuses what nobody can sample by
 
     @property
     def params(self) -> SamplingParams:

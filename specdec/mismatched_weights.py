@@ -85,18 +85,24 @@ def find_left_out(model: Any, unexpected: Iterable[str], folder: Path) -> str | 
     Returns:
         Half a sentence with the number and the first name, and what to do. None where all is of parts that the model
         has not at all (heads for drafting, a vision tower), or of layers that its configuration names for predicting
-        further tokens; or stands beside a layer's weights and is a constant, a quantizer's, or what the model computes.
+        further tokens; or stands beside a layer's weights and is a quantizer's or what the model computes; or is a
+        single number or a table of rotary embeddings.
     """
     prefix = f"{model.base_model_prefix}."
     children = {name for part in (model, model.base_model) for name, _ in part.named_children()}
     modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
     computed = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
-    dense = _dense_names(folder)
+    headers = read_headers(folder)
+    plain = read_quantization(folder) is None
+    dense = {name for name, (dtype, _) in headers.items() if plain and dtype.is_floating_point}
+    constants = {name for name, (_, shape) in headers.items() if math.prod(shape) == 1}
 
     def is_left_out(name: str) -> bool:
         own = name.removeprefix(prefix)
         layer = _IN_STACK.fullmatch(own)
         if own.partition(".")[0] not in children or (layer and int(layer[2]) in _further_layers(model)):
+            return False
+        if name in constants or ".rotary_emb." in f".{own}":
             return False
         return _owner(own) not in modules or (name in dense and own not in computed)
 
@@ -105,15 +111,9 @@ def find_left_out(model: Any, unexpected: Iterable[str], folder: Path) -> str | 
         return None
     return (
         f"its files hold {len(found)} weights that {type(model).__name__} has no place for under its configuration, "
-        f"{found[0]!r} first: they are another model's, {_ADVICE}"
+        f"{found[0]!r} first: they are another model's, {_ADVICE}; or they are of an adapter, which has to be merged "
+        "first; or they are of no use, then take them out of the files"
     )
-
-
-def _dense_names(folder: Path) -> set[str]:
-    """Weights and biases by the headers of files that are not quantized: no single numbers, no masks."""
-    if read_quantization(folder) is not None:
-        return set()
-    return {name for name, (dtype, shape) in read_headers(folder).items() if shape and dtype.is_floating_point}
 
 
 def _further_layers(model: Any) -> range:

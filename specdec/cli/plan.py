@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from specdec.cli.console import slow_status
 from specdec.cli.options import kv_option, quantize_option, split_assignments
+
+if TYPE_CHECKING:
+    from specdec.drafters.base import Drafter
+
+
+_WEIGHTLESS = ("none", "ngram", "suffix", "recycling", "lookahead")
+"""Drafters that hold next to nothing."""
 
 
 @click.command()
@@ -68,4 +76,12 @@ def plan(
     click.echo(f"to decode: {found.describe()}")
     whole = (found.rows, found.nodes) == (rows, tree_size(made))
     fits = "all of it fits" if whole else f"{rows} rows of {tree_size(made)} nodes do not fit at a time, this does"
-    click.echo(f"{size_text(budget)} may be used: {fits}")
+    click.echo(f"{size_text(budget)} may be used: {fits}{_not_counted(drafter, made)}")
+
+
+def _not_counted(asked: str, made: Drafter) -> str:
+    """What the figures lack, to be said behind them."""
+    if asked == "auto":
+        return ", with the drafter suffix; one that ships for the model takes more, which is not counted"
+    lacking = [part.name for part in (made.parts or (made,)) if part.name not in _WEIGHTLESS]
+    return f", but for what {' and '.join(lacking)} holds beyond the files its options name" if lacking else ""

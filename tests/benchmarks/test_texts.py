@@ -131,6 +131,8 @@ def test_an_interrupted_run_goes_on_where_it_was(
         run(load, out=out)
     with pytest.raises(ValueError, match=r"settings\.seed: 0 before, 1 now"):
         run(load, replace(SETTINGS, seed=1), out=out, resume=True)
+    with pytest.raises(ValueError, match=r"settings\.weights: 'bf16' before, 'fp32' now"):
+        run(load, replace(SETTINGS, weights="fp32"), out=out, resume=True)
     ran: list[tuple[str, int]] = []
     compare_with = texts._compare_with
 

@@ -48,11 +48,25 @@ def test_a_text_that_differs_is_shown_and_fails(
     monkeypatch.setattr(texts, "compare", spoiled)
     out = tmp_path / "texts.json"
     result = invoke(
-        "bench", "texts", "-m", chat_folder, "--dtype", "fp32", "-d", "none", *ARGUMENTS, "--json", str(out)
+        "bench",
+        "texts",
+        "-m",
+        chat_folder,
+        "--dtype",
+        "fp32",
+        "-d",
+        "none",
+        "--batch-size",
+        "1",
+        "--batch-size",
+        "2",
+        *ARGUMENTS,
+        "--json",
+        str(out),
     )
     assert result.exit_code == 1
     assert "| fp32 | plain | compared with | 1.00 | 0 of 2 | 1.00 |" in result.stdout
-    assert "drafter 'none', batch size 4: 2 of 2 texts are not plain decoding's" in result.stderr
+    assert "drafter 'none', batch size 2: 2 of 2 texts are not plain decoding's" in result.stderr
     assert json.loads(out.read_text())["precisions"][0]["drafters"][0]["equal"] == 0
 
 
@@ -64,6 +78,8 @@ def test_a_text_that_differs_is_shown_and_fails(
         (("--dtype", "bf17"), "unknown dtype 'bf17'"),
         (("-d", "magic"), "unknown drafter 'magic'"),
         (("--batch-size", "2", "--batch-size", "2", "-d", "ngram"), "batch size 2 is there twice"),
+        (("--limit", "2", "--batch-size", "4", "-d", "ngram"), "--batch-size 4: there are 2 texts in all"),
+        (("--temperature", "-1", "-d", "ngram"), "temperature must be at least 0"),
         (("--resume",), "--resume needs --json"),
         (("--json", "/no such folder/out.json"), "there is no folder '/no such folder'"),
     ],

@@ -131,6 +131,7 @@ def test_a_weight_without_a_place_in_the_models_parts_is_refused(
     text = refusal(tmp_path)
     assert f"hold 1 weights that LlamaForCausalLM has no place for under its configuration, '{name}' first" in text
     assert "put the config.json there" in text
+    assert "of an adapter, which has to be merged first" in text
 
 
 def test_files_of_a_model_without_its_head_are_not_cut_short_either(tmp_path: Path) -> None:
@@ -149,6 +150,10 @@ def test_files_of_a_model_without_its_head_are_not_cut_short_either(tmp_path: Pa
         ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(16)),
         ("model.layers.0.self_attn.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)),
         ("model.layers.0.self_attn.masked_bias", torch.tensor(-1e9)),
+        ("model.layers.0.self_attn.attn.k_scale", torch.tensor(0.5)),
+        ("model.layers.0.self_attn.k_proj.k_scale", torch.ones(1)),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", torch.ones(8, 16)),
+        ("model.version", torch.ones(1)),
     ],
 )
 def test_what_no_part_of_the_model_needs_is_left_out_as_before(

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from specdec.target import HFTarget
 
 
+_SIZES = (1, 4)
+"""Texts at a time, as far as there are as many."""
+
+
 @click.command("texts")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
 @click.option("-d", "--drafter", "drafters", multiple=True, default=("auto",), help="Drafter to check; repeatable.")
@@ -25,8 +29,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--dtype", default="bf16", show_default=True, help="Of weights, and beside quantized ones.")
 @click.option(
-    "--batch-size", "sizes", type=click.IntRange(min=1), multiple=True, default=(1, 4), show_default=True,
-    help="Texts at a time; repeatable.",
+    "--batch-size", "sizes", type=click.IntRange(min=1), multiple=True,
+    help="Texts at a time; repeatable. 1 and 4 by default.",
 )  # fmt: skip
 @click.option("--questions", type=click.Path(path_type=Path), help="A question.jsonl, or 'hostile'; else MT-Bench's.")
 @click.option("--limit", type=click.IntRange(min=1), help="So many questions, spread evenly over the categories.")
@@ -88,11 +92,18 @@ def texts(
         make_specs(drafters, options)
     found = load_questions(questions)
     found = found if limit is None else found.limit(limit)
+    most = sum(min(turns, len(question.turns)) for question in found.questions)
+    sizes = sizes or tuple(size for size in _SIZES if size <= most)
+    if max(sizes) > most:
+        raise ValueError(
+            f"--batch-size {max(sizes)}: there are {most} texts in all, ask more questions or fewer at a time"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     settings = TextSettings(
         model=model, precisions=tuple(precisions), drafters=(*drafters, *options), batch_sizes=sizes, turns=turns,
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, adaptive=adaptive,
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, weights=dtype,
+        device=str(where), adaptive=adaptive,
     )  # fmt: skip
 
     def load(precision: str) -> tuple[HFTarget, Any, Sequence[DrafterSpec]]:
