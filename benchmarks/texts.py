@@ -137,7 +137,6 @@ def run_texts(
     load: Load,
     settings: TextSettings,
     questions: QuestionSet,
-    device: torch.device,
     *,
     out: Path | None = None,
     resume: bool = False,
@@ -150,7 +149,6 @@ def run_texts(
         load: called once per precision.
         settings: what to run.
         questions: the questions.
-        device: where targets are.
         out: the JSON file to write; what was finished goes to ``OUT.partial.jsonl`` meanwhile.
         resume: go on where an interrupted run with the same settings and ``out`` stopped.
         say: told of everything that was finished.
@@ -164,7 +162,7 @@ def run_texts(
         RuntimeError: when a drafter or the target fails, saying at which question.
     """
     # Nothing is timed, so that what else the machine did does not matter.
-    machine, commit = record.machine(device) | {"load_at_start": None}, record.commit()
+    machine, commit = record.machine(torch.device(settings.device)) | {"load_at_start": None}, record.commit()
     head = {
         "schema": SCHEMA, "kind": KIND, "commit": commit, "settings": settings.to_json(),
         "questions": questions.to_json(),

@@ -88,6 +88,9 @@ def find_left_out(model: Any, unexpected: Iterable[str], folder: Path) -> str | 
         further tokens; or stands beside a layer's weights and is a quantizer's or what the model computes; or is a
         single number or a table of rotary embeddings.
     """
+    unexpected = sorted(unexpected)
+    if not unexpected:
+        return None
     prefix = f"{model.base_model_prefix}."
     children = {name for part in (model, model.base_model) for name, _ in part.named_children()}
     modules = {name.removeprefix(prefix) for name, _ in model.named_modules()}
@@ -106,7 +109,7 @@ def find_left_out(model: Any, unexpected: Iterable[str], folder: Path) -> str | 
             return False
         return _owner(own) not in modules or (name in dense and own not in computed)
 
-    found = sorted(filter(is_left_out, unexpected))
+    found = list(filter(is_left_out, unexpected))
     if not found:
         return None
     return (

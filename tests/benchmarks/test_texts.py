@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from specdec import SamplingParams, SpecDecoder
 from specdec.benchmarks import texts
@@ -36,7 +35,7 @@ def load(target: HFTarget, tokenizer: Any) -> texts.Load:
 
 
 def run(load: texts.Load, settings: TextSettings = SETTINGS, **more: Any) -> dict[str, Any]:
-    return run_texts(load, settings, QUESTIONS, torch.device("cpu"), **more)
+    return run_texts(load, settings, QUESTIONS, **more)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, temperature=0.9, seed=5), replace(SETTINGS, turns=2)])

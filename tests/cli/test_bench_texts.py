@@ -48,22 +48,9 @@ def test_a_text_that_differs_is_shown_and_fails(
     monkeypatch.setattr(texts, "compare", spoiled)
     out = tmp_path / "texts.json"
     result = invoke(
-        "bench",
-        "texts",
-        "-m",
-        chat_folder,
-        "--dtype",
-        "fp32",
-        "-d",
-        "none",
-        "--batch-size",
-        "1",
-        "--batch-size",
-        "2",
-        *ARGUMENTS,
-        "--json",
-        str(out),
-    )
+        "bench", "texts", "-m", chat_folder, "--dtype", "fp32", "-d", "none", "--batch-size", "1", "--batch-size", "2",
+        *ARGUMENTS, "--json", str(out),
+    )  # fmt: skip
     assert result.exit_code == 1
     assert "| fp32 | plain | compared with | 1.00 | 0 of 2 | 1.00 |" in result.stdout
     assert "drafter 'none', batch size 2: 2 of 2 texts are not plain decoding's" in result.stderr

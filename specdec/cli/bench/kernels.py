@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs
+
 
 @click.command("kernels")
 @click.option("--op", "names", multiple=True, metavar="NAME", help="Operation to measure; repeatable. All by default.")
@@ -35,8 +37,7 @@ def kernels(
     for name in names:
         if name not in OPERATIONS:
             raise ValueError(unknown("operation", name, OPERATIONS))
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path)
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "auto":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs
 from specdec.cli.console import note, slow_status
 
 QUESTIONS = 8
@@ -53,8 +54,7 @@ def layer_parallel(
     from specdec.models import find_device
     from specdec.prompts import Prompt, encode_prompt
 
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path)
     if threads is not None:
         torch.set_num_threads(threads)
     start = Start.now(find_device(device))

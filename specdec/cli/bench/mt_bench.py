@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs, resumable
 from specdec.cli.options import graphs_option, quantize_option
 
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ def mt_bench(
     """
     import torch
 
-    from specdec.benchmarks.agreement import AgreementError
     from specdec.benchmarks.mt_bench import run_mt_bench
     from specdec.benchmarks.questions import load_questions
     from specdec.benchmarks.settings import Settings
@@ -77,13 +77,9 @@ def mt_bench(
     from specdec.cli.console import note, slow_status
     from specdec.registry import resolve_drafter
 
-    if resume and json_path is None:
-        raise ValueError("--resume needs --json, the file the interrupted run was to write")
     if queue is not None and queue <= batch_size:
         raise ValueError(f"--queue must be above --batch-size, {batch_size}, got {queue}")
-    for path in (json_path, html_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {str(path.absolute().parent)!r} to write {path.name!r} to")
+    check_outputs(json_path, html_path, resume=resume)
     if "auto" not in drafters:  # else which options there are depends on the model
         make_specs(drafters, options)
     found = load_questions(questions)
@@ -107,20 +103,11 @@ def mt_bench(
         cuda_graphs=bool(cuda_graphs),
     )  # fmt: skip
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
-    try:
-        with Screen() as screen:
-            result = run_mt_bench(
-                target, loaded.tokenizer, settings, found, out=json_path, resume=resume, progress=screen.show,
-                command=["specdec", *sys.argv[1:]],
-            )  # fmt: skip
-    except AgreementError as error:
-        raise click.ClickException(f"refused: {error}") from error
-    except KeyboardInterrupt:
-        if json_path is not None:
-            note("interrupted; the same command with --resume goes on")
-        raise
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+    with resumable(json_path), Screen() as screen:
+        result = run_mt_bench(
+            target, loaded.tokenizer, settings, found, out=json_path, resume=resume, progress=screen.show,
+            command=["specdec", *sys.argv[1:]],
+        )  # fmt: skip
     click.echo(report(result))
     if json_path is not None:
         note(f"wrote {json_path}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs, resumable
 from specdec.precisions import SCHEME_NAMES, STORED_NAMES
 
 if TYPE_CHECKING:
@@ -80,14 +81,10 @@ def peers(
     if only_list:
         click.echo(list_peers(peers_dir))
         return
-    if resume and json_path is None:
-        raise ValueError("--resume needs --json, the file the interrupted run was to write")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path, resume=resume)
 
     import torch
 
-    from specdec.benchmarks.agreement import AgreementError
     from specdec.benchmarks.contenders import Sources, prepare_peers
     from specdec.benchmarks.masking import masked_arguments
     from specdec.benchmarks.peer_bench import encode_question, run_peers
@@ -137,20 +134,11 @@ def peers(
     for entrant in skipped:
         note(f"{entrant.name} does not run: {entrant.skipped}")
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
-    try:
-        with PeersScreen() as screen:
-            result = run_peers(
-                targets, tokenizer, ready, skipped, settings, found, out=json_path, resume=resume,
-                progress=screen.show, say=note, command=["specdec", *masked_arguments(sys.argv[1:])],
-            )  # fmt: skip
-    except AgreementError as error:
-        raise click.ClickException(f"refused: {error}") from error
-    except KeyboardInterrupt:
-        if json_path is not None:
-            note("interrupted; the same command with --resume goes on")
-        raise
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+    with resumable(json_path), PeersScreen() as screen:
+        result = run_peers(
+            targets, tokenizer, ready, skipped, settings, found, out=json_path, resume=resume,
+            progress=screen.show, say=note, command=["specdec", *masked_arguments(sys.argv[1:])],
+        )  # fmt: skip
     click.echo(report(result))
     if json_path is not None:
         note(f"wrote {json_path}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs
+
 
 @click.command("prefix")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
@@ -50,8 +52,7 @@ def prefix(
     from specdec.registry import create_drafter
     from specdec.target import HFTarget
 
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path)
     for name in drafters:
         create_drafter(name)
     if threads is not None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs
+
 
 @click.command("quant")
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
@@ -59,8 +61,7 @@ def quant(
     asked = [*map(Precision.parse, names), *(Precision(kv=name) for name in caches)]
     for each in asked:
         each.check(where, dtype)
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path)
     if threads is not None:
         torch.set_num_threads(threads)
     questions = load_questions(SHIPPED).limit(limit)

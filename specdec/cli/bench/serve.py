@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs
+
 if TYPE_CHECKING:
     from specdec.benchmarks.serve import ServeRun
 
@@ -56,8 +58,7 @@ def serve(
     named = split_urls(urls)
     if baseline is not None and baseline not in named:
         raise ValueError(unknown("server", baseline, named))
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path)
     servers = {name: ServerClient(url) for name, url in named.items()}
     found = load_questions(questions)
     found = found if limit is None else found.limit(limit)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specdec.cli.bench.outputs import check_outputs, resumable
+
 if TYPE_CHECKING:
     from specdec.benchmarks.settings import DrafterSpec
     from specdec.target import HFTarget
@@ -79,10 +81,7 @@ def texts(
     from specdec.models import find_device
     from specdec.registry import resolve_drafter
 
-    if resume and json_path is None:
-        raise ValueError("--resume needs --json, the file the interrupted run was to write")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(json_path.absolute().parent)!r} to write {json_path.name!r} to")
+    check_outputs(json_path, resume=resume)
     where = find_device(device)
     asked = [*map(Precision.parse, names)] or [Precision()]
     precisions = {each.label(dtype): each for each in asked}
@@ -111,17 +110,11 @@ def texts(
         return target, tokenizer, make_specs(drafters, options, resolve_drafter("auto", target))
 
     note(f"questions: {found.name} ({found.source}), {len(found.questions)} of sha256 {found.sha256}")
-    try:
+    with resumable(json_path):
         result = run_texts(
-            load, settings, found, where, out=json_path, resume=resume, say=note,
+            load, settings, found, out=json_path, resume=resume, say=note,
             command=["specdec", *masked_arguments(sys.argv[1:])],
         )  # fmt: skip
-    except KeyboardInterrupt:
-        if json_path is not None:
-            note("interrupted; the same command with --resume goes on")
-        raise
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
     click.echo(texts_table(result))
     if json_path is not None:
         note(f"wrote {json_path}")
