@@ -19,8 +19,9 @@ help: ## show this
 demo: $(STAMP) ## install what is needed and show specdec at work on a small model
 	$(BIN)/specdec demo
 
+# Tiny models run on one thread each, so tests run side by side; a file's stay together, for what they share.
 test: lint ## lint, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

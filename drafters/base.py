@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from specdec.batch import Batch
 from specdec.target import Feature, HFTarget, TargetOutput
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Verdict
+
+if TYPE_CHECKING:
+    from specdec.drafters.weights import TargetFacts
 
 
 class Drafter(ABC):
@@ -43,6 +47,13 @@ class Drafter(ABC):
     def observes(self) -> bool:
         """Whether ``observe`` is its own; passes are kept for no other drafter."""
         return type(self).observe is not Drafter.observe
+
+    def weights_folder(self, target: TargetFacts) -> Path | None:
+        """Where the weights lie that ``bind`` reads for such a target; None where it reads none.
+
+        Raises ValueError where none are found.
+        """
+        return None
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         """Meet the target; allocate what depends on it. Raises ValueError where the two do not fit."""

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -230,6 +231,9 @@ class HeadDrafter(Drafter):
     def add_rows(self, other: Self) -> None:
         """Put the rows that another drafter with the same weights knows behind this one's; with ``takes_rows``."""
         raise NotImplementedError(f"drafter {self.name!r} takes no rows while others run")
+
+    def weights_folder(self, target: TargetFacts) -> Path | None:
+        return None if self._weights is not None else find_weights(self.name, self.config.weights, target)
 
     def load(self, target: HFTarget) -> DrafterWeights:
         """The weights to use with a target.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specdec.architecture import configs_by_layer
 from specdec.attention import AttentionPass, attend
 from specdec.kernels.decoder_layer import LANES, LayerArguments, LayerTable, PassPart, find_kernels
 from specdec.layer_buffers import LayerAddresses
@@ -77,8 +78,8 @@ class LayerShape:
 
     @classmethod
     def of(cls, target: HFTarget) -> LayerShape:
-        """A layer like the target's own."""
-        config = target.config
+        """A layer like the target's first."""
+        config = configs_by_layer(target.config)[0]
         return cls.from_config({name: getattr(config, name, None) for name in _CONFIG_NAMES})
 
     @classmethod

@@ -140,12 +140,17 @@ class ModelDrafter(Drafter):
         """What runs a draft model."""
         return HFTarget(model)
 
+    def weights_folder(self, target: TargetFacts) -> Path | None:
+        if not self._shipped:
+            return None if self._pruned is None else Path(self.config.model).expanduser()
+        folder = find_pretrained(NAME, target)
+        if folder is None:
+            raise self._missing()
+        return folder
+
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         if self._shipped:
-            folder = find_pretrained(NAME, TargetFacts.of(target))
-            if folder is None:
-                raise self._missing()
-            self._source = str(folder)
+            self._source = str(self.weights_folder(TargetFacts.of(target)))
             self._pruned = read_pruned(self._source)
         if self._pruned is not None:
             device = target.device if self.config.device == "auto" else find_device(self.config.device)

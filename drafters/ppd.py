@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -120,6 +121,9 @@ class PPDDrafter(Drafter):
         self._weights = weights
         self._latency = latency
         self.plan: Plan | None = None
+
+    def weights_folder(self, target: TargetFacts) -> Path | None:
+        return None if self._weights is not None else find_weights(self.name, self.config.weights, target)
 
     def bind(self, target: HFTarget, tokenizer: Any | None) -> None:
         facts = TargetFacts.of(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,15 @@ class TargetFacts:
     @classmethod
     def of(cls, target: HFTarget) -> TargetFacts:
         """The facts of a loaded target."""
+        table = target.model.get_input_embeddings().weight
+        parameters = target.model.named_parameters()
+        named = {name: value for name, value in parameters if is_fingerprint_vector(name, value.ndim)}
         return cls(
             architecture=type(target.model).__name__,
             hidden_size=int(target.config.hidden_size),
             vocab_size=target.vocab_size,
             num_layers=target.num_layers,
-            fingerprint=_fingerprint(target),
+            fingerprint=fingerprint(table[fingerprint_rows(table.shape[0])], (named[name] for name in sorted(named))),
         )
 
     def difference(self, other: TargetFacts) -> str | None:
@@ -230,13 +233,25 @@ def check_weights(weights: DrafterWeights, drafter: str, target: TargetFacts) ->
         raise ValueError(f"the weights of drafter {drafter!r} are for another target: {difference}")
 
 
-def _fingerprint(target: HFTarget) -> str:
-    """Of the norms' weights and 64 rows of the embeddings, in bfloat16: they survive a change of precision."""
+def fingerprint_rows(vocab_size: int) -> list[int]:
+    """The embeddings that a target is known by."""
+    return [number * vocab_size // 64 for number in range(64)]
+
+
+def is_fingerprint_vector(name: str, num_dims: int) -> bool:
+    """Whether a parameter is one of the vectors that a target is known by: they survive a change of precision."""
+    return num_dims == 1 and "norm" in name
+
+
+def fingerprint(embeddings: Tensor, vectors: Iterable[Tensor]) -> str:
+    """What a target is known by.
+
+    Args:
+        embeddings: ``[64, d]``, those of ``fingerprint_rows``.
+        vectors: those of ``is_fingerprint_vector``, by name.
+    """
     digest = hashlib.sha256()
-    table = target.model.get_input_embeddings().weight
-    rows = torch.arange(64, device=table.device) * table.shape[0] // 64
-    vectors = [value for name, value in sorted(target.model.named_parameters()) if value.ndim == 1 and "norm" in name]
-    for tensor in (table[rows], *vectors):
+    for tensor in (embeddings, *vectors):
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -68,6 +68,14 @@ def _check_windows(name: str, config: Any, asked: Mapping[int, int | None]) -> N
         )
 
 
+def configs_by_layer(config: Any) -> list[Any]:
+    """A text model's configuration as each of its layers has it: heads may be more and wider in some, as in Gemma 4."""
+    count = int(config.num_hidden_layers)
+    if not getattr(config, "is_heterogeneous", False):
+        return [config] * count
+    return [config.per_layer_config[layer] for layer in range(count)]
+
+
 def find_max_context(config: Any) -> int | None:
     """Most positions a model has, None where it sets no limit.
 

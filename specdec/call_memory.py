@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from specdec.drafter_plan import plan_drafter
 from specdec.drafters.base import Drafter
+from specdec.load_plan import SHORT, LoadPlan, check_load
 from specdec.memory import free_bytes
-from specdec.memory_plan import MemoryPlan, Workload, drafter_kv, drafter_weights, plan_memory
+from specdec.memory_plan import MemoryPlan, Workload, drafter_kv, drafter_weights, plan_memory, spare_behind
 from specdec.model_shape import ModelShape
+from specdec.prefix import SharedWork
 from specdec.prefix_store import PrefixStore
 from specdec.target import HFTarget
 
@@ -83,3 +88,48 @@ class CallMemory:
         free, held = free_bytes(self._target.device), self._drafter_weights or 0
         # Weights and drafter are there already.
         return None if free is None else free + self.shape.weights + held + kept - staying
+
+
+def plan_before_load(
+    load: LoadPlan,
+    drafter: Drafter,
+    budget: int | None,
+    *,
+    rows: int = 1,
+    prompt_len: int = SHORT.prompt_len,
+    new_tokens: int = SHORT.max_len - SHORT.prompt_len,
+    sampled: bool = False,
+    kv_bits: int | None = None,
+    adaptive: bool = True,
+) -> MemoryPlan:
+    """The plan that a decoder will make of a call, before its model is loaded; weights are what headers say of them.
+
+    Args:
+        load: the plan of loading the target.
+        drafter: as it was created.
+        budget: bytes in all; None is no limit.
+        rows: completions, of prompts that share nothing.
+        prompt_len: of each, tokens.
+        new_tokens: of each, at most.
+        sampled: whether tokens are drawn.
+        kv_bits: of a number in the KV cache; None is the weights'.
+        adaptive: as the decoder's.
+
+    Raises:
+        ValueError: for a number below 1 or a prompt that the model's context has no room for; as ``check_load`` does.
+    """
+    for name, value in (("rows", rows), ("prompt_len", prompt_len), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    limit = load.max_context
+    if limit is not None and prompt_len >= limit:
+        raise ValueError(f"the prompt has {prompt_len} tokens, the model's context only {limit}: shorten it")
+    max_len = prompt_len + new_tokens if limit is None else min(prompt_len + new_tokens, limit)
+    planned = plan_drafter(drafter, load, rows, max_len)
+    work = Workload.of(
+        [(prompt_len, max_len)] * rows, drafter, sampled=sampled, shared=SharedWork.apart(rows, prompt_len - 1),
+        refers=kv_bits is None, spare=spare_behind(drafter, [max_len - prompt_len] * rows, adaptive),
+    )  # fmt: skip
+    shape = replace(load.shape, kv_bits=kv_bits, compiled=load.shape.compiled and kv_bits is None)
+    work = replace(work, features=planned.features)
+    return check_load(replace(load, shape=shape), budget, planned.num_bytes, work)

@@ -23,9 +23,8 @@ from specdec.graphs import check_graphs, make_target
 from specdec.kept_prefix import KeptPrefix
 from specdec.kv_quantized import find_kv, quantize_draft_kv
 from specdec.latency import LatencyCurve, LatencyKey, load_curve
-from specdec.load_plan import stored_drafter_bytes
 from specdec.memory import parse_size
-from specdec.memory_plan import MemoryPlan, Workload, spare_slots, tree_size
+from specdec.memory_plan import MemoryPlan, Workload, spare_behind, tree_size
 from specdec.placement import check_in_step, with_draft_device
 from specdec.planner import CAUTIOUS_CPU, CAUTIOUS_GPU, RUNGS, PassTimes
 from specdec.policy import NO_LIMIT, FixedTrees, TreePolicy
@@ -151,8 +150,7 @@ class SpecDecoder:
             check_graphs(cuda_graphs, find_device(device), kv_bits)
             loaded = load_model(
                 str(target), dtype=dtype, device=device, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-                packed=True, quantize=quantize, progress=progress, memory_budget=budget,
-                drafter_bytes=stored_drafter_bytes(drafter) if isinstance(drafter, Drafter) else 0,
+                packed=True, quantize=quantize, progress=progress, memory_budget=budget, drafter=drafter,
             )  # fmt: skip
             target, tokenizer = loaded.model, tokenizer if tokenizer is not None else loaded.tokenizer
         self.target = target if isinstance(target, HFTarget) else make_target(target, kv_bits, cuda_graphs)
@@ -362,8 +360,8 @@ class SpecDecoder:
 
     def _pick_spare(self, rows: Sequence[Row], policy: TreePolicy, verifier: Verifier) -> int | None:
         """Few slots behind the texts of many rows, where their trees may be cut; None for room for whole ones."""
-        whole = isinstance(policy, FixedTrees) or self.drafter.virtual_nodes or verifier.siblings != "deterministic"
-        return None if whole or len(rows) == 1 else spare_slots(max(row.max_len - row.prompt_len for row in rows))
+        vary = not isinstance(policy, FixedTrees) and verifier.siblings == "deterministic"
+        return spare_behind(self.drafter, [row.max_len - row.prompt_len for row in rows], vary)
 
     def _plan_memory(
         self, rows: Sequence[Row], shared: SharedWork | None, joins: bool, spare: int | None = None

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from specdec.architecture import find_max_context
-from specdec.drafters.base import Drafter
-from specdec.drafters.none import NoneDrafter
+from specdec.drafters.weights import TargetFacts, fingerprint, fingerprint_rows, is_fingerprint_vector
 from specdec.lean_stack import will_compile
 from specdec.memory import size_text
-from specdec.memory_plan import MemoryPlan, Workload, estimate, plan_memory, spare_slots
+from specdec.memory_plan import MemoryPlan, Workload, estimate, plan_memory
 from specdec.model_shape import ModelShape
-from specdec.prefix import SharedWork
+from specdec.precisions import BY_GROUPS_IN_8_BIT
 from specdec.registry import unknown
 
 _DTYPES = {
@@ -53,17 +53,23 @@ class LoadPlan:
         shape: of the loaded model; its ``weights`` are what stays.
         max_context: most positions the model has, None where it sets no limit.
         loaded: weights as the files have them, in the wanted dtype.
+        facts: what of the model drafters depend on; without a fingerprint where its files do not show it.
         mapped: files that are mapped beside that, because they hold another dtype; given back where memory is short.
         layouts: new layouts or quantized weights, beside the old ones until all are made.
         temporary: for the largest of them.
+        in_panels: whether its weights, and those of drafters beside it, will be our own CPU kernels'.
+        flat: whether passes over a few nodes will take little longer than over one.
     """
 
     shape: ModelShape
     max_context: int | None
     loaded: int
+    facts: TargetFacts
     mapped: int = 0
     layouts: int = 0
     temporary: int = 0
+    in_panels: bool = False
+    flat: bool = True
 
     @property
     def held(self) -> int:
@@ -144,8 +150,11 @@ def plan_load(
     config = _read_config(folder, trust_remote_code)
     if not headers or config is None or getattr(config, "quantization_config", None) is not None:
         return None
-    compiled = in_panels and will_compile(_class_of(config), config)
+    model_class = _class_of(config)
+    compiled = in_panels and will_compile(model_class, config)
     config = config.get_text_config(decoder=True)
+    facts = _read_facts(folder, model_class, config, headers)
+    flat = quantize is None or (in_panels and quantize not in BY_GROUPS_IN_8_BIT)
     limit = find_max_context(config)
     wanted = dtype if isinstance(dtype, torch.dtype) else None
     loaded = mapped = 0
@@ -158,7 +167,8 @@ def plan_load(
         element = max(element, becomes.itemsize if becomes.is_floating_point else 0)
     linears = _linears(headers, config)
     if not (lays_out or quantize) or not linears:
-        return LoadPlan(ModelShape.from_config(config, loaded, element), limit, loaded, mapped)
+        as_it_is = ModelShape.from_config(config, loaded, element)
+        return LoadPlan(as_it_is, limit, loaded, facts, mapped, in_panels=in_panels)
     old = element * sum(math.prod(shape) for shape in linears.values())
     layouts = sum(_laid_out(shape, element, quantize) for shape in linears.values())
     largest = max(math.prod(shape) for shape in linears.values())
@@ -169,7 +179,7 @@ def plan_load(
     else:
         temporary = largest * (1 if quantize in _ROUNDED_BY_ROWS else _ROUNDING)
     laid_out = replace(ModelShape.from_config(config, kept + layouts, element), compiled=compiled)
-    return LoadPlan(laid_out, limit, loaded, mapped, layouts, temporary)
+    return LoadPlan(laid_out, limit, loaded, facts, mapped, layouts, temporary, in_panels, flat)
 
 
 _TIED = "lm_head.weight, tied"
@@ -178,9 +188,7 @@ _TIED = "lm_head.weight, tied"
 def _linears(headers: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the linear layers' weights: all matrices but the embeddings, and the head where it is theirs."""
     found: dict[str, tuple[int, ...]] = {
-        name: shape
-        for name, (_, shape) in headers.items()
-        if len(shape) == 2 and "embed" not in name and "wte" not in name
+        name: shape for name, (_, shape) in headers.items() if len(shape) == 2 and not _embeds(name)
     }
     embeddings = [shape for name, (_, shape) in headers.items() if len(shape) == 2 and shape[0] == config.vocab_size]
     if "lm_head.weight" not in headers and embeddings:
@@ -204,6 +212,31 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None  # whoever loads the model says what is wrong with it
+
+
+def _read_facts(
+    folder: Path, model_class: str, config: Any, headers: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> TargetFacts:
+    """What drafters go by; of the weights, the few that a target is known by are read."""
+    size = int(config.vocab_size)
+    facts = TargetFacts(model_class, int(config.hidden_size), size, int(config.num_hidden_layers), fingerprint="")
+    tables = [name for name, (_, shape) in headers.items() if len(shape) == 2 and shape[0] == size and _embeds(name)]
+    vectors = sorted(name for name, (_, shape) in headers.items() if is_fingerprint_vector(name, len(shape)))
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in {*vectors, *tables[:1]} & {*file.keys()}:
+                part = file.get_slice(name)
+                rows = [part[row : row + 1] for row in fingerprint_rows(size)] if name in tables else [part[:]]
+                found[name] = torch.cat(rows)
+    if not tables or len(found) <= len(vectors):
+        return facts
+    return replace(facts, fingerprint=fingerprint(found[tables[0]], (found[name] for name in vectors)))
+
+
+def _embeds(name: str) -> bool:
+    """Whether a matrix holds embeddings."""
+    return "embed" in name or "wte" in name
 
 
 def _class_of(config: Any) -> str:
@@ -236,56 +269,3 @@ def check_load(load: LoadPlan, budget: int | None, drafter: int = 0, work: Workl
             "fewer bits (dtype='bf16', quantize='int8')"
         )
     return plan_memory(load.shape, drafter, work, budget)
-
-
-def plan_before_load(
-    load: LoadPlan,
-    drafter: Drafter,
-    budget: int | None,
-    *,
-    rows: int = 1,
-    prompt_len: int = SHORT.prompt_len,
-    new_tokens: int = SHORT.max_len - SHORT.prompt_len,
-    sampled: bool = False,
-    kv_bits: int | None = None,
-) -> MemoryPlan:
-    """The plan that a decoder will make of a call, before its model is loaded; weights are what headers say of them.
-
-    Of a drafter with weights of its own it knows the files that its options name, not what it keeps or reads.
-
-    Args:
-        load: the plan of loading the target.
-        drafter: as it was created.
-        budget: bytes in all; None is no limit.
-        rows: completions, of prompts that share nothing.
-        prompt_len: of each, tokens.
-        new_tokens: of each, at most.
-        sampled: whether tokens are drawn.
-        kv_bits: of a number in the KV cache; None is the weights'.
-
-    Raises:
-        ValueError: for a number below 1 or a prompt that the model's context has no room for; as ``check_load`` does.
-    """
-    for name, value in (("rows", rows), ("prompt_len", prompt_len), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    limit = load.max_context
-    if limit is not None and prompt_len >= limit:
-        raise ValueError(f"the prompt has {prompt_len} tokens, the model's context only {limit}: shorten it")
-    max_len = prompt_len + new_tokens if limit is None else min(prompt_len + new_tokens, limit)
-    whole = rows == 1 or isinstance(drafter, NoneDrafter) or drafter.virtual_nodes
-    work = Workload.of(
-        [(prompt_len, max_len)] * rows, drafter, sampled=sampled, shared=SharedWork.apart(rows, prompt_len - 1),
-        refers=kv_bits is None, spare=None if whole else spare_slots(max_len - prompt_len),
-    )  # fmt: skip
-    shape = replace(load.shape, kv_bits=kv_bits, compiled=load.shape.compiled and kv_bits is None)
-    return check_load(replace(load, shape=shape), budget, stored_drafter_bytes(drafter), work)
-
-
-def stored_drafter_bytes(drafter: Drafter) -> int:
-    """Bytes of the weights a drafter's options name, before they are loaded; 0 where they name none."""
-    folder = getattr(getattr(drafter, "config", None), "weights", None)
-    own = 0
-    if isinstance(folder, str | Path) and str(folder) and Path(folder).is_dir():
-        own = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    return own + sum(stored_drafter_bytes(part) for part in drafter.parts)

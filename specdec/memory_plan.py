@@ -221,6 +221,18 @@ def spare_slots(new_tokens: int) -> int:
     return min(SPARE_SLOTS, 1 + new_tokens // _TOKENS_PER_SPARE_SLOT)
 
 
+def spare_behind(drafter: Drafter, new_tokens: Sequence[int], trees_vary: bool) -> int | None:
+    """Few slots behind the texts of many rows where their trees may be cut; None for room for whole ones.
+
+    Args:
+        drafter: makes the trees.
+        new_tokens: most of each row.
+        trees_vary: whether trees may be smaller than the drafter makes them, unasked.
+    """
+    whole = not trees_vary or len(new_tokens) == 1 or isinstance(drafter, NoneDrafter) or drafter.virtual_nodes
+    return None if whole else spare_slots(max(new_tokens))
+
+
 def drafter_weights(drafter: Drafter, target: HFTarget) -> int:
     """Bytes of a drafter's weights and tables; what it shares with its target, embeddings say, is the target's."""
     own = storages(_held(drafter))
@@ -235,12 +247,30 @@ def drafter_kv(drafter: Drafter, rows: int, length: int) -> int:
         if isinstance(value, HFTarget):
             count += ModelShape.of(value).kv_bytes(length + SPARE_SLOTS)
         elif isinstance(value, nn.Module):
-            slots = max(PREFILL_CHUNK, 2 * (length + SPARE_SLOTS))  # their caches double where they are full
-            for layer in value.modules():
-                if isinstance(layer, DraftLayer):
-                    shape, element = layer.shape, layer.post_attention_layernorm.weight.element_size()
-                    count += slots * 2 * shape.num_kv_heads * shape.head_dim * element
+            count += layers_kv(value, length)
     return rows * count + sum(drafter_kv(part, rows, length) for part in drafter.parts)
+
+
+def layers_kv(module: nn.Module, length: int, element: int | None = None) -> int:
+    """Bytes of the keys and values that a drafter's layers keep of one text of this length, at most.
+
+    Args:
+        module: holds them.
+        length: tokens.
+        element: bytes of a number; None for the weights'.
+    """
+    slots = max(PREFILL_CHUNK, 2 * (length + SPARE_SLOTS))  # their caches double where they are full
+    layers = [layer for layer in module.modules() if isinstance(layer, DraftLayer)]
+    return sum(
+        slots * 2 * layer.shape.num_kv_heads * layer.shape.head_dim
+        * (element or layer.post_attention_layernorm.weight.element_size())
+        for layer in layers
+    )  # fmt: skip
+
+
+def held_bytes(drafter: Drafter) -> int:
+    """Bytes of the weights and tables that a drafter holds so far."""
+    return sum(storages(_held(drafter)).values())
 
 
 def _held(drafter: Drafter) -> list[Tensor]:

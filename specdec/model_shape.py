@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from specdec.architecture import configs_by_layer
 from specdec.kv_groups import kv_bytes
 from specdec.kv_quantized import IN_FULL
 from specdec.memory import stored_bytes
@@ -16,6 +17,8 @@ from specdec.target import HFTarget
 class ModelShape:
     """What of a model decides its memory; all sizes in elements but ``weights`` (bytes) and ``element`` (bytes each).
 
+    Where layers differ, widths are the widest layer's.
+
     Attributes:
         weights: parameters and buffers.
         layers: number of decoder layers.
@@ -23,6 +26,7 @@ class ModelShape:
         inner: width of the MLP.
         queries: width of all query heads together.
         keys: width of all key heads together, and of the values.
+        cached: the same of all layers together.
         group: query heads per key head.
         vocab: width of the logits.
         element: bytes of a number.
@@ -38,6 +42,7 @@ class ModelShape:
     inner: int
     queries: int
     keys: int
+    cached: int
     group: int
     vocab: int
     element: int
@@ -62,35 +67,43 @@ class ModelShape:
             weights: bytes of parameters and buffers.
             element: bytes of a number.
         """
-        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        width = int(getattr(config, "head_dim", None) or hidden // heads)
+        hidden = int(config.hidden_size)
+        heads, kv_heads, widths = zip(*map(_heads, configs_by_layer(config)), strict=True)
+        keys = [count * width for count, width in zip(kv_heads, widths, strict=True)]
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
         return cls(
             weights=weights,
             layers=int(config.num_hidden_layers),
             hidden=hidden,
             inner=max(inner) if isinstance(inner, (list, tuple)) else int(inner),
-            queries=heads * width,
-            keys=kv_heads * width,
-            group=heads // kv_heads,
+            queries=max(count * width for count, width in zip(heads, widths, strict=True)),
+            keys=max(keys),
+            cached=sum(keys),
+            group=max(count // own for count, own in zip(heads, kv_heads, strict=True)),
             vocab=int(config.vocab_size),
             element=element,
             scores=bool(getattr(config, "attn_logit_softcapping", None)) or config.model_type == "gpt_oss",
-            width=width,
+            width=max(widths),
         )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of a token, all layers together."""
         if self.kv_bits is not None:
-            return math.ceil(self.layers * (self.keys // self.width) * kv_bytes(self.kv_bits, self.width, self.element))
-        return 2 * self.layers * self.keys * self.element
+            return math.ceil(self.cached / self.width * kv_bytes(self.kv_bits, self.width, self.element))
+        return 2 * self.cached * self.element
 
     def kv_bytes(self, tokens: int) -> int:
         """A row of the KV cache with room for so many tokens."""
-        in_full = 0 if self.kv_bits is None else 2 * self.layers * self.keys * self.element * min(tokens, IN_FULL)
+        in_full = 0 if self.kv_bits is None else 2 * self.cached * self.element * min(tokens, IN_FULL)
         return tokens * self.kv_bytes_per_token + in_full
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """A layer's query heads, key heads and width of a head."""
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return heads, kv_heads, int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
 
 
 def layer_bytes(model: ModelShape, rows: int, nodes: int, slots: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from specdec.quantization import check_runs, check_scheme, is_quantized, isolate
 from specdec.quantized_checkpoints import find_blocks, keep_blocks, missing_library, read_4bit
 
 if TYPE_CHECKING:
+    from specdec.drafters.base import Drafter
     from specdec.load_plan import LoadPlan
 
 _NOT_LOADED = (ImportError, OSError, ValueError, RuntimeError, KeyError)
@@ -66,7 +67,7 @@ def load_model(
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
     memory_budget: int | None = None,
-    drafter_bytes: int = 0,
+    drafter: Drafter | str | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -89,7 +90,7 @@ def load_model(
         progress: told in a few words what takes long.
         memory_budget: bytes in all; None is what is free. A model that does not fit, or would leave no room for a short
             text of one row, is refused before it is read.
-        drafter_bytes: of these, a drafter's.
+        drafter: drafts for it, as created or by name; what it will take counts too.
 
     Raises:
         ModelNotFoundError: when no model goes by the name.
@@ -109,7 +110,7 @@ def load_model(
         blocks = find_blocks(name, find_wheel_gguf() if name in ALIASES else folder, quantize)
     with quiet():
         plan = _plan(folder, what, where, packed, quantize, trust_remote_code)
-        _check_memory(plan, where, memory_budget, drafter_bytes)
+        _check_memory(plan, where, memory_budget, drafter)
         model, tokenizer = _load(folder, what, allow_pickle, trust_remote_code)
     model = model.to(where).eval()
     if blocks is not None:
@@ -204,13 +205,17 @@ def _plan(
     )
 
 
-def _check_memory(plan: LoadPlan | None, device: torch.device, memory_budget: int | None, drafter: int) -> None:
+def _check_memory(
+    plan: LoadPlan | None, device: torch.device, memory_budget: int | None, drafter: Drafter | str | None
+) -> None:
     """Refuse a model that cannot be loaded, or not decode a short text, in the memory there is."""
+    from specdec.drafter_plan import plan_drafter, resolve_planned
     from specdec.load_plan import check_load
     from specdec.memory import free_bytes
 
     if plan is not None:
-        check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, drafter)
+        beside = 0 if drafter is None else plan_drafter(resolve_planned(drafter, plan), plan).num_bytes
+        check_load(plan, free_bytes(device) if memory_budget is None else memory_budget, beside)
 
 
 def _made_to_order(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.architecture import configs_by_layer
 from specdec.kernels.w4a16 import Int4Weight, from_awq, from_gptq, from_q4_1
 from specdec.kernels.w4a16.weight import GROUP_SIZES
 from specdec.mismatched_weights import empty_model, read_quantization
@@ -219,7 +220,9 @@ def _matching(blocks: StoredWeight, weight: Tensor, config: Any) -> StoredWeight
 
 def _orders(rows: int, config: Any) -> list[Tensor]:
     """Orders that rows of a projection may be in: as in the file, or halves of a head's rotary pairs apart."""
-    heads = {config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads}
+    heads: set[int] = set()
+    for layer in configs_by_layer(config):
+        heads |= {layer.num_attention_heads, getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads}
     plain = torch.arange(rows)
     turned = [
         plain.view(count, rows // count // 2, 2).transpose(1, 2).flatten()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec.drafters.base import Drafter
+    from specdec.drafters.weights import TargetFacts
     from specdec.target import HFTarget
     from specdec.verifiers.base import Verifier
 
@@ -120,12 +121,23 @@ def resolve_drafter(name: str, target: HFTarget) -> str:
     """The drafter that "auto" stands for with this target; any other name as it is."""
     if name != "auto":
         return name
-    from specdec.drafters.weights import TargetFacts, find_pretrained
+    from specdec.drafters.weights import TargetFacts
     from specdec.quantization import is_quantized, passes_stay_flat
 
-    if is_quantized(target.model) and not passes_stay_flat(target.model):
+    return auto_drafter(TargetFacts.of(target), not is_quantized(target.model) or passes_stay_flat(target.model))
+
+
+def auto_drafter(facts: TargetFacts, flat: bool) -> str:
+    """The drafter that "auto" stands for.
+
+    Args:
+        facts: of the target.
+        flat: whether its passes over a few nodes take little longer than over one, as they do in 16 bits.
+    """
+    from specdec.drafters.weights import find_pretrained
+
+    if not flat:
         return AUTO_DRAFTER
-    facts = TargetFacts.of(target)
     return next((name for name, part in FASTER_THAN_AUTO.items() if find_pretrained(part, facts)), AUTO_DRAFTER)
 
 

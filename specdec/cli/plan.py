@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
 
 from specdec.cli.console import slow_status
 from specdec.cli.options import kv_option, quantize_option, split_assignments
 
-if TYPE_CHECKING:
-    from specdec.drafters.base import Drafter
-
-
-_WEIGHTLESS = ("none", "ngram", "suffix", "recycling", "lookahead")
-"""Drafters that hold next to nothing."""
-
 
 @click.command()
 @click.option("-m", "--model", default="smollm2", show_default=True, help="Alias, folder or hub id of the target.")
-@click.option("-d", "--drafter", default="auto", show_default=True, help="Drafter; auto counts as `suffix`.")
+@click.option("-d", "--drafter", default="auto", show_default=True, help="Drafter, by name.")
 @click.option("-o", "drafter_options", multiple=True, metavar="NAME=VALUE", help="Drafter option; repeatable.")
 @click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Completions of the call.")
 @click.option("--length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of each prompt.")
@@ -39,20 +31,22 @@ def plan(
     sampled: bool, memory_budget: str | None, dtype: str, device: str, quantize: str | None, kv: str | None,
     trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Say what loading MODEL and then a call take of memory, and what of the call fits; no weight is read.
+    """Say what loading MODEL and then a call take of memory, and what of the call fits; weights are not read.
 
     Trees shrink first, then rows are decoded fewer at a time; a model or a call that does not fit at all exits with 2
     and the numbers. A hub's files are fetched as for loading.
     """
     with slow_status(f"planning {model}") as say:
+        from specdec.call_memory import plan_before_load
+        from specdec.drafter_plan import plan_drafter, resolve_planned
         from specdec.kv_quantized import find_kv
-        from specdec.load_plan import plan_before_load
         from specdec.memory import free_bytes, parse_size, size_text
         from specdec.memory_plan import tree_size
         from specdec.models import find_device, plan_model
         from specdec.registry import create_drafter
 
-        made = create_drafter(drafter, split_assignments(drafter_options))
+        options = split_assignments(drafter_options)
+        asked = drafter if drafter == "auto" else create_drafter(drafter, options)  # a mistake shows at once
         budget = free_bytes(find_device(device)) if memory_budget is None else parse_size(memory_budget)
         kv_bits = find_kv(kv)
         load = plan_model(
@@ -64,6 +58,7 @@ def plan(
                 f"{model!r} has no headers to plan by: it is a .gguf file, pickled, quantized already or a draft model "
                 "made to order. Load it with --memory-budget: each call is planned then"
             )
+        made = resolve_planned(asked, load, options)
         found = plan_before_load(
             load, made, budget, rows=rows, prompt_len=length, new_tokens=max_new_tokens, sampled=sampled,
             kv_bits=kv_bits,
@@ -76,12 +71,6 @@ def plan(
     click.echo(f"to decode: {found.describe()}")
     whole = (found.rows, found.nodes) == (rows, tree_size(made))
     fits = "all of it fits" if whole else f"{rows} rows of {tree_size(made)} nodes do not fit at a time, this does"
-    click.echo(f"{size_text(budget)} may be used: {fits}{_not_counted(drafter, made)}")
-
-
-def _not_counted(asked: str, made: Drafter) -> str:
-    """What the figures lack, to be said behind them."""
-    if asked == "auto":
-        return ", with the drafter suffix; one that ships for the model takes more, which is not counted"
-    lacking = [part.name for part in (made.parts or (made,)) if part.name not in _WEIGHTLESS]
-    return f", but for what {' and '.join(lacking)} holds beyond the files its options name" if lacking else ""
+    lacking = plan_drafter(made, load).unknown
+    but = f", but for the weights of {' and '.join(lacking)}, which are not there" if lacking else ""
+    click.echo(f"{size_text(budget)} may be used with drafter {made.name}: {fits}{but}")

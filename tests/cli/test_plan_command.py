@@ -29,11 +29,9 @@ def test_parts_and_what_fits_are_said(invoke: Invoke, chat_folder: str) -> None:
     assert call.startswith("to decode: weights ")
     assert all(f"{part} " in call for part in ("drafter", "kv", "logits", "masks", "activations"))
     assert call.endswith(" for 4 rows of 16 nodes")
-    assert fits.startswith("1 GiB may be used: all of it fits, with the drafter suffix; one that ships")
-    named = invoke("plan", "-m", chat_folder, "-d", "suffix", "--memory-budget", "1GiB").stdout
-    assert named.endswith("1 GiB may be used: all of it fits\n")
+    assert fits == "1 GiB may be used with drafter suffix: all of it fits"
     trained = invoke("plan", "-m", chat_folder, "-d", "suffix+eagle", "--memory-budget", "1GiB").stdout
-    assert trained.endswith("all of it fits, but for what eagle holds beyond the files its options name\n")
+    assert trained.endswith("all of it fits, but for the weights of eagle, which are not there\n")
 
 
 def test_what_does_not_fit_shrinks_and_then_exits_with_the_numbers(invoke: Invoke, chat_folder: str) -> None:

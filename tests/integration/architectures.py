@@ -55,6 +55,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "tie_word_embeddings": False,
     },
+    "gemma4_text": {
+        **_ALTERNATING,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "tie_word_embeddings": False,
+    },
     "phi3": _WINDOW,
     "olmo2": {},
     "granite": {

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.architectures import tiny_model
 from specdec import SpecDecoder, models
-from specdec.load_plan import SHORT, LoadPlan, check_load, plan_before_load, plan_load, read_headers
+from specdec.call_memory import plan_before_load
+from specdec.load_plan import SHORT, LoadPlan, check_load, plan_load, read_headers
 from specdec.memory_plan import MemoryPlan, Workload, estimate
 from specdec.model_shape import ModelShape
 from specdec.models import load_model, plan_model

@@ -39,7 +39,7 @@ SLACK = 2**19
 """What is not planned for: the attention kernel's buffers per thread, indices, noise."""
 
 MODEL = ModelShape(
-    weights=1000, layers=2, hidden=8, inner=16, queries=8, keys=4, group=2, vocab=50, element=4
+    weights=1000, layers=2, hidden=8, inner=16, queries=8, keys=4, cached=8, group=2, vocab=50, element=4
 )  # fmt: skip
 
 

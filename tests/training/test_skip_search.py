@@ -96,7 +96,7 @@ def test_all_layers_are_always_right_and_rates_are_counted_within_the_draft_voca
 
 def test_what_a_draft_costs_and_saves() -> None:
     shape = ModelShape(
-        weights=0, layers=4, hidden=8, inner=16, queries=8, keys=4, group=2, vocab=100, element=2
+        weights=0, layers=4, hidden=8, inner=16, queries=8, keys=4, cached=16, group=2, vocab=100, element=2
     )  # a layer has 8 * (16 + 8 + 48) = 576 weights, the head 800
     assert cost_of(shape, 4, 0) == 1.0
     assert cost_of(shape, 2, 50) == pytest.approx((2 * 576 + 400) / (4 * 576 + 800))

@@ -21,14 +21,22 @@ def check_outputs(*paths: Path | None, resume: bool = False) -> None:
 
 
 @contextmanager
-def resumable(json_path: Path | None) -> Iterator[None]:
-    """Say of an interrupted run how it goes on, and end with a message where one fails."""
+def refused() -> Iterator[None]:
+    """End with a message where texts differ that must not."""
     from specdec.benchmarks.agreement import AgreementError
 
     try:
         yield
     except AgreementError as error:
         raise click.ClickException(f"refused: {error}") from error
+
+
+@contextmanager
+def resumable(json_path: Path | None) -> Iterator[None]:
+    """The same, and say of an interrupted run how it goes on, and of one that fails why."""
+    try:
+        with refused():
+            yield
     except KeyboardInterrupt:
         if json_path is not None:
             note("interrupted; the same command with --resume goes on")

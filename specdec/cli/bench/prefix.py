@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from specdec.cli.bench.outputs import check_outputs
+from specdec.cli.bench.outputs import check_outputs, refused
 
 
 @click.command("prefix")
@@ -42,7 +42,6 @@ def prefix(
     """
     import torch
 
-    from specdec.benchmarks.agreement import AgreementError
     from specdec.benchmarks.prefix import PrefixSizes, document, make_prompts, run_prefix
     from specdec.benchmarks.questions import SHIPPED, load_questions
     from specdec.benchmarks.record import write_json
@@ -58,16 +57,13 @@ def prefix(
     if threads is not None:
         torch.set_num_threads(threads)
     sizes, questions = PrefixSizes(rows, prefix_len, suffix, max_new_tokens), load_questions(SHIPPED)
-    with slow_status(f"loading {model}") as say:
+    with slow_status(f"loading {model}") as say, refused():
         loaded = load_model(model, dtype=dtype, device=device, packed=True)
         if loaded.tokenizer is None:
             raise ValueError(f"{model!r} has no tokenizer: prompts are made of text")
         target = HFTarget(loaded.model)
         prompts = make_prompts(sizes, questions, loaded.tokenizer, target.vocab_size)
-        try:
-            figures = run_prefix(target, loaded.tokenizer, drafters, prompts, sizes, repeat, say)
-        except AgreementError as error:
-            raise click.ClickException(f"refused: {error}") from error
+        figures = run_prefix(target, loaded.tokenizer, drafters, prompts, sizes, repeat, say)
     settings = {
         "model": model, "dtype": dtype, "drafters": list(drafters), "batch_size": rows, **asdict(sizes),
         "max_new_tokens": max_new_tokens, "repeat": repeat,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from specdec.cli.bench.outputs import check_outputs
+from specdec.cli.bench.outputs import check_outputs, refused
 
 
 @click.command("quant")
@@ -48,7 +48,6 @@ def quant(
     """
     import torch
 
-    from specdec.benchmarks.agreement import AgreementError
     from specdec.benchmarks.precision import Precision
     from specdec.benchmarks.quant import document, run_quant, table
     from specdec.benchmarks.questions import SHIPPED, load_questions
@@ -68,14 +67,11 @@ def quant(
     asked = asked or [Precision(name) for name in usable(where, find_dtype(dtype))]
     rows = {each.label(dtype): each for each in (Precision(), *asked)}
 
-    with slow_status(f"loading {model}") as say:
-        try:
-            lines = run_quant(
-                lambda label: rows[label].load(model, dtype, device),
-                [*rows], drafters, questions.questions, max_new_tokens, say,
-            )  # fmt: skip
-        except AgreementError as error:
-            raise click.ClickException(f"refused: {error}") from error
+    with slow_status(f"loading {model}") as say, refused():
+        lines = run_quant(
+            lambda label: rows[label].load(model, dtype, device),
+            [*rows], drafters, questions.questions, max_new_tokens, say,
+        )  # fmt: skip
     click.echo(table(lines, len(questions.questions)))
     if json_path is not None:
         settings = {
