@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.kernels.decoder_layer import MOST_LEVELS, find_kernels
 from specdec.layer_buffers import LayerAddresses, LayerBuffers
-from specdec.segments import Segment, Share, Shares, address_table, copied, distinct, first_tokens, num_tokens
+from specdec.segments import Share, Shares, address_table, distinct, extended, first_tokens, num_tokens
 from specdec.slot_order import SlotOrder
 
 
@@ -177,8 +177,7 @@ class KVCache(SlotOrder):
         """Keys and values ``[H_kv, length, d]`` of a row's committed tokens, gathered."""
         own, cut = self._host_own[row], [share.entries(layer) for share in self._shares[row]]
         if own:
-            buffers = self.layers[layer]
-            cut.append((buffers.keys[row, :, :own], buffers.values[row, :, :own]))
+            cut.append(self.layers[layer].first(row, own))
         return torch.cat([keys for keys, _ in cut], dim=1), torch.cat([values for _, values in cut], dim=1)
 
     def segment_table(self, layer: int) -> Tensor | None:
@@ -377,16 +376,27 @@ class KVCache(SlotOrder):
             buffers = self.layers.pop(layer)
             for row, count in enumerate(own):
                 if count:
-                    keys, values = buffers.keys[row, :, :count], buffers.values[row, :, :count]
                     # The only row as it is where it is full: a view of one of several would keep all alive.
-                    lent[row][layer] = (keys, values) if lends else (copied(keys), copied(values))
-        given = [
-            (*shares, Share(Segment(layers, count), count)) if count else shares
-            for shares, layers, count in zip(self._shares, lent, own, strict=True)
-        ]
+                    lent[row][layer] = buffers.first(row, count, copy=not lends)
+        given = [extended(*each) for each in zip(self._shares, lent, own, strict=True)]
         self._set_shares([()] * self.batch_size)
         self._set_lengths([0] * self.batch_size)
         return given
+
+    def beginning(self, row: int, count: int) -> Shares:
+        """A row's first tokens for other caches to refer to: segments that it refers to itself, and its own, copied.
+
+        Raises:
+            ValueError: when the row holds fewer.
+        """
+        self._check_held(row, count)
+        shares = first_tokens(self._shares[row], count)
+        own = count - num_tokens(shares)
+        return extended(shares, {layer: each.first(row, own, copy=True) for layer, each in self.layers.items()}, own)
+
+    def _check_held(self, row: int, count: int) -> None:
+        if not 0 <= count <= self._host_lengths[row]:
+            raise ValueError(f"row {row} holds {self._host_lengths[row]} tokens, {count} are asked for")
 
     def copy_row(self, row: int, source: KVCache, source_row: int, length: int) -> None:
         """Make a row hold the first ``length`` tokens of another cache's row, in place of what it holds.
@@ -396,8 +406,7 @@ class KVCache(SlotOrder):
         Raises:
             ValueError: when the other row holds fewer, or they do not fit the capacity.
         """
-        if not 0 <= length <= source.row_lengths[source_row]:
-            raise ValueError(f"row {source_row} holds {source.row_lengths[source_row]} tokens, {length} are asked for")
+        source._check_held(source_row, length)
         if length > self.capacity:
             raise ValueError(f"{length} slots are needed, the cache has {self.capacity}: reserve more")
         shares = first_tokens(source._shares[source_row], length)

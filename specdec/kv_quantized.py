@@ -349,12 +349,15 @@ class QuantizedKVCache(KVCache):
 
     def give_away(self) -> list[Shares]:
         """See ``KVCache.give_away``."""
-        given: list[Shares] = []
-        for row, length in enumerate(self._host_lengths):
-            given.append((Share(self._snapshot(row), length),) if length else ())
+        given = [self.beginning(row, length) for row, length in enumerate(self._host_lengths)]
         self._recent.layers, self._groups = {}, {}
         self.truncate([0] * self.batch_size)
         return given
+
+    def beginning(self, row: int, count: int) -> Shares:
+        """See ``KVCache.beginning``; all of the row is copied."""
+        self._check_held(row, count)
+        return (Share(self._snapshot(row), count),) if count else ()
 
     def _snapshot(self, row: int) -> QuantizedSegment:
         """A row's text, copied."""
@@ -374,9 +377,7 @@ class QuantizedKVCache(KVCache):
         """See ``KVCache.copy_row``."""
         if not isinstance(source, QuantizedKVCache) or source.bits != self.bits:
             raise ValueError(f"a KV cache in {self.bits} bits takes rows of such caches alone")
-        if not 0 <= length <= source.row_lengths[source_row]:
-            raise ValueError(f"row {source_row} holds {source.row_lengths[source_row]} tokens, {length} are asked for")
-        self.share(row, (Share(source._snapshot(source_row), length),) if length else ())
+        self.share(row, source.beginning(source_row, length))
 
     def check_integrity(self) -> None:
         """See ``KVCache.check_integrity``."""

@@ -36,6 +36,13 @@ class LayerBuffers:
         """Bytes of both."""
         return self.keys.nbytes + self.values.nbytes
 
+    def first(self, row: int, count: int, copy: bool = False) -> tuple[Tensor, Tensor]:
+        """A row's first slots ``[H_kv, count, d]``: views, which keep all rows' memory, or copies, contiguous."""
+        keys, values = (part[row, :, :count] for part in self.parts)
+        if copy:
+            keys, values = (part.clone(memory_format=torch.contiguous_format) for part in (keys, values))
+        return keys, values
+
     def grow(self, slots: int) -> None:
         """Give every row so many slots; what is there keeps its own."""
 

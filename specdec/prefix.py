@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv_cache import KVCache
-from specdec.segments import Segment, Share, Shares, copied, first_tokens, num_tokens
+from specdec.segments import Shares, first_tokens, num_tokens
 from specdec.target import Feature, HFTarget, TargetOutput
 
 if TYPE_CHECKING:
@@ -342,19 +342,6 @@ def _taken_apart(output: TargetOutput | None, lengths: Sequence[int]) -> list[di
         for row, length in enumerate(lengths):
             found[row][name] = value[row, :length].clone() if len(lengths) > 1 else value[row]
     return found
-
-
-def beginning_of(cache: KVCache, row: int, count: int) -> Shares:
-    """A row's first tokens, for others to refer to: the segments that it refers to itself, and a copy of the rest."""
-    shares = first_tokens(cache.shares[row], count)
-    own = count - num_tokens(shares)
-    if own == 0:
-        return shares
-    layers = {
-        layer: (copied(buffers.keys[row, :, :own]), copied(buffers.values[row, :, :own]))
-        for layer, buffers in cache.layers.items()
-    }
-    return (*shares, Share(Segment(layers, own), own))
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.kv_cache import KVCache
 from specdec.memory import size_text
-from specdec.prefix import Stretch, beginning_of, common_prefix, extend_from
+from specdec.prefix import Stretch, common_prefix, extend_from
 from specdec.segments import distinct, first_tokens
 from specdec.target import Feature, HFTarget
 
@@ -130,7 +130,7 @@ class PrefixStore:
             if size <= min(self.budget // _NOTICED_SHARE, room):
                 states = {name: value[row, :count].clone() for name, value in features.items()}
                 with suppress(ValueError):  # what is in use leaves no room
-                    self._put(KeptText(tokens[:count], Stretch(beginning_of(cache, row, count), states)))
+                    self._put(KeptText(tokens[:count], Stretch(cache.beginning(row, count), states)))
         self._recent.extend([*dict.fromkeys(prompts)][-_RECENT:])
 
     def _put(self, found: KeptText) -> None:

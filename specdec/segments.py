@@ -83,6 +83,11 @@ def first_tokens(shares: Sequence[Share], count: int) -> Shares:
     return tuple(found)
 
 
+def extended(shares: Shares, layers: Mapping[int, tuple[Tensor, Tensor]], count: int) -> Shares:
+    """Shares, and behind them all of a segment of their own of so many tokens, if any."""
+    return (*shares, Share(Segment(layers, count), count)) if count else shares
+
+
 def distinct(rows: Iterable[Sequence[Share]]) -> list[Segment]:
     """The segments that rows refer to, each once."""
     return list({id(share.segment): share.segment for shares in rows for share in shares}.values())
@@ -114,8 +119,3 @@ def address_table(rows: Sequence[Sequence[Share]], layer: int) -> Tensor:
         filled = [[keys.data_ptr(), values.data_ptr(), count, keys.shape[1]] for keys, values, count in used]
         table.append(filled + [[0] * 4] * (levels - len(filled)))
     return torch.tensor(table, dtype=torch.int64)
-
-
-def copied(part: Tensor) -> Tensor:
-    """Keys or values for a segment, out of buffers that are written to."""
-    return part.clone(memory_format=torch.contiguous_format)

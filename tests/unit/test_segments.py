@@ -161,6 +161,26 @@ def test_what_a_cache_gives_away_is_no_longer_its_own() -> None:
             assert torch.equal(got, expected[0])
 
 
+@pytest.mark.parametrize("count", range(6))
+def test_a_rows_beginning_stays_as_it_was(count: int) -> None:
+    """Of what it shares, its own tokens, or both; a part of a segment is the segment's."""
+    checked = Checked(KVCache(2, 8))
+    checked.share(1, [0])
+    checked.step(2, [[0], [0, 1]])
+    shares, before = checked.cache.beginning(1, count), list(checked.rows[1][:count])
+    assert [share.segment for share in shares[:1]] == [SEGMENTS[0]][:count]
+    checked.cache.truncate([0, 0])
+    checked.rows = [[], []]
+    checked.step(2, [[0, 1], [0, 1]])  # over what was its own
+    other = KVCache(1, 8)
+    other.share(0, shares)
+    assert other.row_lengths == [count]
+    for got, expected in zip(other.entries(1, 0), entries([before], 1), strict=True) if count else ():
+        assert torch.equal(got, expected[0])
+    with pytest.raises(ValueError, match=r"row 1 holds 2 tokens, 9 are asked for"):
+        checked.cache.beginning(1, 9)
+
+
 def test_integrity_covers_what_is_shared() -> None:
     bad = segment([1, 2])
     cache = KVCache(1, 4)
