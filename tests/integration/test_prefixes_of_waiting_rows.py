@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from integration.counting import VOCAB, Counting, counting_target
+from specdec.benchmarks.prefix import caches_of
 from specdec.decoder import SpecDecoder
 from specdec.drafters.none import NoneDrafter
-from specdec.kv_cache import KVCache
 from specdec.memory import stored_bytes
 from specdec.prefix import CommonPrefix, Stretch
 from specdec.segments import Segment
@@ -183,27 +183,17 @@ def test_an_abandoned_call_releases_its_prefixes(target: Counting, segments: lis
 
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_memory_is_one_prefix_and_the_suffixes_of_the_rows_that_run(
-    target: Counting, segments: list[weakref.ref[Segment]], monkeypatch: pytest.MonkeyPatch, max_rows: int
+    target: Counting, segments: list[weakref.ref[Segment]], max_rows: int
 ) -> None:
     """Beside the rows a prompt is computed, which holds what is its own alone."""
-    made: list[weakref.ref[KVCache]] = []
-    new_cache = target.new_cache
-
-    def recording(batch_size: int, capacity: int) -> KVCache:
-        cache = new_cache(batch_size, capacity)
-        made.append(weakref.ref(cache))
-        return cache
-
     decoder, peak = make(target, max_rows=max_rows), 0
-    with monkeypatch.context() as patched:
-        patched.setattr(target, "new_cache", recording)
-        with decoder.stream(ALIKE, max_new_tokens=16) as stream:
-            for _ in stream:
-                held = [cache for reference in made if (cache := reference()) is not None]
-                layers = [part for reference in segments if (whole := reference()) for part in whole.layers.values()]
-                parts = [part for cache in held for part in cache.tensors] + [part for pair in layers for part in pair]
-                peak = max(peak, stored_bytes(parts))
-                del held, layers, parts
+    with caches_of(target) as caches, decoder.stream(ALIKE, max_new_tokens=16) as stream:
+        for _ in stream:
+            held = [cache for reference in caches if (cache := reference()) is not None]
+            layers = [part for reference in segments if (whole := reference()) for part in whole.layers.values()]
+            parts = [part for cache in held for part in cache.tensors] + [part for pair in layers for part in pair]
+            peak = max(peak, stored_bytes(parts))
+            del held, layers, parts
     least = TOKEN_BYTES * (200 + max_rows * (3 + 16))
     assert least <= peak <= least + TOKEN_BYTES * (3 + 2 * max_rows)
     assert decoder.memory_plan is not None
