@@ -78,11 +78,16 @@ class Acceptance:
         return list(accumulate(map(truediv, self._sums, self._weights)))
 
 
-class Experience:
-    """What texts begin like: how much of the first drafts of earlier ones was accepted, of what was expected.
+MOST_SAVED = 10.0
+"""Plain passes' time that earlier calls can leave for later ones to lose, and that there is before the first one."""
 
-    Only how much: which sizes are worth it differs from text to text, and a text that repeats itself would be found out
-    late where trees are cut to what others made use of.
+
+class Experience:
+    """What texts begin like, and what trying may cost: how much of the first drafts of earlier ones was accepted, of
+    what was expected, and what was gained and lost by them.
+
+    Of drafts only how much: which sizes are worth it differs from text to text, and a text that repeats itself would be
+    found out late where trees are cut to what others made use of.
 
     Args:
         hopes: accepted nodes to expect of trees of each of ``RUNGS``, as calibrated; None where nothing was.
@@ -92,6 +97,8 @@ class Experience:
         self._weight = _CALIBRATED if hopes else 1.0
         self._hopes = Acceptance(hopes).by_size()
         self._got = self._expected = _PRIOR
+        self.saved = MOST_SAVED
+        """Plain passes' time: what is left of that which calls gained, once all that they lost is paid."""
         self.whole_width = 0.0
         """Nodes of a row's tree where trees come whole or not at all; 0 where they do not, or nobody knows."""
 
@@ -99,6 +106,10 @@ class Experience:
         """What to expect of another text."""
         share = self._got / self._expected
         return Acceptance([share * hope for hope in self._hopes], self._weight)
+
+    def settle(self, gained: float) -> None:
+        """A call gained so many plain passes' time, or lost it."""
+        self.saved = min(max(self.saved + gained, 0.0), MOST_SAVED)
 
     def see(self, drafts: int, accepted: int, nodes: float) -> None:
         """Of a tree of so many nodes so many were accepted, in a row of which so many drafts were seen before."""

@@ -7,7 +7,8 @@ Three parts decide the next tree's size:
 - *what it costs*: ``PassTimes``, from the passes themselves, sharpened by a profile where there is one;
 - *what may be lost*: an account of the time gained and lost against plain decoding. A tree that could overdraw it is
   not drafted, so that no text, whatever it is, takes more than ``SHARE`` longer than plain decoding, and ``CREDIT``
-  passes once per call.
+  passes once per call. That credit is what earlier calls have left (``Experience.saved``): where none of them gains by
+  drafts, it is soon ``LEAST_CREDIT``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ SHARE = 0.01
 """Of the time of plain decoding, what may be lost in trying."""
 
 CREDIT = 2.5
-"""Plain passes' time that may be lost before anything was gained."""
+"""Plain passes' time that a call may lose before anything was gained, at most."""
+
+LEAST_CREDIT = 0.5
+"""The same at least, whatever earlier calls lost: enough to try small trees of cheap drafts."""
 
 UNMEASURED = 1.5
 """The same while it is a guess what a plain pass takes."""
@@ -110,9 +114,10 @@ class AdaptiveTrees:
     ) -> None:
         self._times, self._experience, self._uneven = times, experience or Experience(), uneven
         self._foretells = foretells
+        self._credit = min(max(self._experience.saved, LEAST_CREDIT), CREDIT)
         self._held: HeldDraft | None = None
         self._watched = 0.0  # what held drafts took, in plain passes
-        self._doubtful: bool | None = None  # whether at first drafts were not expected to pay; None while it is a guess
+        self._doubtful: bool | None = None  # whether at first drafts are not expected to pay; None while it is a guess
         self._rows: dict[int, _KnownRow] = {}
         whole = self._experience.whole_width
         self._width = whole  # of the trees that the drafter makes, on average; 0 before one came uncut
@@ -130,6 +135,7 @@ class AdaptiveTrees:
         self._resting = False  # whether the last budget was given without a thought
         self._rested_ms = 0.0  # what learning cost in passes of which nothing else was noted
         self._gained = 0.0  # in plain passes, as far as settled
+        self._settled = 0  # passes until then
         self._open: list[_Draft] = []  # not settled while the time of a plain pass is a guess
         self._why_not = ""
         self.reason: str | None = None
@@ -166,7 +172,7 @@ class AdaptiveTrees:
             return 1
         offer = self._offers(rows)
         if self._doubtful is None and self._comparable:
-            self._doubtful = self._best(offer, list(offer)) == 1
+            self._doubtful = self._credit < CREDIT or self._best(offer, list(offer)) == 1
         sizes = self._affordable(offer)
         best = self._best(offer, sizes)
         if (best > 1) != self._speculates:
@@ -270,7 +276,7 @@ class AdaptiveTrees:
     @property
     def balance(self) -> float:
         """What may still be lost, in plain passes."""
-        credit = CREDIT if self._comparable else UNMEASURED
+        credit = self._credit if self._comparable else min(self._credit, UNMEASURED)
         return self._gained + sum(map(self._gain, self._open)) + credit + SHARE * self._passes
 
     def _gain(self, draft: _Draft) -> float:
@@ -331,8 +337,10 @@ class AdaptiveTrees:
         if self._asked > 1 or self.beside > 1:
             first = self._drafts == 0
             self._times.observe_draft(drafting, first)
-            if first and not self._doubtful:
-                drafting = 0.0  # it reads the prompt
+            if first and not self._doubtful:  # it reads the prompt: later calls are to make up for it
+                if self._comparable:
+                    self._experience.settle(-drafting / self._times.average(1, self._size, self._length))
+                drafting = 0.0
             self._drafts += 1
         if self._asked == 1:
             lost = drafting + self._rested_ms  # learning from plain passes
@@ -352,8 +360,10 @@ class AdaptiveTrees:
         checks = self._times.learns and (self._size > 1 or not self._comparable)
         self._unchecked = self._unchecked + 1 if checks and self._asked > 1 else 0
         if self._comparable:
-            self._gained += sum(map(self._gain, self._open))
-            self._open = []
+            gained = sum(map(self._gain, self._open))
+            self._gained += gained
+            self._experience.settle(gained + SHARE * (self._passes - self._settled))
+            self._open, self._settled = [], self._passes
 
     def _learn(self, rows: Sequence[Row], tree: TokenTree, verdict: Verdict) -> None:
         known = self._known_by(tree, self._asked)

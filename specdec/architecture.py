@@ -6,6 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+_ROUNDING, _ROUNDING_16 = 0.05, 0.5
+"""Of logits, as a share of their spread: many times what rounding leaves of most tokens, also of activations in 8 bit,
+and in 16-bit floats, where another expert may be chosen for it."""
+
 
 def check_model(model: Any) -> None:
     """Raise ValueError, with the reason, for a model that cannot be served, as far as that shows without running it."""
@@ -47,6 +53,26 @@ def check_pass(model: Any, config: Any, asked: Mapping[int, int | None]) -> None
     _check_windows(name, config, asked)
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} cannot be served: it takes no position_ids, so a tree's nodes have no place")
+
+
+def check_logits(model: Any, ours: Tensor, own: Tensor) -> None:
+    """See that a model says with our attention what it says with its own.
+
+    Args:
+        model: the whole model.
+        ours: ``[1, n, V]`` logits of a few tokens, computed with our attention.
+        own: the same with the model's.
+
+    Raises:
+        ValueError: where rounding does not explain how far they are apart, with the number.
+    """
+    spread = own.double() - own.double().mean(-1, keepdim=True)
+    apart = float(((ours.double() - own.double()).norm(dim=-1) / spread.norm(dim=-1)).median())
+    if apart > (_ROUNDING_16 if own.dtype.itemsize == 2 else _ROUNDING):  # which NaN is not
+        raise ValueError(
+            f"{type(model).__name__} cannot be served: with specdec's attention its logits are {apart:.0%} off its "
+            "own. Its attention does more than it tells transformers' attention interface"
+        )
 
 
 def _check_windows(name: str, config: Any, asked: Mapping[int, int | None]) -> None:

@@ -203,6 +203,8 @@ def attend(
             q, k, v = (states.transpose(1, 2) for states in own)
             outputs.append(attend(part, layer, q, k, v, scale, window, softcap, sinks))
         return specdec_pass.join([out.transpose(1, 2) for out in outputs]).transpose(1, 2)
+    if layer in specdec_pass.windows:
+        raise RuntimeError(f"layer {layer} attends twice in a pass, and there is one place for its keys and values")
     specdec_pass.windows[layer] = window
     # Parts of a softmax are put together in float32. PyTorch's kernel for the CPU rounds 16-bit ones before; there, as
     # with a window, which leaves a prefix row by row, keys are gathered, and results are those of rows that hold them.
@@ -241,6 +243,8 @@ def _attention(
         )
     if attention_mask is not None or position_bias is not None:
         raise RuntimeError(f"{type(module).__name__} adds a mask or bias of its own, which token trees cannot honour")
+    if not getattr(module, "is_causal", True):
+        raise RuntimeError(f"{type(module).__name__} sees later tokens: load the model as a decoder (is_decoder=True)")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(specdec_pass, layer, query, key, value, scale, sliding_window, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.architecture import check_model, check_pass, find_eos_token_ids, find_max_context
+from specdec.architecture import check_logits, check_model, check_pass, find_eos_token_ids, find_max_context
 from specdec.attention import AttentionPass, AttentionSwitch, JoinedPass
 from specdec.kv_cache import KVCache
 from specdec.kv_quantized import QuantizedKVCache
@@ -26,6 +26,9 @@ or an integer k, the state after k layers (0 is the embeddings), as in transform
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt computed in one pass."""
+
+_PROBED = 4
+"""Tokens that a model is tried with."""
 
 
 @dataclass
@@ -428,17 +431,23 @@ class HFTarget:
                 return module
         raise ValueError(f"{type(self.model).__name__} keeps its {self.num_layers} decoder layers in no ModuleList")
 
+    @torch.inference_mode()
     def _check_layers(self) -> None:
-        """Run one token and see that every layer went through our attention."""
+        """Run a few tokens and see that every layer went through our attention, and says what it says with its own."""
         name = type(self.model).__name__
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        probe = AttentionPass(self.new_cache(1, 1), token, torch.ones_like(token, dtype=torch.bool).unsqueeze(0))
+        count = min(_PROBED, self.max_context or _PROBED)
+        order = torch.arange(count, device=self.device).unsqueeze(0)
+        tokens = (2 * order + 1) * self.vocab_size // (2 * count)  # the first ones are often of another kind
+        causal = torch.ones(1, count, count, dtype=torch.bool, device=self.device).tril()
+        probe = AttentionPass(self.new_cache(1, count), order, causal)
         try:
-            with torch.inference_mode(), self._switch.on():
-                self.model(input_ids=token, position_ids=probe.positions, use_cache=False, specdec_pass=probe)
+            with self._switch.on():
+                inputs = {"input_ids": tokens, "position_ids": probe.positions, "use_cache": False}
+                ours: Tensor = self.model(**inputs, specdec_pass=probe).logits
         except (RuntimeError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{name} does not run through transformers' attention interface: {error}") from error
         check_pass(self.model, self.config, probe.windows)
+        check_logits(self.model, ours, self.model(**inputs).logits)
 
 
 def _wanted(chunks: Sequence[Chunk], features: Sequence[Feature] = ()) -> tuple[Feature, ...]:

@@ -19,7 +19,7 @@ from integration.architectures import (
     logits_after,
     tiny_model,
 )
-from specdec import SpecDecoder
+from specdec import SpecDecoder, attention
 from specdec.drafters.base import Drafter
 from specdec.drafters.model import ModelConfig, ModelDrafter
 from specdec.registry import create_drafter
@@ -166,6 +166,8 @@ REFUSED = {
     "jamba": ({}, "recurrent state"),
     "qwen3_next": ({}, "recurrent state"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "attention interface"),
+    "diffllama": ({}, "layer 0 attends twice in a pass"),
+    "bert": ({"is_decoder": False}, r"BertSelfAttention sees later tokens: load the model as a decoder"),
     # Every layer has attention and a recurrent part side by side: all of them pass through our attention.
     "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}, "recurrent state"),
 }
@@ -180,6 +182,24 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason(architecture: 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**small, **extra}))
     with pytest.raises(ValueError, match=reason):
         HFTarget(model)
+
+
+def test_logits_that_are_not_the_models_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no configuration tells: here an attention that forgets to scale."""
+    model = tiny_model("llama")
+    HFTarget(model)
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: 1.5 * attend(*args, **kwargs))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be served: .* logits are \d+% off its own"):
+        HFTarget(model)
+
+
+def test_layers_that_use_the_keys_and_values_of_others() -> None:
+    """Gemma 4's last layers may compute none of their own."""
+    model = tiny_model("gemma4_text", num_kv_shared_layers=2)
+    expected = [generate_alone(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    results = SpecDecoder(model, "suffix", adaptive=False).generate(PROMPTS, max_new_tokens=NEW_TOKENS)
+    assert [result.token_ids for result in results] == expected
 
 
 def test_encoder_decoders_are_refused() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from unit_rows import make_row
 
-from specdec.acceptance import Acceptance, Experience, HeldDraft
-from specdec.adaptive import CREDIT, SHARE, AdaptiveTrees
+from specdec.acceptance import MOST_SAVED, Acceptance, Experience, HeldDraft
+from specdec.adaptive import CREDIT, LEAST_CREDIT, SHARE, AdaptiveTrees
 from specdec.batch import Row
 from specdec.latency import LatencyCurve
 from specdec.planner import CAUTIOUS_CPU, RUNGS, PassTimes
@@ -37,16 +37,17 @@ class Machine:
         after_draft: factor on the time of a plain pass that comes after a draft.
         foretells: whether drafts may be held against the text.
         experience: what earlier texts were like.
+        times: what their passes and drafts took.
     """
 
     def __init__(
         self, curve: LatencyCurve, accept: Sequence[Accept], width: int = 16, draft_ms: float = 0.0,
         known: bool = True, noise: float = 0.0, virtual: bool = False, after_draft: float = 1.0,
-        foretells: bool = False, experience: Experience | None = None,
+        foretells: bool = False, experience: Experience | None = None, times: PassTimes | None = None,
     ) -> None:  # fmt: skip
         self.curve, self.accept, self.width, self.draft_ms = curve, accept, width, draft_ms
         self.rows: list[Row] = [make_row([1], 10) for _ in accept]
-        times = PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU)
+        times = times or (PassTimes(curve, learn=False) if known else PassTimes(CAUTIOUS_CPU))
         self.policy = AdaptiveTrees(times, experience, foretells=foretells)
         self.virtual, self.noise, self.random = virtual, noise, random.Random(0)
         self.after_draft = after_draft
@@ -182,6 +183,28 @@ def test_no_text_takes_longer_than_its_allowance(machine: str, chance: float, kn
         run = Machine(MACHINES[machine], [coin(seed, chance)], width=24, known=known).run(400)
         allowed = SHARE * len(run.widths) + CREDIT + (0 if known else 1.5)  # the cautious guess may be off at first
         assert run.ms / 10.0 <= run.tokens + allowed
+
+
+@pytest.mark.parametrize("foretells", [False, True])
+@pytest.mark.parametrize("draft_ms", [0.0, 2.0, 8.0])
+def test_drafts_that_pay_in_no_text_soon_cost_next_to_nothing(draft_ms: float, foretells: bool) -> None:
+    experience, times, lost = Experience(), PassTimes(FLAT, learn=False), []
+    for _ in range(60):
+        run = Machine(FLAT, [never], 8, draft_ms, foretells=foretells, experience=experience, times=times).run(128)
+        lost.append(run.ms / 10.0 - run.tokens)
+    assert sum(lost) <= SHARE * 128 * 60 + MOST_SAVED + LEAST_CREDIT * 60
+    assert sum(lost[-30:]) <= (SHARE * 128 + LEAST_CREDIT) * 30
+    assert max(lost[-30:]) > 0.0  # but it never gives up
+
+
+def test_one_text_that_pays_makes_up_for_many_that_do_not() -> None:
+    experience = Experience()
+    for _ in range(20):
+        Machine(FLAT, [never], 8, 5.0, experience=experience).run(128)
+    assert experience.saved < CREDIT
+    run = Machine(FLAT, [always], 8, 5.0, experience=experience).run(256)
+    assert run.slowdown < 0.5
+    assert experience.saved == MOST_SAVED
 
 
 def test_the_plain_pass_that_a_draft_delays_is_charged() -> None:
