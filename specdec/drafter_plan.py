@@ -83,7 +83,8 @@ def _plan_folder(drafter: Drafter, folder: Path, load: LoadPlan, rows: int, leng
     """Of weights that lie in a folder."""
     element = load.shape.element
     if '"drafter"' not in _text_of(folder / "config.json"):  # published by others, with layers that we do not know
-        return DrafterPlan(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return DrafterPlan(size, unknown=() if size else (drafter.name,))  # they may be pickled
     config, headers = read_config(folder), read_headers(folder)
     matrix = _PANEL_OVERHEAD if load.in_panels else element
     total = 0.0
