@@ -27,8 +27,8 @@ or an integer k, the state after k layers (0 is the embeddings), as in transform
 PREFILL_CHUNK = 512
 """Tokens of a prompt computed in one pass."""
 
-_PROBED = 4
-"""Tokens that a model is tried with."""
+_PROBED = 2
+"""Tokens that a model is tried with: for more, PyTorch's products make a copy of the weights."""
 
 
 @dataclass
@@ -433,7 +433,7 @@ class HFTarget:
 
     @torch.inference_mode()
     def _check_layers(self) -> None:
-        """Run a few tokens and see that every layer went through our attention, and says what it says with its own."""
+        """Run two tokens and see that every layer went through our attention, and says what it says with its own."""
         name = type(self.model).__name__
         count = min(_PROBED, self.max_context or _PROBED)
         order = torch.arange(count, device=self.device).unsqueeze(0)

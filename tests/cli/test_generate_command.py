@@ -118,13 +118,14 @@ def test_bad_input_is_one_clear_error(invoke: Invoke, chat_folder: str, argument
 def test_a_drafters_weights_count_before_the_model_is_read(
     invoke: Invoke, chat_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The drafter's file is 64 MiB of nothing; the model is far smaller than the budget."""
+    """The drafter is others', and its file 64 MiB of nothing; the model is far smaller than the budget."""
 
     def fail(*_: object) -> None:
         raise AssertionError("weights were read")
 
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(2**26)
+    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3}')
     monkeypatch.setattr(models, "_load", fail)
     options = ("-d", "medusa", "-o", f"weights={tmp_path}", "--memory-budget", "40MiB")
     result = invoke("generate", "Hello", "-m", chat_folder, *options)
